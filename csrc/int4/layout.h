@@ -8,9 +8,9 @@
 #include <cstdint>
 
 #if defined(__CUDACC__)
-#define M3_HD __host__ __device__ constexpr
+#define M3_HD static __host__ __device__ constexpr
 #else
-#define M3_HD constexpr
+#define M3_HD static constexpr
 #endif
 
 namespace m3::int4 {

@@ -1,0 +1,120 @@
+// Python border of the CPU extension: integers that are addresses, sizes that Python has validated. No torch header.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
+#include "common/check.h"
+#include "int4/gemm_cpu_driver.h"
+
+namespace py = pybind11;
+using namespace m3;
+using namespace m3::int4;
+
+namespace {
+
+template <class T>
+T* at(uintptr_t address) { return reinterpret_cast<T*>(address); }
+
+Type type_of(const char* op, const char* argument, int type) {
+  check(type >= 0 && type <= 2, op, argument, "0 (fp32), 1 (bf16) or 2 (fp16)", type);
+  return Type(type);
+}
+
+// (qweight, scales, zeros or 0, perm or 0, scale type, experts, N, K, group_size, first_k)
+using WeightTuple = std::tuple<uintptr_t, uintptr_t, uintptr_t, uintptr_t, int, int64_t, int64_t, int64_t, int64_t, int64_t>;
+
+Weights weights_of(const char* op, const WeightTuple& w) {
+  const auto& [tiles, scales, zeros, perm, type, experts, n, k, group_size, first_k] = w;
+  check(tiles && scales, op, "weight", "addresses that are not null", 0);
+  return {at<uint8_t>(tiles), at<void>(scales), at<uint8_t>(zeros), at<int32_t>(perm), type_of(op, "scales", type),
+          experts, n, k, group_size, first_k};
+}
+
+Mode mode_of(const char* op, int mode) {
+  check(mode >= 0 && mode < kModes, op, "activations", "0 (exact), 1 (int16) or 2 (int8)", mode);
+  return Mode(mode);
+}
+
+void int4_gemm(uintptr_t x, int type, int64_t rows, const WeightTuple& weight, uintptr_t bias, uintptr_t y, int mode, int threads) {
+  const char* op = "int4_gemm";
+  const Weights w = weights_of(op, weight);
+  check(rows >= 0 && w.experts == 1, op, "rows", ">= 0 and one weight", rows);
+  const Type t = type_of(op, "x", type);
+  const Mode m = mode_of(op, mode);
+  const int64_t offsets[2] = {0, rows};
+  py::gil_scoped_release release;
+  gemm(op, w, {at<void>(x), t, w.k, at<void>(y), t, w.n, offsets, nullptr, at<void>(bias)}, m, threads);
+}
+
+void int4_grouped_gemm(uintptr_t x, int type, int64_t rows, uintptr_t offsets, const WeightTuple& weight, uintptr_t y, int mode, int threads) {
+  const char* op = "int4_grouped_gemm";
+  const Weights w = weights_of(op, weight);
+  const int64_t* bounds = at<int64_t>(offsets);
+  check(rows >= 0 && bounds[0] == 0 && bounds[w.experts] == rows, op, "offsets", "0 .. rows", bounds[w.experts]);
+  const Type t = type_of(op, "x", type);
+  const Mode m = mode_of(op, mode);
+  py::gil_scoped_release release;
+  gemm(op, w, {at<void>(x), t, w.k, at<void>(y), t, w.n, bounds, nullptr, nullptr}, m, threads);
+}
+
+void int4_moe(uintptr_t x, int type, int64_t tokens, int64_t top_k, uintptr_t ids, uintptr_t topk_weights, const WeightTuple& w13,
+              const WeightTuple& w2, uintptr_t y, int mode, int threads) {
+  const char* op = "int4_moe";
+  const Weights first = weights_of(op, w13), second = weights_of(op, w2);
+  check(tokens >= 0 && top_k >= 0, op, "topk_ids", "sizes >= 0", top_k);
+  const Type t = type_of(op, "x", type);
+  const Mode m = mode_of(op, mode);
+  py::gil_scoped_release release;
+  moe(first, second, at<void>(x), t, tokens, top_k, at<int64_t>(ids), at<float>(topk_weights), at<void>(y), m, threads);
+}
+
+// Asks for 2 MiB pages: a streamed weight of hundreds of megabytes otherwise misses the TLB every 4 KiB. A hint, never an error.
+bool advise_huge_pages(uintptr_t address, int64_t bytes) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  constexpr uintptr_t page = 4096;
+  const uintptr_t start = (address + page - 1) / page * page, stop = (address + bytes) / page * page;
+  return stop > start && madvise(at<void>(start), stop - start, MADV_HUGEPAGE) == 0;
+#else
+  return false;
+#endif
+}
+
+py::dict build_info() {
+  py::dict info;
+#if defined(__clang__)
+  info["compiler"] = "clang " __clang_version__;
+#elif defined(__GNUC__)
+  info["compiler"] = "gcc " __VERSION__;
+#else
+  info["compiler"] = "unknown";
+#endif
+#if defined(_OPENMP)
+  info["openmp"] = _OPENMP;
+#else
+  info["openmp"] = 0;
+#endif
+#if defined(__x86_64__)
+  info["isas"] = std::vector<std::string>{"avx512vnni", "avx512", "avxvnni", "avx2", "scalar"};
+#elif defined(__aarch64__) && defined(M3_NEON)
+  info["isas"] = std::vector<std::string>{"neon", "scalar"};
+#else
+  info["isas"] = std::vector<std::string>{"scalar"};
+#endif
+  return info;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_cpu_ext, m) {
+  m.doc() = "Native CPU kernels of m3kernels. Arguments are addresses and sizes: call the public functions instead.";
+  m.def("int4_gemm", &int4_gemm);
+  m.def("int4_grouped_gemm", &int4_grouped_gemm);
+  m.def("int4_moe", &int4_moe);
+  m.def("advise_huge_pages", &advise_huge_pages);
+  m.def("build_info", &build_info, "What was compiled: compiler, OpenMP version, instruction sets.");
+  m.def("isas", &isas, "Instruction sets that this build and this CPU can run, best first.");
+  m.def("get_isa", &get_isa, "The instruction set in use: M3_ISA, else the best.");
+  m.def("set_isa", &set_isa, "Use another instruction set from now on, in the whole process.");
+}

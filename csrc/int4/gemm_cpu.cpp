@@ -1,0 +1,365 @@
+// The CPU driver: packs activations, cuts the product into tasks (expert, n-tile, run of rows) and lets threads draw them.
+//
+// One parallel region a product, on torch's OpenMP pool, with the thread count passed in. Tasks are drawn dynamically, so a
+// core that is shared with somebody else does not hold up the rest. No result depends on the threads or on the other rows.
+#include "int4/gemm_cpu_driver.h"
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <new>
+
+#include "common/check.h"
+#include "common/cpu_features.h"
+
+namespace m3::int4 {
+namespace {
+
+constexpr int64_t kRowsPerTask = 192;  // their c stays in L2
+constexpr int64_t kSerialWork = 1 << 17;  // multiply-adds under which a second thread costs more than it brings
+
+struct Free {
+  void operator()(void* p) const { std::free(p); }
+};
+
+// Scratch memory, 64-byte aligned. Large buffers stay with their thread between calls: fresh pages cost more than the copy.
+class Scratch {
+ public:
+  template <class T>
+  T* get(int64_t count) {
+    const size_t bytes = ((size_t)count * sizeof(T) + 127) / 64 * 64;
+    if (bytes > size_) {
+      memory_.reset();
+      size_ = 0;
+      memory_.reset(std::aligned_alloc(64, bytes));
+      if (!memory_) throw std::bad_alloc();
+      size_ = bytes;
+    }
+    return static_cast<T*>(memory_.get());
+  }
+  void trim() {
+    if (size_ > kKeep) memory_.reset(), size_ = 0;
+  }
+
+ private:
+  static constexpr size_t kKeep = 64 << 20;
+  std::unique_ptr<void, Free> memory_;
+  size_t size_ = 0;
+};
+
+float to_float(const void* data, Type type, int64_t i) {
+  if (type == Type::kF32) return static_cast<const float*>(data)[i];
+  const uint16_t h = static_cast<const uint16_t*>(data)[i];
+  float f;
+  if (type == Type::kBF16) {
+    const uint32_t bits = (uint32_t)h << 16;
+    std::memcpy(&f, &bits, 4);
+    return f;
+  }
+  const uint32_t sign = (uint32_t)(h & 0x8000) << 16, rest = h & 0x7FFF;
+  uint32_t bits = rest >= 0x7C00 ? 0x7F800000 | (rest & 0x3FF) << 13 : (rest << 13) + (112u << 23);
+  if (rest < 0x400) {  // zero and subnormal
+    f = (float)rest * 5.9604644775390625e-8f;
+    std::memcpy(&bits, &f, 4);
+  }
+  bits |= sign;
+  std::memcpy(&f, &bits, 4);
+  return f;
+}
+
+uint16_t to_bf16(float f) {
+  uint32_t bits;
+  std::memcpy(&bits, &f, 4);
+  if ((bits & 0x7FFFFFFF) > 0x7F800000) return (uint16_t)(bits >> 16 | 0x40);
+  return (uint16_t)((bits + 0x7FFF + (bits >> 16 & 1)) >> 16);
+}
+
+uint16_t to_f16(float f) {  // round to nearest even
+  uint32_t bits;
+  std::memcpy(&bits, &f, 4);
+  const uint16_t sign = (uint16_t)(bits >> 16 & 0x8000);
+  bits &= 0x7FFFFFFF;
+  if (bits >= 0x7F800000) return sign | (bits > 0x7F800000 ? 0x7E00 : 0x7C00);
+  if (bits >= 0x477FF000) return sign | 0x7C00;
+  if (bits < 0x38800000) {  // subnormal: let fp32 round at 2^-24
+    float magnitude;
+    std::memcpy(&magnitude, &bits, 4);
+    magnitude += 0.5f;
+    std::memcpy(&bits, &magnitude, 4);
+    return sign | (uint16_t)(bits - 0x3F000000);
+  }
+  return sign | (uint16_t)((bits - 0x38000000 + 0xFFF + (bits >> 13 & 1)) >> 13);
+}
+
+int64_t type_size(Type type) { return type == Type::kF32 ? 4 : 2; }
+
+void read_row(const Rows& rows, const Weights& w, const int32_t* perm, int64_t row, float* out) {
+  const char* x = static_cast<const char*>(rows.x) + (rows.x_rows ? rows.x_rows[row] : row) * rows.x_stride * type_size(rows.x_type);
+  if (perm) {
+    for (int64_t i = 0; i < w.k; i++) out[i] = to_float(x, rows.x_type, perm[i]);
+  } else if (rows.x_type == Type::kF32) {
+    std::memcpy(out, x, w.k * 4);
+  } else if (rows.x_type == Type::kBF16) {
+    for (int64_t i = 0; i < w.k; i++) {
+      const uint32_t bits = (uint32_t) reinterpret_cast<const uint16_t*>(x)[i] << 16;
+      std::memcpy(out + i, &bits, 4);
+    }
+  } else {
+    for (int64_t i = 0; i < w.k; i++) out[i] = to_float(x, Type::kF16, i);
+  }
+  std::fill(out + w.k, out + w.k_tiles() * kTileK, 0.0f);
+}
+
+void write_row(const Rows& rows, const float* values, int64_t row, int64_t n0, int64_t count) {
+  float sum[kTileN];
+  if (rows.bias) {
+    for (int64_t i = 0; i < count; i++) sum[i] = values[i] + to_float(rows.bias, rows.y_type, n0 + i);
+    values = sum;
+  }
+  char* y = static_cast<char*>(rows.y) + (row * rows.y_stride + n0) * type_size(rows.y_type);
+  if (rows.y_type == Type::kF32) std::memcpy(y, values, count * 4);
+  else if (rows.y_type == Type::kBF16)
+    for (int64_t i = 0; i < count; i++) reinterpret_cast<uint16_t*>(y)[i] = to_bf16(values[i]);
+  else
+    for (int64_t i = 0; i < count; i++) reinterpret_cast<uint16_t*>(y)[i] = to_f16(values[i]);
+}
+
+std::vector<Block> blocks_of(const Weights& w) {
+  std::vector<Block> blocks;
+  for (int64_t tile = 0; tile < w.k_tiles(); tile++) {
+    const auto group = (int32_t)group_of_tile(tile, w.group_size, w.first_k);
+    const auto columns = (int32_t)std::min<int64_t>(kTileK, w.k - tile * kTileK);
+    if (!blocks.empty() && blocks.back().group == group && blocks.back().tiles < kBlockTiles) {
+      blocks.back().tiles++;
+      blocks.back().columns += columns;
+    } else {
+      blocks.push_back({(int32_t)tile, 1, columns, group});
+    }
+  }
+  return blocks;
+}
+
+const Kernels* all_kernels(int i) {
+#if defined(__x86_64__)
+  static const Kernels* const table[] = {&kAvx512VnniKernels, &kAvx512Kernels, &kAvxVnniKernels, &kAvx2Kernels, &kScalarKernels};
+  return i < 5 ? table[i] : nullptr;
+#elif defined(__aarch64__) && defined(M3_NEON)
+  static const Kernels* const table[] = {&kNeonKernels, &kScalarKernels};
+  return i < 2 ? table[i] : nullptr;
+#else
+  return i < 1 ? &kScalarKernels : nullptr;
+#endif
+}
+
+bool runs_here(const Kernels* kernels) {
+  const std::string name = kernels->name;
+  return name == "scalar" || (name == "avx2" && cpu_has_avx2()) || (name == "avxvnni" && cpu_has_avxvnni()) ||
+         (name == "avx512" && cpu_has_avx512()) || (name == "avx512vnni" && cpu_has_avx512vnni()) ||
+         (name == "neon" && cpu_has_dotprod());
+}
+
+const Kernels* find(const std::string& name) {
+  for (int i = 0; const Kernels* kernels = all_kernels(i); i++)
+    if (kernels->name == name && runs_here(kernels)) return kernels;
+  std::string names;
+  for (const std::string& isa : isas()) names += (names.empty() ? "" : ", ") + isa;
+  refuse("set_isa", "name (or M3_ISA)", "one of " + names + " on this machine", "'" + name + "'");
+}
+
+std::atomic<const Kernels*> chosen{nullptr};
+
+const Kernels& kernels() {
+  const Kernels* current = chosen.load(std::memory_order_acquire);
+  if (!current) {
+    const char* wanted = std::getenv("M3_ISA");
+    current = find(wanted && *wanted ? wanted : isas().front());
+    chosen.store(current, std::memory_order_release);
+  }
+  return *current;
+}
+
+struct Task {
+  int64_t expert, row, rows;
+};
+
+// The product for the rows listed in `only` (sorted, inside offsets), or all rows when it is null.
+void run(const Weights& w, const Rows& rows, const std::vector<Block>& blocks, Mode mode, int threads, const std::vector<int64_t>* only,
+         std::vector<int64_t>& exact_rows) {
+  const Kernels& isa = kernels();
+  const int64_t count = only ? (int64_t)only->size() : rows.offsets[w.experts];
+  if (count == 0) return;
+  const auto num_blocks = (int64_t)blocks.size();
+  const int64_t k_tiles = w.k_tiles(), n_tiles = w.n_tiles(), groups = w.groups(), columns = k_tiles * kTileK;
+  // 4096-byte row strides would map the rows of a step onto one set of L1
+  const int64_t stride = k_tiles * words_per_tile(mode) + 16;
+  thread_local Scratch x_memory, scale_memory, sum_memory;
+  int32_t* x = x_memory.get<int32_t>(count * stride);
+  float* x_scale = scale_memory.get<float>(count * num_blocks);
+  int32_t* x_sum = sum_memory.get<int32_t>(count * num_blocks);
+  std::vector<uint8_t> good(count, 1);
+
+  std::vector<Task> tasks;
+  std::vector<int64_t> expert_of;  // per row, where the permutation differs by expert
+  if (w.perm && w.experts > 1) expert_of.resize(count);
+  for (int64_t expert = 0, row = 0; expert < w.experts; expert++) {
+    int64_t stop = rows.offsets[expert + 1];
+    if (only) stop = std::lower_bound(only->begin(), only->end(), stop) - only->begin();
+    if (!expert_of.empty()) std::fill(expert_of.begin() + row, expert_of.begin() + stop, expert);
+    const int64_t parts = (stop - row + kRowsPerTask - 1) / kRowsPerTask, first = row, total = stop - row;
+    for (int64_t part = 0; part < parts; part++) {
+      const int64_t next = first + total * (part + 1) / parts;
+      tasks.push_back({expert, row, next - row});
+      row = next;
+    }
+  }
+  const int64_t num_tasks = (int64_t)tasks.size() * n_tiles;
+  if ((double)count * (double)w.n * (double)w.k < (double)kSerialWork || num_tasks == 1) threads = 1;
+
+  const auto pack = [&](int64_t i, float* buffer) {
+    const int64_t row = only ? (*only)[i] : i;
+    const int32_t* perm = w.perm ? w.perm + (expert_of.empty() ? 0 : expert_of[i]) * w.k : nullptr;
+    read_row(rows, w, perm, row, buffer);
+    good[i] = isa.pack_row(mode, buffer, blocks.data(), (int)num_blocks, x + i * stride, x_scale + i * num_blocks, x_sum + i * num_blocks);
+  };
+  const auto multiply = [&](int64_t index, float* c, void* panel) {
+    const Task& task = tasks[index / n_tiles];
+    const int64_t n_tile = index % n_tiles, tile_row = task.expert * n_tiles + n_tile;
+    TileArgs a;
+    a.tiles = w.tiles + tile_row * k_tiles * kTileBytes;
+    a.scales = static_cast<const char*>(w.scales) + tile_row * groups * kTileN * type_size(w.scale_type);
+    a.zeros = w.zeros ? w.zeros + tile_row * groups * kTileN : nullptr;
+    a.scale_type = w.scale_type;
+    a.blocks = blocks.data();
+    a.num_blocks = (int)num_blocks;
+    a.x = x + task.row * stride;
+    a.x_stride = stride;
+    a.x_scale = x_scale + task.row * num_blocks;
+    a.x_sum = x_sum + task.row * num_blocks;
+    a.rows = task.rows;
+    a.c = c;
+    a.panel = panel;
+    isa.tile[int(mode)](a);
+    const int64_t n0 = n_tile * kTileN, width = std::min<int64_t>(kTileN, w.n - n0);
+    for (int64_t i = 0; i < task.rows; i++) {
+      if (!good[task.row + i]) continue;
+      alignas(64) float ordered[kTileN];
+      isa.to_row_order(c + i * kTileN, ordered);
+      write_row(rows, ordered, only ? (*only)[task.row + i] : task.row + i, n0, width);
+    }
+  };
+
+  int64_t widest = 0;
+  for (const Task& task : tasks) widest = std::max(widest, task.rows);
+  const int64_t c_floats = widest * kTileN, panel_floats = kPanelBytes / 4;
+  const int64_t own = std::max(columns + 16, c_floats + panel_floats);
+  thread_local Scratch work_memory;
+  float* work = work_memory.get<float>(own * threads);
+  if (threads == 1) {
+    for (int64_t i = 0; i < count; i++) pack(i, work);
+    for (int64_t i = 0; i < num_tasks; i++) multiply(i, work + panel_floats, work);
+  } else {
+    const bool pack_together = count > 4;
+    if (!pack_together)
+      for (int64_t i = 0; i < count; i++) pack(i, work);
+    std::atomic<int64_t> next_row{0}, next_task{0}, next_slot{0};
+#pragma omp parallel num_threads(threads)
+    {
+      float* mine = work + own * next_slot.fetch_add(1);
+      if (pack_together) {
+        for (int64_t i; (i = next_row.fetch_add(4)) < count;)
+          for (int64_t j = i; j < std::min(i + 4, count); j++) pack(j, mine);
+#pragma omp barrier
+      }
+      for (int64_t i; (i = next_task.fetch_add(1)) < num_tasks;) multiply(i, mine + panel_floats, mine);
+    }
+  }
+  for (int64_t i = 0; i < count; i++)
+    if (!good[i]) exact_rows.push_back(only ? (*only)[i] : i);
+  x_memory.trim(), scale_memory.trim(), sum_memory.trim(), work_memory.trim();
+}
+
+void check_weights(const char* op, const Weights& w) {
+  check(w.experts >= 1 && w.n >= 1 && w.k >= 1 && w.n < INT32_MAX && w.k < INT32_MAX, op, "weight", "sizes of at least 1", w.n);
+  check(w.group_size == -1 || (w.group_size > 0 && w.group_size % kTileK == 0), op, "group_size", "-1 or a positive multiple of 16", w.group_size);
+  check(w.first_k >= 0 && w.first_k % kTileK == 0, op, "first_k", "a multiple of 16, >= 0", w.first_k);
+  if (w.perm)  // read from a checkpoint: an index outside x would be read
+    for (int64_t i = 0; i < w.experts * w.k; i++)
+      check(w.perm[i] >= 0 && w.perm[i] < w.k, op, "perm", "values in 0.." + std::to_string(w.k - 1), w.perm[i]);
+}
+
+}  // namespace
+
+std::vector<std::string> isas() {
+  std::vector<std::string> names;
+  for (int i = 0; const Kernels* kernels = all_kernels(i); i++)
+    if (runs_here(kernels)) names.push_back(kernels->name);
+  return names;
+}
+
+std::string get_isa() { return kernels().name; }
+
+void set_isa(const std::string& name) { chosen.store(find(name), std::memory_order_release); }
+
+void gemm(const char* op, const Weights& w, const Rows& rows, Mode mode, int threads) {
+  check_weights(op, w);
+  check(threads >= 1 && threads <= 4096, op, "threads", "1..4096", threads);
+  for (int64_t e = 0; e < w.experts; e++)
+    check(rows.offsets[e] >= 0 && rows.offsets[e] <= rows.offsets[e + 1], op, "offsets", "ascending values", rows.offsets[e + 1]);
+  const std::vector<Block> blocks = blocks_of(w);
+  std::vector<int64_t> exact_rows, none;
+  run(w, rows, blocks, mode, threads, nullptr, exact_rows);
+  if (!exact_rows.empty()) run(w, rows, blocks, Mode::kExact, threads, &exact_rows, none);
+}
+
+void moe(const Weights& w13, const Weights& w2, const void* x, Type type, int64_t tokens, int64_t top_k, const int64_t* ids,
+         const float* weights, void* y, Mode mode, int threads) {
+  const char* op = "int4_moe";
+  const int64_t hidden = w13.k, intermediate = w2.k, experts = w13.experts;
+  check(w13.n == 2 * intermediate && w2.n == hidden && w2.experts == experts, op, "w2", "the transpose of w13", w2.n);
+  for (int64_t i = 0; i < tokens * top_k; i++)
+    check(ids[i] >= 0 && ids[i] < experts, op, "topk_ids", "values in 0.." + std::to_string(experts - 1), ids[i]);
+  thread_local Scratch up_memory, down_memory;
+  const int64_t row_floats = 2 * intermediate + hidden, budget = (256 << 20) / 4;
+  const int64_t chunk = std::max<int64_t>(1, budget / (row_floats * std::max<int64_t>(1, top_k)));
+  for (int64_t t0 = 0; t0 < tokens; t0 += chunk) {  // a token's result does not depend on its chunk
+    const int64_t count = std::min(chunk, tokens - t0), pairs = count * top_k;
+    std::vector<int64_t> offsets(experts + 1, 0), token_of(pairs), position(pairs);
+    const int64_t* id = ids + t0 * top_k;
+    for (int64_t i = 0; i < pairs; i++) offsets[id[i] + 1]++;
+    for (int64_t e = 0; e < experts; e++) offsets[e + 1] += offsets[e];
+    std::vector<int64_t> next(offsets.begin(), offsets.end() - 1);
+    for (int64_t i = 0; i < pairs; i++) {
+      position[i] = next[id[i]]++;
+      token_of[position[i]] = t0 + i / top_k;
+    }
+    float* up = up_memory.get<float>(pairs * 2 * intermediate);
+    float* down = down_memory.get<float>(pairs * hidden);
+    gemm(op, w13, {x, type, hidden, up, Type::kF32, 2 * intermediate, offsets.data(), token_of.data(), nullptr}, mode, threads);
+    const Kernels& isa = kernels();
+    const int active = (double)pairs * (double)row_floats < (double)kSerialWork ? 1 : threads;
+#pragma omp parallel for num_threads(active) if (active > 1)
+    for (int64_t i = 0; i < pairs; i++) isa.silu_mul(up + i * 2 * intermediate, up + i * 2 * intermediate + intermediate, intermediate);
+    gemm(op, w2, {up, Type::kF32, 2 * intermediate, down, Type::kF32, hidden, offsets.data(), nullptr, nullptr}, mode, threads);
+    const Rows out{nullptr, type, 0, y, type, hidden, nullptr, nullptr, nullptr};
+#pragma omp parallel for num_threads(active) if (active > 1)
+    for (int64_t t = 0; t < count; t++) {
+      float sum[kTileN];
+      for (int64_t n0 = 0; n0 < hidden; n0 += kTileN) {
+        const int64_t width = std::min<int64_t>(kTileN, hidden - n0);
+        std::fill(sum, sum + kTileN, 0.0f);
+        for (int64_t j = 0; j < top_k; j++) {
+          const float weight = weights[(t0 + t) * top_k + j];
+          const float* row = down + position[t * top_k + j] * hidden + n0;
+          for (int64_t i = 0; i < width; i++) sum[i] += weight * row[i];
+        }
+        write_row(out, sum, t0 + t, n0, width);
+      }
+    }
+  }
+  up_memory.trim(), down_memory.trim();
+}
+
+}  // namespace m3::int4

@@ -1,0 +1,285 @@
+// The CPU kernels, told once over a SIMD trait S. Included by each gemm_cpu_<isa>.cpp inside an anonymous namespace.
+//
+// Work of one call: one n-tile of W (64 rows, streamed once) times `rows` packed activation rows, block by block (a block is at
+// most 128 columns with one weight scale and one activation scale):
+//   int8     acc32[row, n] += sum_4 u * q8    (vpdpbusd, or vpmaddubsw: 8 products of 15 * 127 * 2 stay inside int16)
+//   int16    acc32[row, n] += sum_2 u * q16   (vpdpwssd or vpmaddwd)
+//   exact    acc[row, n]    = fma(float(u), x, acc), k in stored order
+// and at the end of a block c[row, n] += (acc - zero * sum(q)) * scale_w * scale_x. Few rows take the nibbles apart in registers
+// (Direct); more rows share a panel that was taken apart once into L1 (Panel). Per row both perform the same operations in the
+// same order, so a row's result does not depend on how many rows there are.
+//
+// A trait offers: kLanes (words of a vector), I and F (vectors), kDirectAcc (accumulators that fit for Direct), kPanelRows,
+// kPanelVectors, kWidenTiles (k-tiles after which a 16-bit accumulator must be widened; 0: dot8 accumulates in 32 bits), and the
+// functions used below. words(row, v, t) undoes the tile's xor: vector v holds the words of positions kLanes*v ...
+
+constexpr int kPrefetchBytes = 4096;  // ahead of the hardware's stream, which stops at a page
+constexpr int kExpand[kModes] = {4, 2, 1};  // operands that one word yields per nibble half: 4 bytes, 2 pairs, 1 quadruple
+
+template <class S, Mode kMode>
+struct Acc {
+  using T = typename S::I;
+  using X = typename S::I;
+};
+template <class S>
+struct Acc<S, Mode::kExact> {
+  using T = typename S::F;
+  using X = typename S::F;
+};
+
+// The e-th operand of a word vector: both nibble halves. Exact operands are u * 256^e; x is packed with the inverse factor.
+template <class S, Mode kMode, int e>
+static inline __attribute__((always_inline)) void operands(typename S::I w, typename Acc<S, kMode>::X& low, typename Acc<S, kMode>::X& high) {
+  if constexpr (kMode == Mode::kInt8) {
+    low = S::template nibbles<0>(w, 0x0F0F0F0F);
+    high = S::template nibbles<4>(w, 0x0F0F0F0F);
+  } else if constexpr (kMode == Mode::kInt16) {
+    low = S::template nibbles<8 * e>(w, 0x000F000F);
+    high = S::template nibbles<8 * e + 4>(w, 0x000F000F);
+  } else {
+    low = S::to_float(S::template nibbles<0>(w, 0xF << (8 * e)));
+    high = S::to_float(S::template nibbles<4>(w, 0xF << (8 * e)));
+  }
+}
+
+template <class S, Mode kMode>
+static inline __attribute__((always_inline)) typename Acc<S, kMode>::T multiply_add(typename Acc<S, kMode>::T acc, typename Acc<S, kMode>::X w,
+                                                     typename Acc<S, kMode>::X x) {
+  if constexpr (kMode == Mode::kInt8) return S::dot8(acc, w, x);
+  else if constexpr (kMode == Mode::kInt16) return S::dot16(acc, w, x);
+  else return S::fma(w, x, acc);
+}
+
+template <class S, Mode kMode>
+static inline __attribute__((always_inline)) typename Acc<S, kMode>::X broadcast(const int32_t* x) {
+  if constexpr (kMode == Mode::kExact) return S::broadcast_f(reinterpret_cast<const float*>(x));
+  else return S::broadcast_i(x);
+}
+
+// One word step (k-tile, t): expands the operands of kVectors word vectors and multiplies them into kRows accumulators each.
+template <class S, Mode kMode, int kRows, int kVectors, bool kPanel, int e>
+static inline __attribute__((always_inline)) void step(const typename S::I (&w)[kVectors], const int32_t*& panel, const int32_t* x, int64_t stride,
+                        typename Acc<S, kMode>::T (&acc)[kRows][kVectors][2]) {
+  if constexpr (e < kExpand[int(kMode)]) {
+    typename Acc<S, kMode>::X low[kVectors], high[kVectors];
+#pragma GCC unroll 8
+    for (int v = 0; v < kVectors; v++) {
+      if constexpr (kPanel) {
+        low[v] = S::load((const typename Acc<S, kMode>::X*)(panel + (2 * v) * S::kLanes));
+        high[v] = S::load((const typename Acc<S, kMode>::X*)(panel + (2 * v + 1) * S::kLanes));
+      } else {
+        operands<S, kMode, e>(w[v], low[v], high[v]);
+      }
+    }
+#pragma GCC unroll 16
+    for (int r = 0; r < kRows; r++) {
+      typename Acc<S, kMode>::X xb = broadcast<S, kMode>(x + r * stride + e);
+#pragma GCC unroll 8
+      for (int v = 0; v < kVectors; v++) {
+        acc[r][v][0] = multiply_add<S, kMode>(acc[r][v][0], low[v], xb);
+        S::pin(acc[r][v][0]);
+        acc[r][v][1] = multiply_add<S, kMode>(acc[r][v][1], high[v], xb);
+        S::pin(acc[r][v][1]);
+      }
+    }
+    if constexpr (kPanel) panel += 2 * kVectors * S::kLanes;
+    step<S, kMode, kRows, kVectors, kPanel, e + 1>(w, panel, x, stride, acc);
+  }
+}
+
+template <class S, Mode kMode, int kRows, int kVectors, bool kPanel, int t>
+static inline __attribute__((always_inline)) void tile_steps(const uint8_t* tile, int v0, const int32_t*& panel, const int32_t* x, int64_t stride,
+                              typename Acc<S, kMode>::T (&acc)[kRows][kVectors][2]) {
+  if constexpr (t < 4) {
+    typename S::I w[kVectors] = {};
+    if constexpr (!kPanel) {
+      S::prefetch(tile + t * 128 + v0 * S::kLanes * 4 + kPrefetchBytes);
+      if constexpr (kVectors * S::kLanes > 16) S::prefetch(tile + t * 128 + 64 + kPrefetchBytes);
+#pragma GCC unroll 8
+      for (int v = 0; v < kVectors; v++) w[v] = S::template words<t>(tile + t * 128, v0 + v);
+    }
+    step<S, kMode, kRows, kVectors, kPanel, 0>(w, panel, x + t * kExpand[int(kMode)], stride, acc);
+    tile_steps<S, kMode, kRows, kVectors, kPanel, t + 1>(tile, v0, panel, x, stride, acc);
+  }
+}
+
+// kRows rows times kVectors word vectors (2 * kVectors * kLanes rows of W) over one block, added to c.
+template <class S, Mode kMode, int kRows, int kVectors, bool kPanel>
+static inline __attribute__((always_inline)) void micro(const uint8_t* tiles, const int32_t* panel, int num_tiles, int v0, const float* scales, const int32_t* zeros,
+                         const TileArgs& a, int64_t row, int block, bool first) {
+  using T = typename Acc<S, kMode>::T;
+  const int32_t* x = a.x + row * a.x_stride + (int64_t)a.blocks[block].tile * words_per_tile(kMode);
+  T acc[kRows][kVectors][2];
+#pragma GCC unroll 16
+  for (int r = 0; r < kRows; r++)
+#pragma GCC unroll 8
+    for (int v = 0; v < kVectors; v++) acc[r][v][0] = acc[r][v][1] = S::zero(T{});
+  if constexpr (kMode == Mode::kInt8 && S::kWidenTiles > 0) {
+    for (int tile = 0; tile < num_tiles; tile += S::kWidenTiles) {
+      T narrow[kRows][kVectors][2];
+#pragma GCC unroll 16
+      for (int r = 0; r < kRows; r++)
+#pragma GCC unroll 8
+        for (int v = 0; v < kVectors; v++) narrow[r][v][0] = narrow[r][v][1] = S::zero(T{});
+      const int stop = num_tiles - tile < S::kWidenTiles ? num_tiles - tile : S::kWidenTiles;
+#pragma GCC unroll 1
+      for (int i = 0; i < stop; i++, tiles += kTileBytes, x += words_per_tile(kMode))
+        tile_steps<S, kMode, kRows, kVectors, kPanel, 0>(tiles, v0, panel, x, a.x_stride, narrow);
+#pragma GCC unroll 16
+      for (int r = 0; r < kRows; r++)
+#pragma GCC unroll 8
+        for (int v = 0; v < kVectors; v++)
+          for (int h = 0; h < 2; h++) acc[r][v][h] = S::widen(acc[r][v][h], narrow[r][v][h]);
+    }
+  } else {
+#pragma GCC unroll 1
+    for (int tile = 0; tile < num_tiles; tile++, tiles += kTileBytes, x += words_per_tile(kMode))
+      tile_steps<S, kMode, kRows, kVectors, kPanel, 0>(tiles, v0, panel, x, a.x_stride, acc);
+  }
+#pragma GCC unroll 16
+  for (int r = 0; r < kRows; r++) {
+    const int64_t cell = (row + r) * a.num_blocks + block;
+#pragma GCC unroll 8
+    for (int v = 0; v < kVectors; v++)
+#pragma GCC unroll 2
+      for (int h = 0; h < 2; h++) {
+        const int position = 32 * h + (v0 + v) * S::kLanes;
+        float* c = a.c + (row + r) * kTileN + position;
+        const auto s = S::load((const typename S::F*)(scales + position));
+        const auto z = S::load((const typename S::I*)(zeros + position));
+        const auto old = first ? S::zero(typename S::F{}) : S::load((const typename S::F*)c);
+        if constexpr (kMode == Mode::kExact) {
+          const auto centred = S::fma(S::to_float(z), S::splat(-((const float*)a.x_sum)[cell]), acc[r][v][h]);
+          S::store(c, S::fma(centred, s, old));
+        } else {
+          const auto centred = S::sub(acc[r][v][h], S::multiply(z, ((const int32_t*)a.x_sum)[cell]));
+          S::store(c, S::fma(S::to_float(centred), S::mul(s, S::splat(a.x_scale[cell])), old));
+        }
+      }
+  }
+}
+
+template <class S, Mode kMode, int e>
+static inline __attribute__((always_inline)) void unpack_word(typename S::I w, int32_t* panel) {
+  if constexpr (e < kExpand[int(kMode)]) {
+    typename Acc<S, kMode>::X low, high;
+    operands<S, kMode, e>(w, low, high);
+    constexpr int step_words = 2 * S::kPanelVectors * S::kLanes;
+    S::store(panel + e * step_words, low);
+    S::store(panel + e * step_words + S::kLanes, high);
+    unpack_word<S, kMode, e + 1>(w, panel);
+  }
+}
+
+// Panel layout: [vector block][k-tile][t][e][vector][half][lane] words; a vector block is kPanelVectors vectors.
+template <class S, Mode kMode, int t>
+static inline __attribute__((always_inline)) void unpack_steps(const uint8_t* tile, int num_tiles, int32_t* panel) {
+  if constexpr (t < 4) {
+    constexpr int step_words = 2 * S::kPanelVectors * S::kLanes, word_steps = kExpand[int(kMode)];
+#pragma GCC unroll 8
+    for (int v = 0; v < 32 / S::kLanes; v++) {
+      int32_t* out = panel + ((int64_t)(v / S::kPanelVectors) * num_tiles * 4 + t) * word_steps * step_words +
+                     (v % S::kPanelVectors) * 2 * S::kLanes;
+      unpack_word<S, kMode, 0>(S::template words<t>(tile + t * 128, v), out);
+    }
+    unpack_steps<S, kMode, t + 1>(tile, num_tiles, panel);
+  }
+}
+
+template <class S, Mode kMode, int kRows>
+static __attribute__((noinline)) void direct(const uint8_t* tiles, int num_tiles, const float* scales, const int32_t* zeros, const TileArgs& a, int64_t row,
+                                             int block, bool first) {
+  constexpr int kAll = 32 / S::kLanes, fit = S::kDirectAcc / (2 * kRows);
+  constexpr int kVectors = fit >= kAll ? kAll : fit >= 4 ? 4 : fit >= 2 ? 2 : 1;
+#pragma GCC unroll 1
+  for (int v0 = 0; v0 < kAll; v0 += kVectors)
+    micro<S, kMode, kRows, kVectors, false>(tiles, nullptr, num_tiles, v0, scales, zeros, a, row, block, first);
+}
+
+template <class S, Mode kMode, int kRows>
+static __attribute__((noinline)) void panel_rows(const int32_t* panel, int num_tiles, int v0, const float* scales, const int32_t* zeros,
+                                                 const TileArgs& a, int64_t row, int block, bool first) {
+  micro<S, kMode, kRows, S::kPanelVectors, true>(nullptr, panel, num_tiles, v0, scales, zeros, a, row, block, first);
+}
+
+template <class S, Mode kMode>
+static void tile(const TileArgs& a) {
+  alignas(64) float scales[kTileN];
+  alignas(64) int32_t zeros[kTileN];
+  for (int i = 0; i < kTileN; i++) zeros[i] = 8;
+  int32_t* panel = (int32_t*)a.panel;
+  for (int block = 0; block < a.num_blocks; block++) {
+    const Block& b = a.blocks[block];
+    const bool first = block == 0;
+    const uint8_t* tiles = a.tiles + (int64_t)b.tile * kTileBytes;
+    S::load_scales(a.scales, a.scale_type, (int64_t)b.group * kTileN, scales);
+    if (a.zeros)
+      for (int i = 0; i < kTileN; i++) zeros[i] = a.zeros[(int64_t)b.group * kTileN + i];
+    switch (a.rows) {
+      case 1: direct<S, kMode, 1>(tiles, b.tiles, scales, zeros, a, 0, block, first); continue;
+      case 2: direct<S, kMode, 2>(tiles, b.tiles, scales, zeros, a, 0, block, first); continue;
+      case 3: direct<S, kMode, 3>(tiles, b.tiles, scales, zeros, a, 0, block, first); continue;
+      case 4: direct<S, kMode, 4>(tiles, b.tiles, scales, zeros, a, 0, block, first); continue;
+      default: break;
+    }
+    for (int i = 0; i < b.tiles; i++) {
+      for (int line = 0; line < kTileBytes; line += 64) S::prefetch(tiles + i * kTileBytes + line + kPrefetchBytes);
+      unpack_steps<S, kMode, 0>(tiles + i * kTileBytes, b.tiles, panel + i * 4 * kExpand[int(kMode)] * 2 * S::kPanelVectors * S::kLanes);
+    }
+    const int64_t block_words = (int64_t)b.tiles * 4 * kExpand[int(kMode)] * 2 * S::kPanelVectors * S::kLanes;
+    constexpr int kMax = S::panel_rows(kMode);
+    const int64_t parts = (a.rows + kMax - 1) / kMax;
+    for (int vb = 0; vb < 32 / S::kLanes / S::kPanelVectors; vb++) {
+      const int32_t* p = panel + vb * block_words;
+      const int v0 = vb * S::kPanelVectors;
+      int64_t row = 0;
+      for (int64_t part = 0; part < parts; part++) {  // rows spread evenly over the parts
+        const int64_t stop = a.rows * (part + 1) / parts;
+        switch (stop - row) {
+          case 1: panel_rows<S, kMode, 1>(p, b.tiles, v0, scales, zeros, a, row, block, first); break;
+          case 2: panel_rows<S, kMode, 2>(p, b.tiles, v0, scales, zeros, a, row, block, first); break;
+          case 3: panel_rows<S, kMode, 3>(p, b.tiles, v0, scales, zeros, a, row, block, first); break;
+          case 4: panel_rows<S, kMode, 4>(p, b.tiles, v0, scales, zeros, a, row, block, first); break;
+          case 5: if constexpr (kMax >= 5) panel_rows<S, kMode, 5>(p, b.tiles, v0, scales, zeros, a, row, block, first); break;
+          case 6: if constexpr (kMax >= 6) panel_rows<S, kMode, 6>(p, b.tiles, v0, scales, zeros, a, row, block, first); break;
+          default: break;
+        }
+        row = stop;
+      }
+    }
+  }
+}
+
+// fp32 bits of an fp16 or bf16 value; the vector traits have instructions for it.
+static inline float half_to_float(uint16_t h) {
+  const uint32_t sign = (uint32_t)(h & 0x8000) << 16, exponent = (h >> 10) & 31, mantissa = h & 1023;
+  union { uint32_t u; float f; } bits;
+  if (exponent == 31) bits.u = sign | 0x7F800000 | (mantissa << 13);
+  else if (exponent) bits.u = sign | ((exponent + 112) << 23) | (mantissa << 13);
+  else {
+    bits.f = (float)mantissa * 5.9604644775390625e-8f;  // 2^-24
+    bits.u |= sign;
+  }
+  return bits.f;
+}
+
+static inline float bfloat_to_float(uint16_t h) {
+  union { uint32_t u; float f; } bits = {(uint32_t)h << 16};
+  return bits.f;
+}
+
+static inline void load_scales_scalar(const void* scales, Type type, int64_t offset, float* out) {
+  for (int i = 0; i < kTileN; i++)
+    out[i] = type == Type::kF32    ? ((const float*)scales)[offset + i]
+             : type == Type::kBF16 ? bfloat_to_float(((const uint16_t*)scales)[offset + i])
+                                   : half_to_float(((const uint16_t*)scales)[offset + i]);
+}
+
+constexpr float kLimit[kModes] = {0.0f, 32767.0f, 127.0f};
+constexpr float kOutlierRatio = 1024.0f, kSmallestMax = 1e-30f;  // reference.py: rows_to_compute_exactly
+
+// The rule of reference.py: can this block be rounded?
+static inline bool can_round(Mode mode, float top, float total, int columns) {
+  if (!(total <= 3.4028234e38f) || (top > 0.0f && top < kSmallestMax)) return false;
+  return mode != Mode::kInt16 || !(top * (float)(columns - 1) > kOutlierRatio * (total - top));
+}

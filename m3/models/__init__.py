@@ -1,0 +1,1 @@
+"""Language models: where they come from (hub), how they are read (loader) and what they compute (decoder)."""

@@ -1,0 +1,164 @@
+"""``python -m m3kernels``: what was built, what this machine can run, which room serves each op and why not another.
+
+Nothing here starts CUDA: rooms of the cuda device are asked with tensors that have a device but no memory.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import os
+import platform
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from m3kernels import __version__, dispatch
+
+DEVICES = ("cpu", "cuda")
+
+
+class Service(NamedTuple):
+    """Who serves one op on one device."""
+
+    op: str
+    device: str
+    room: str  # "" if no room can
+    others: tuple[tuple[str, str], ...]  # (room, why not), in the order tried before ``room``
+
+
+# -- what is built ----------------------------------------------------------------------------------------------------
+def facts() -> list[tuple[str, str]]:
+    """(subject, finding) of this installation, in the order of the report."""
+    return [
+        ("m3kernels", __version__),
+        ("python", f"{platform.python_version()} on {platform.system()} {platform.machine()}"),
+        ("torch", f"{torch.__version__}, {torch.get_num_threads()} threads"),
+        ("triton", triton_fact()),
+        ("cpu module", cpu_fact()),
+        ("cuda module", cuda_fact()),
+        ("M3KERNELS_BACKEND", os.environ.get("M3KERNELS_BACKEND") or "unset: the first room that can serve a call"),
+    ]
+
+
+def triton_fact() -> str:
+    try:
+        return importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def cpu_fact() -> str:
+    try:
+        module = importlib.import_module("m3kernels._cpu_ext")
+    except ImportError as error:
+        return f"not built: {error}"
+    built = "; ".join(f"{key} {spell(value)}" for key, value in module.build_info().items())
+    return f"{built}; this CPU runs {spell(module.isas())}; chosen {module.get_isa()}"
+
+
+def cuda_fact() -> str:
+    try:
+        module = importlib.import_module("m3kernels._cuda_ext")
+    except ImportError as error:
+        return f"not built: {error}"
+    info = module.build_info()
+    devices = ", ".join(
+        f"{device['name']} (sm_{''.join(map(str, device['capability']))})" for device in info["devices"]
+    )
+    driver = cuda_version(info["driver"]) if info["driver"] else "none"
+    built = f"archs {info['archs']}; runtime {cuda_version(info['runtime'])}; driver {driver}"
+    return f"{built}; {info['problem'] or devices}"
+
+
+def cuda_version(number: int) -> str:
+    return f"{number // 1000}.{number % 1000 // 10}"
+
+
+def spell(value: object) -> str:
+    return ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
+
+
+# -- which room serves what -------------------------------------------------------------------------------------------
+def int4_examples() -> dict[str, Callable[[], object]]:
+    from m3kernels import int4
+    from m3kernels.int4.reference import make_inputs
+
+    x, weight, _ = make_inputs(2, 64, 64, group_size=32)
+    w13, w2 = (make_inputs(2, n, 64, group_size=32, experts=2)[1] for n in (128, 64))
+    topk_ids, topk_weights = torch.tensor([[0], [1]]), torch.ones(2, 1)
+    return {
+        "int4_gemm": lambda: int4.int4_gemm(x, weight),
+        "int4_grouped_gemm": lambda: int4.int4_grouped_gemm(x, w2, torch.tensor([0, 1, 2])),
+        "int4_moe": lambda: int4.int4_moe(x, w13, w2, topk_ids, topk_weights),
+        "int4_dequantize": lambda: int4.int4_dequantize(weight),
+    }
+
+
+EXAMPLES = {"int4": int4_examples}  # family -> op -> a small valid call of its public function
+
+
+class Record(TorchDispatchMode):
+    """Keeps the arguments with which m3kernels' ops are called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: dict[str, tuple[Any, ...]] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        if func.namespace == "m3kernels":
+            self.calls[func._schema.name.partition("::")[2]] = args
+        return func(*args, **(kwargs or {}))
+
+
+def services() -> list[Service]:
+    """For every op and device: the room that serves the op's example call, and why the rooms before it do not."""
+    return [
+        service(family, op, call, device) for family in EXAMPLES for op, call in calls(family) for device in DEVICES
+    ]
+
+
+def calls(family: str) -> list[tuple[str, tuple[Any, ...]]]:
+    """(op, arguments of the registered op) of each example of a family."""
+    record = Record()
+    with record, torch.no_grad():
+        for example in EXAMPLES[family]().values():
+            example()
+    return list(record.calls.items())
+
+
+def service(family: str, op: str, args: tuple[Any, ...], device: str) -> Service:
+    if device != "cpu":
+        with FakeTensorMode():
+            args = tuple(without_memory(arg, device) if isinstance(arg, Tensor) else arg for arg in args)
+    reasons = dispatch.explain(f"m3kernels.{family}", op, *args)
+    served = next((index for index, (_, why) in enumerate(reasons) if not why), len(reasons))
+    room = reasons[served][0] if served < len(reasons) else ""
+    return Service(op, device, room, tuple(reasons[:served]))
+
+
+def without_memory(tensor: Tensor, device: str) -> Tensor:
+    return torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
+
+
+# -- the report -------------------------------------------------------------------------------------------------------
+def report() -> str:
+    """Everything above as text."""
+    found = facts()
+    width = max(len(subject) for subject, _ in found)
+    lines = [f"{subject:<{width}}  {finding}" for subject, finding in found]
+    if not torch.cuda.is_available():
+        lines += ["", "No CUDA device here: rows of cuda say what would serve on a machine that has one."]
+    lines += ["", f"{'op':<24}{'device':<8}{'served by':<11}not by"]
+    for op, device, room, others in services():
+        reasons = "; ".join(f"{name}: {why}" for name, why in others)
+        lines.append(f"{op:<24}{device:<8}{room or 'no room':<11}{reasons}".rstrip())
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    print(report())

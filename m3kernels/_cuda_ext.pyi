@@ -1,0 +1,6 @@
+"""Types of the compiled module: the part every family shares; a family's kernels take pointers, sizes and strides."""
+
+from typing import Any
+
+def build_info() -> dict[str, Any]: ...
+def __getattr__(name: str) -> Any: ...

@@ -1,0 +1,115 @@
+"""Native CPU room of the int4 family: AVX-512, AVX2, NEON or portable kernels, chosen when the extension loads."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from m3kernels import _cpu_ext
+from m3kernels.int4.reference import int4_dequantize as _dequantize
+
+MODE = {"exact": 0, "int16": 1, "int8": 2, "auto": 1}
+TYPE = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+
+def unsupported(op: str, *args: Any) -> str:
+    device = next(arg.device.type for arg in args if isinstance(arg, Tensor))
+    return "" if device == "cpu" else f"needs CPU tensors, not {device}"
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def _weight(
+    qweight: Tensor, scales: Tensor, zeros: Tensor | None, perm: Tensor | None, n: int, k: int, group_size: int, first_k: int
+) -> tuple[int, ...]:
+    experts = qweight.shape[0] if qweight.ndim == 4 else 1
+    addresses = (qweight.data_ptr(), scales.data_ptr(), _address(zeros), _address(perm))
+    return (*addresses, TYPE[scales.dtype], experts, n, k, group_size, first_k)
+
+
+def int4_gemm(
+    x: Tensor,
+    qweight: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    perm: Tensor | None,
+    bias: Tensor | None,
+    out_features: int,
+    in_features: int,
+    group_size: int,
+    first_k: int,
+    activations: str,
+) -> Tensor:
+    y = x.new_empty(x.shape[0], out_features)
+    weight = _weight(qweight, scales, zeros, perm, out_features, in_features, group_size, first_k)
+    threads = torch.get_num_threads()
+    _cpu_ext.int4_gemm(
+        x.data_ptr(), TYPE[x.dtype], x.shape[0], weight, _address(bias), y.data_ptr(), MODE[activations], threads
+    )
+    return y
+
+
+def int4_grouped_gemm(
+    x: Tensor,
+    offsets: Tensor,
+    qweight: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    perm: Tensor | None,
+    out_features: int,
+    in_features: int,
+    group_size: int,
+    first_k: int,
+    activations: str,
+) -> Tensor:
+    y = x.new_empty(x.shape[0], out_features)
+    weight = _weight(qweight, scales, zeros, perm, out_features, in_features, group_size, first_k)
+    threads = torch.get_num_threads()
+    _cpu_ext.int4_grouped_gemm(
+        x.data_ptr(), TYPE[x.dtype], x.shape[0], offsets.data_ptr(), weight, y.data_ptr(), MODE[activations], threads
+    )
+    return y
+
+
+def int4_moe(
+    x: Tensor,
+    topk_ids: Tensor,
+    topk_weights: Tensor,
+    w13_qweight: Tensor,
+    w13_scales: Tensor,
+    w13_zeros: Tensor | None,
+    w13_perm: Tensor | None,
+    w2_qweight: Tensor,
+    w2_scales: Tensor,
+    w2_zeros: Tensor | None,
+    w2_perm: Tensor | None,
+    hidden_size: int,
+    intermediate_size: int,
+    group_size: int,
+    w13_first_k: int,
+    w2_first_k: int,
+    activations: str,
+) -> Tensor:
+    y = torch.empty_like(x)
+    two_i = 2 * intermediate_size
+    _cpu_ext.int4_moe(
+        x.data_ptr(),
+        TYPE[x.dtype],
+        x.shape[0],
+        topk_ids.shape[1],
+        topk_ids.data_ptr(),
+        topk_weights.data_ptr(),
+        _weight(w13_qweight, w13_scales, w13_zeros, w13_perm, two_i, hidden_size, group_size, w13_first_k),
+        _weight(w2_qweight, w2_scales, w2_zeros, w2_perm, hidden_size, intermediate_size, group_size, w2_first_k),
+        y.data_ptr(),
+        MODE[activations],
+        torch.get_num_threads(),
+    )
+    return y
+
+
+int4_dequantize = _dequantize  # a gather over bytes: torch's own kernels serve it

@@ -1,0 +1,693 @@
+"""INT4 GEMM, grouped GEMM, MoE and dequantise in Triton, for NVIDIA and AMD GPUs; interpreted on CPU tensors.
+
+    Y^T = W X^T,   y[m, n] = sum_s p_s[m, n] + bias[n],   p_s = sum over the K blocks b of split s, in order, of
+                   s[n, g(b)] * sum_{k in b} (u[n, k] - z[n, g(b)]) * x[m, k]
+
+The packed tile is read as int32 words and never permuted. A program owns two tiles (128 rows of W): 64 words high, and
+each word holds row 8h + g of its 16-row sub-tile for h = 0, 1, so that a shift by ``8b + 4h`` gives a 64-row operand
+whose columns are k = 16*kt + 2t + (0, 8, 1, 9)[b]. The order of a contraction is free, so x is arranged to match, once,
+by ``_arrange_kernel`` (which also applies act-order and pads K with zeros). u - z is an integer of at most 5 bits: exact
+in fp16 and bf16, so operands carry no rounding of the weight and scales meet the fp32 accumulator (one block, one group).
+
+Row-invariance. The block of K, the splits of K and the order in which blocks and splits are added depend on the shape
+of the weight alone. Split grids (few rows) leave fp32 partials that a second kernel adds in split order; the other
+grids (many rows) hold one accumulator per split in turn and add it to the total in the same order. The height of the
+weight operand is always 64, hence one kind of matrix instruction for every number of rows. Products and sums use
+explicit fma with contraction switched off. Nothing is atomic.
+
+Interpreted (TRITON_INTERPRET=1), bf16 is computed as fp32: the interpreter's own bf16 arithmetic is wrong.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from m3kernels.int4.types import TILE_K, TILE_N, ceil_div
+from m3kernels.triton_compile import CompileCase
+
+INTERPRET: bool = triton.knobs.runtime.interpret  # read once: @triton.jit below decides by it
+
+PROGRAM_N = 2 * TILE_N  # rows of W per program
+TARGET_PROGRAMS = 512  # about four programs on each of an H100's 132 processors
+MIN_SPLIT_K = 512  # columns per split at least: four stages of loads in flight
+ACTIVE_EXPERTS = 8  # experts assumed busy when the splits of a grouped product are planned
+GROUP_M = 8  # token tiles that share weight tiles while they are in L2
+COLUMNS = 256  # per program of the elementwise kernels
+
+
+class Tile(NamedTuple):
+    """How one launch is cut: tokens per program, warps, pipeline stages."""
+
+    block_m: int
+    num_warps: int
+    num_stages: int
+
+
+# By compute dtype, smallest first. fp32 has no tensor cores in "ieee" precision: small tiles keep it in registers.
+TILES = {
+    torch.float16: (Tile(16, 4, 4), Tile(32, 4, 4), Tile(64, 4, 3), Tile(128, 8, 3)),
+    torch.bfloat16: (Tile(16, 4, 4), Tile(32, 4, 4), Tile(64, 4, 3), Tile(128, 8, 3)),
+    torch.float32: (Tile(16, 4, 2), Tile(32, 8, 2)),
+}
+
+
+class Plan(NamedTuple):
+    """How K is cut: a function of the weight's shape only, never of the number of rows."""
+
+    block_k: int  # columns per step, all of one group
+    k_blocks: int
+    split_blocks: int  # steps per split
+
+    @property
+    def splits(self) -> int:
+        return ceil_div(self.k_blocks, self.split_blocks)
+
+    @property
+    def padded_k(self) -> int:
+        return self.k_blocks * self.block_k
+
+
+def plan(out_features: int, in_features: int, group_size: int, first_k: int, experts: int | None = None) -> Plan:
+    """Largest block of K that no group boundary cuts, and splits enough to fill a GPU at one row."""
+    block_k = next(
+        size for size in (128, 64, 32, 16) if group_size == -1 or (group_size % size == 0 and first_k % size == 0)
+    )
+    k_blocks = ceil_div(in_features, block_k)
+    programs = ceil_div(out_features, PROGRAM_N) * (1 if experts is None else min(experts, ACTIVE_EXPERTS))
+    splits = max(1, min(TARGET_PROGRAMS // programs, in_features // MIN_SPLIT_K))
+    return Plan(block_k, k_blocks, ceil_div(k_blocks, splits))
+
+
+def tile(rows: int, dtype: torch.dtype) -> Tile:
+    """The smallest tile that holds ``rows`` tokens, or the largest there is."""
+    tiles = TILES[dtype]
+    return next((choice for choice in tiles if choice.block_m >= rows), tiles[-1])
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Dtype of the operands of the dot products for x of this dtype."""
+    return torch.float32 if INTERPRET and dtype == torch.bfloat16 else dtype
+
+
+TL_DTYPE = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
+
+
+def unsupported(op: str, *args: Any) -> str:
+    tensor = next(arg for arg in args if isinstance(arg, Tensor))
+    if args[-1] in ("int16", "int8"):
+        return f"activations {args[-1]!r}: the Triton room rounds no activations: only 'exact' ('auto')"
+    if tensor.device.type == "cpu":
+        return "" if INTERPRET else "CPU tensors need TRITON_INTERPRET=1, set before Triton is imported"
+    if tensor.device.type != "cuda":
+        return f"no Triton target for {tensor.device.type} tensors"
+    if INTERPRET:
+        return "TRITON_INTERPRET=1 interprets kernels: CPU tensors only"
+    if torch.version.hip is None and torch.cuda.get_device_capability(tensor.device) < (8, 0):
+        return "needs compute capability 8.0 or newer"
+    return ""
+
+
+# -- kernels ----------------------------------------------------------------------------------------------------------
+@triton.jit
+def _source_column(d, BLOCK_K: tl.constexpr):
+    """Stored column k of W that arranged column d of x meets: the order in which ``_gemm_kernel`` contracts.
+
+    A block is PLANES operands of KP columns. Column c of an operand is (dup, kt, t); its nibbles are byte
+    b = dup * PLANES + plane of the word of k-tile kt, lane t. dup > 0 only where a block is shorter than 64 columns:
+    a tensor-core operand needs 16 columns, so the same words are read again with other shifts.
+    """
+    KP: tl.constexpr = BLOCK_K // 4 if BLOCK_K > 64 else 16
+    PLANES: tl.constexpr = BLOCK_K // KP
+    TILES_K: tl.constexpr = BLOCK_K // 16
+    within = d % BLOCK_K
+    c = within % KP
+    b = (c // (4 * TILES_K)) * PLANES + within // KP
+    kt = (c // 4) % TILES_K
+    return (d // BLOCK_K) * BLOCK_K + kt * 16 + 2 * (c % 4) + (b // 2) + 8 * (b % 2)
+
+
+# Grid: (rows * column blocks). A program writes COLUMNS columns of one row of ``out`` (rows, padded_k): x of source row
+# ``row_index[row]`` in contraction order, through ``perm`` (of the row's expert), zero beyond K.
+@triton.jit
+def _arrange_kernel(
+    x,
+    out,
+    row_index,
+    row_expert,
+    perm,
+    in_features,
+    padded_k,
+    BLOCK_K: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    COMPUTE: tl.constexpr,
+):
+    blocks = tl.cdiv(padded_k, COLUMNS)
+    row = (tl.program_id(0) // blocks).to(tl.int64)
+    d = (tl.program_id(0) % blocks) * COLUMNS + tl.arange(0, COLUMNS)
+    k = _source_column(d, BLOCK_K)
+    mask = (d < padded_k) & (k < in_features)
+    column = k
+    if perm is not None:
+        table = perm
+        if row_expert is not None:
+            table = perm + tl.load(row_expert + row).to(tl.int64) * in_features
+        column = tl.load(table + k, mask=mask, other=0)
+    source = row
+    if row_index is not None:
+        source = tl.load(row_index + row).to(tl.int64)
+    values = tl.load(x + source * in_features + column, mask=mask, other=0.0).to(COMPUTE)
+    tl.store(out + row * padded_k + d, values, mask=d < padded_k)
+
+
+@triton.jit
+def _magic(COMPUTE: tl.constexpr):
+    """2**p of COMPUTE whose last mantissa bit is worth 1: or-ing u into its bits gives 2**p + u."""
+    if COMPUTE == tl.float16:
+        return 1024.0
+    elif COMPUTE == tl.bfloat16:
+        return 128.0
+    else:
+        return 8388608.0
+
+
+@triton.jit
+def _integers(words, shift, zero, COMPUTE: tl.constexpr):
+    """u - z, exactly, in COMPUTE: ``zero`` is 2**p + z."""
+    u = (words >> shift) & 15
+    if COMPUTE == tl.float16:
+        value = (u | 0x6400).to(tl.int16).to(tl.float16, bitcast=True)
+    elif COMPUTE == tl.bfloat16:
+        value = (u | 0x4300).to(tl.int16).to(tl.bfloat16, bitcast=True)
+    else:
+        value = (u | 0x4B000000).to(tl.float32, bitcast=True)
+    return value - zero
+
+
+@triton.jit
+def _natural_rows(low, high, BLOCK_M: tl.constexpr):
+    """Accumulators of rows (tile, g, a) for h = 0 and 1 -> (128, BLOCK_M) with row 64*tile + 16a + 8h + g."""
+    both = tl.join(low, high).reshape(2, 8, 4, BLOCK_M, 2)
+    return both.permute(0, 2, 4, 1, 3).reshape(128, BLOCK_M)
+
+
+# Grid: one axis of (token tile, pair of weight tiles, split), split fastest, then GROUP_M token tiles.
+# A program owns 128 rows of W, BLOCK_M tokens and one split (SPLIT) or all of them. Reads: the tiles and scales of its
+# rows once per token tile, its tokens in contraction order. Writes: SPLIT: fp32 partials out[split, row, n];
+# otherwise out[row, n] in out's dtype, with bias. With ``offsets`` (experts + 1) the token tiles are those of the experts
+# in turn, found from ``offsets`` here: the grid has as many tiles as the worst case needs, the surplus returns.
+# ``row_index`` names the row of x for each row of out. Words of W are the register operand: 64 rows, any BLOCK_M.
+@triton.jit
+def _gemm_kernel(
+    x,
+    qweight,
+    scales,
+    zeros,
+    bias,
+    offsets,
+    row_index,
+    out,
+    rows,
+    m_tiles,
+    out_features,
+    n_tiles,
+    k_tiles,
+    groups,
+    group_tiles,
+    first_tile,
+    experts,
+    k_blocks,
+    split_blocks,
+    splits,
+    BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    GROUP_M: tl.constexpr,
+    SPLIT: tl.constexpr,
+    COMPUTE: tl.constexpr,
+):
+    KP: tl.constexpr = BLOCK_K // 4 if BLOCK_K > 64 else 16
+    PLANES: tl.constexpr = BLOCK_K // KP
+    TILES_K: tl.constexpr = BLOCK_K // 16
+    MAGIC: tl.constexpr = _magic(COMPUTE)
+
+    pid = tl.program_id(0)
+    split = 0
+    if SPLIT:
+        split = pid % splits
+        pid = pid // splits
+    n_programs = tl.cdiv(n_tiles, 2)
+    width = GROUP_M * n_programs
+    first_m = (pid // width) * GROUP_M
+    size = tl.minimum(m_tiles - first_m, GROUP_M)
+    pid_m = first_m + (pid % width) % size
+    pid_n = (pid % width) // size
+
+    if offsets is not None:
+        e = tl.arange(0, BLOCK_E)
+        start = tl.load(offsets + e, mask=e < experts, other=0)
+        stop = tl.load(offsets + e + 1, mask=e < experts, other=0)
+        tiles = (tl.maximum(stop - start, 0) + BLOCK_M - 1) // BLOCK_M
+        ends = tl.cumsum(tiles, 0)
+        expert = tl.sum((ends <= pid_m).to(tl.int32), 0)
+        if expert >= experts:
+            return
+        own = e == expert
+        before = tl.sum(tl.where(own, ends - tiles, 0), 0)
+        row0 = tl.sum(tl.where(own, start, 0), 0) + (pid_m - before) * BLOCK_M
+        row_end = tl.minimum(tl.sum(tl.where(own, stop, 0), 0), rows)
+        weight_tile = expert.to(tl.int64) * n_tiles
+    else:
+        row0 = pid_m.to(tl.int64) * BLOCK_M
+        row_end = rows
+        weight_tile = pid_n.to(tl.int64) * 0
+
+    row = row0 + tl.arange(0, BLOCK_M)
+    row_mask = (row >= 0) & (row < row_end)
+    source = row
+    if row_index is not None:
+        source = tl.load(row_index + row, mask=row_mask, other=0)
+
+    p = tl.arange(0, 64)
+    c = tl.arange(0, KP)
+    nt = pid_n * 2 + p // 32
+    tile_mask = nt < n_tiles
+    g = (p % 32) // 4
+    t = c % 4
+    kt = (c // 4) % TILES_K
+    lane = (g[:, None] ^ (2 * t[None, :])) * 4 + (p % 4)[:, None]
+    lane = tl.max_contiguous(tl.multiple_of(lane, (4, 1)), (4, 1))
+    words_at = qweight + (weight_tile + nt)[:, None] * k_tiles * 128 + (kt * 128 + t * 32)[None, :] + lane
+    group_at = (weight_tile + nt) * groups * 64 + p % 32
+    x_at = x + source[None, :] * (k_blocks * BLOCK_K) + c[:, None]
+    base_shift = ((c // (4 * TILES_K)) * (8 * PLANES))[None, :]
+
+    acc_low = tl.zeros((64, BLOCK_M), tl.float32)
+    acc_high = tl.zeros((64, BLOCK_M), tl.float32)
+    total_low = tl.zeros((64, BLOCK_M), tl.float32)
+    total_high = tl.zeros((64, BLOCK_M), tl.float32)
+    first_group = first_tile // group_tiles
+    first_block = split * split_blocks
+    last_block = k_blocks
+    if SPLIT:
+        last_block = tl.minimum(first_block + split_blocks, k_blocks)
+    for block in range(first_block, last_block):
+        tile_k = block * TILES_K
+        group = (first_tile + tile_k) // group_tiles - first_group
+        word_mask = tile_mask[:, None] & (tile_k + kt < k_tiles)[None, :]
+        words = tl.load(words_at + tile_k.to(tl.int64) * 128, mask=word_mask, other=0)
+        if zeros is not None:
+            zero_low = tl.load(zeros + group_at + group * 64, mask=tile_mask, other=0)
+            zero_high = tl.load(zeros + group_at + group * 64 + 32, mask=tile_mask, other=0)
+            zero_low = (zero_low.to(tl.float32) + MAGIC).to(COMPUTE)[:, None]
+            zero_high = (zero_high.to(tl.float32) + MAGIC).to(COMPUTE)[:, None]
+        else:
+            zero_low = tl.full((64, 1), MAGIC + 8, COMPUTE)
+            zero_high = tl.full((64, 1), MAGIC + 8, COMPUTE)
+        part_low = tl.zeros((64, BLOCK_M), tl.float32)
+        part_high = tl.zeros((64, BLOCK_M), tl.float32)
+        for plane in tl.static_range(PLANES):
+            xs = tl.load(x_at + (block * BLOCK_K + plane * KP), mask=row_mask[None, :], other=0.0)  # (KP, BLOCK_M)
+            shift = base_shift + 8 * plane
+            low = _integers(words, shift, zero_low, COMPUTE)  # (64, KP)
+            part_low = tl.dot(low, xs, part_low, input_precision="ieee")
+            high = _integers(words, shift + 4, zero_high, COMPUTE)
+            part_high = tl.dot(high, xs, part_high, input_precision="ieee")
+        scale_low = tl.load(scales + group_at + group * 64, mask=tile_mask, other=0.0).to(tl.float32)
+        scale_high = tl.load(scales + group_at + group * 64 + 32, mask=tile_mask, other=0.0).to(tl.float32)
+        acc_low = tl.fma(part_low, tl.broadcast_to(scale_low[:, None], (64, BLOCK_M)), acc_low)
+        acc_high = tl.fma(part_high, tl.broadcast_to(scale_high[:, None], (64, BLOCK_M)), acc_high)
+        if not SPLIT:
+            if (block + 1) % split_blocks == 0:
+                total_low += acc_low
+                total_high += acc_high
+                acc_low = tl.zeros((64, BLOCK_M), tl.float32)
+                acc_high = tl.zeros((64, BLOCK_M), tl.float32)
+
+    y = _natural_rows(total_low + acc_low, total_high + acc_high, BLOCK_M)
+    n = pid_n * 128 + tl.arange(0, 128)
+    if bias is not None:
+        y += tl.load(bias + n, mask=n < out_features, other=0.0).to(tl.float32)[:, None]
+    out_at = out + (row[None, :] + tl.cast(split, tl.int64) * rows) * out_features + n[:, None]
+    tl.store(out_at, y.to(out.dtype.element_ty), mask=(n < out_features)[:, None] & row_mask[None, :])
+
+
+@triton.jit
+def _sum_splits(partial, at, mask, stride, splits, COLUMNS: tl.constexpr):
+    """Partials of one row added in split order, from zero."""
+    total = tl.zeros((COLUMNS,), tl.float32)
+    for split in range(splits):
+        total += tl.load(partial + tl.cast(split, tl.int64) * stride + at, mask=mask, other=0.0)
+    return total
+
+
+# Grid: (rows * column blocks). A program adds the partials (splits, rows, N) of COLUMNS outputs and the bias.
+@triton.jit
+def _finish_kernel(partial, bias, out, rows, out_features, splits, COLUMNS: tl.constexpr):
+    blocks = tl.cdiv(out_features, COLUMNS)
+    row = (tl.program_id(0) // blocks).to(tl.int64)
+    n = (tl.program_id(0) % blocks) * COLUMNS + tl.arange(0, COLUMNS)
+    mask = n < out_features
+    at = row * out_features + n
+    y = _sum_splits(partial, at, mask, tl.cast(rows, tl.int64) * out_features, splits, COLUMNS)
+    if bias is not None:
+        y += tl.load(bias + n, mask=mask, other=0.0).to(tl.float32)
+    tl.store(out + at, y.to(out.dtype.element_ty), mask=mask)
+
+
+# Grid: (rows * column blocks). A program adds the partials of gate and up (splits, rows, 2I) and writes COLUMNS columns
+# of silu(gate) * up in the contraction order of the next product, (rows, padded_k), zero beyond I.
+@triton.jit
+def _silu_mul_kernel(
+    partial,
+    out,
+    row_expert,
+    perm,
+    rows,
+    intermediate_size,
+    padded_k,
+    splits,
+    BLOCK_K: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    blocks = tl.cdiv(padded_k, COLUMNS)
+    row = (tl.program_id(0) // blocks).to(tl.int64)
+    d = (tl.program_id(0) % blocks) * COLUMNS + tl.arange(0, COLUMNS)
+    k = _source_column(d, BLOCK_K)
+    mask = (d < padded_k) & (k < intermediate_size)
+    column = k
+    if perm is not None:
+        table = perm + tl.load(row_expert + row).to(tl.int64) * intermediate_size
+        column = tl.load(table + k, mask=mask, other=0)
+    at = row * (2 * intermediate_size) + column
+    stride = tl.cast(rows, tl.int64) * (2 * intermediate_size)
+    gate = _sum_splits(partial, at, mask, stride, splits, COLUMNS)
+    up = _sum_splits(partial, at + intermediate_size, mask, stride, splits, COLUMNS)
+    hidden = gate / (1.0 + tl.exp(-gate)) * up
+    tl.store(out + row * padded_k + d, hidden.to(out.dtype.element_ty), mask=d < padded_k)
+
+
+# Grid: (tokens * column blocks). A program adds the experts' outputs of one token, in slot order, in fp32:
+# y[t] = sum_j weight[t, j] * sum_splits partial[:, slot_row[t, j]]. A slot whose expert does not exist adds nothing.
+@triton.jit
+def _combine_kernel(
+    partial, slot_row, topk_ids, topk_weights, out, rows, hidden_size, topk, experts, splits, COLUMNS: tl.constexpr
+):
+    blocks = tl.cdiv(hidden_size, COLUMNS)
+    token = (tl.program_id(0) // blocks).to(tl.int64)
+    n = (tl.program_id(0) % blocks) * COLUMNS + tl.arange(0, COLUMNS)
+    y = tl.zeros((COLUMNS,), tl.float32)
+    for slot in range(topk):
+        expert = tl.load(topk_ids + token * topk + slot)
+        row = tl.load(slot_row + token * topk + slot)
+        weight = tl.load(topk_weights + token * topk + slot)
+        mask = (n < hidden_size) & (expert >= 0) & (expert < experts)
+        term = _sum_splits(partial, row * hidden_size + n, mask, tl.cast(rows, tl.int64) * hidden_size, splits, COLUMNS)
+        y = tl.where(mask, tl.fma(term, tl.broadcast_to(weight, (COLUMNS,)), y), y)
+    tl.store(out + token * hidden_size + n, y.to(out.dtype.element_ty), mask=n < hidden_size)
+
+
+# Grid: (experts * rows * column blocks). A program writes COLUMNS columns of one row of W in original order:
+# (u - z) * s in fp32, rounded once. ``inverse[k]`` is the stored column of original column k.
+@triton.jit
+def _dequantize_kernel(
+    qweight,
+    scales,
+    zeros,
+    inverse,
+    out,
+    out_features,
+    in_features,
+    n_tiles,
+    k_tiles,
+    groups,
+    group_tiles,
+    first_tile,
+    COLUMNS: tl.constexpr,
+):
+    blocks = tl.cdiv(in_features, COLUMNS)
+    row = (tl.program_id(0) // blocks).to(tl.int64)  # of all experts
+    expert = row // out_features
+    n = (row % out_features).to(tl.int32)
+    column = (tl.program_id(0) % blocks) * COLUMNS + tl.arange(0, COLUMNS)
+    mask = column < in_features
+    k = column
+    if inverse is not None:
+        k = tl.load(inverse + expert * in_features + column, mask=mask, other=0).to(tl.int32)
+    weight_tile = expert * n_tiles + n // 64
+    a, h, g = (n % 64) // 16, (n % 16) // 8, n % 8
+    t = (k % 8) // 2
+    word = (weight_tile * k_tiles + k // 16) * 128 + t * 32 + (g ^ (2 * t)) * 4 + a
+    shift = 16 * (k % 2) + 8 * ((k % 16) // 8) + 4 * h
+    u = (tl.load(qweight + word, mask=mask, other=0) >> shift) & 15
+    group = (first_tile + k // 16) // group_tiles - first_tile // group_tiles
+    at = (weight_tile * groups + group) * 64 + 32 * h + 4 * g + a
+    scale = tl.load(scales + at, mask=mask, other=0.0).to(tl.float32)
+    zero = tl.full((COLUMNS,), 8.0, tl.float32)
+    if zeros is not None:
+        zero = tl.load(zeros + at, mask=mask, other=0).to(tl.float32)
+    value = (u.to(tl.float32) - zero) * scale
+    tl.store(out + row * in_features + column, value.to(out.dtype.element_ty), mask=mask)
+
+
+# -- launches ---------------------------------------------------------------------------------------------------------
+def _arrange(
+    x: Tensor,
+    cut: Plan,
+    perm: Tensor | None,
+    row_index: Tensor | None = None,
+    row_expert: Tensor | None = None,
+) -> Tensor:
+    """x (or its rows ``row_index``) in contraction order: (rows, padded_k) of the compute dtype."""
+    rows, dtype = len(x) if row_index is None else len(row_index), compute_dtype(x.dtype)
+    out = torch.empty(rows, cut.padded_k, dtype=dtype, device=x.device)
+    grid = (rows * ceil_div(cut.padded_k, COLUMNS),)
+    _arrange_kernel[grid](
+        x, out, row_index, row_expert, perm, x.shape[1], cut.padded_k, cut.block_k, COLUMNS, TL_DTYPE[dtype]
+    )
+    return out
+
+
+def _product(
+    arranged: Tensor,
+    rows: int,
+    qweight: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    bias: Tensor | None,
+    offsets: Tensor | None,
+    row_index: Tensor | None,
+    out_features: int,
+    group_size: int,
+    first_k: int,
+    cut: Plan,
+    dtype: torch.dtype | None,
+) -> Tensor:
+    """(rows, N) of ``dtype``; or, with dtype None, fp32 partials (splits or 1, rows, N) for a kernel that adds them."""
+    *_, n_tiles, k_tiles, _ = qweight.shape
+    experts = 0 if offsets is None else qweight.shape[0]
+    choice = tile(ceil_div(rows, experts) if experts else rows, arranged.dtype)
+    m_tiles = ceil_div(rows, choice.block_m)
+    if experts:
+        m_tiles = min(rows, rows // choice.block_m + experts)
+    n_programs = ceil_div(n_tiles, 2)
+    split = cut.splits > 1 and m_tiles * n_programs < TARGET_PROGRAMS
+    device = qweight.device
+    if split or dtype is None:
+        out = torch.empty(cut.splits if split else 1, rows, out_features, dtype=torch.float32, device=device)
+    else:
+        out = torch.empty(rows, out_features, dtype=dtype, device=device)
+    _gemm_kernel[(m_tiles * n_programs * (cut.splits if split else 1),)](
+        arranged,
+        qweight,
+        scales,
+        zeros,
+        None if split else bias,
+        offsets,
+        row_index,
+        out,
+        rows,
+        m_tiles,
+        out_features,
+        n_tiles,
+        k_tiles,
+        scales.shape[-2],
+        k_tiles + first_k // TILE_K if group_size == -1 else group_size // TILE_K,
+        first_k // TILE_K,
+        experts,
+        cut.k_blocks,
+        cut.split_blocks,
+        cut.splits,
+        BLOCK_M=choice.block_m,
+        BLOCK_K=cut.block_k,
+        BLOCK_E=triton.next_power_of_2(max(experts, 1)),
+        GROUP_M=GROUP_M,
+        SPLIT=split,
+        COMPUTE=TL_DTYPE[arranged.dtype],
+        num_warps=choice.num_warps,
+        num_stages=choice.num_stages,
+        enable_fp_fusion=False,
+    )
+    if not split or dtype is None:
+        return out
+    y = torch.empty(rows, out_features, dtype=dtype, device=device)
+    grid = (rows * ceil_div(out_features, COLUMNS),)
+    _finish_kernel[grid](out, bias, y, rows, out_features, cut.splits, COLUMNS, enable_fp_fusion=False)
+    return y
+
+
+def int4_gemm(
+    x: Tensor,
+    qweight: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    perm: Tensor | None,
+    bias: Tensor | None,
+    out_features: int,
+    in_features: int,
+    group_size: int,
+    first_k: int,
+    activations: str,
+) -> Tensor:
+    if not len(x):
+        return x.new_empty(0, out_features)
+    cut = plan(out_features, in_features, group_size, first_k)
+    arranged = _arrange(x, cut, perm)
+    weight = (qweight, scales, zeros, bias, None, None, out_features, group_size, first_k, cut)
+    return _product(arranged, len(x), *weight, compute_dtype(x.dtype)).to(x.dtype)
+
+
+def int4_grouped_gemm(
+    x: Tensor,
+    offsets: Tensor,
+    qweight: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    perm: Tensor | None,
+    out_features: int,
+    in_features: int,
+    group_size: int,
+    first_k: int,
+    activations: str,
+) -> Tensor:
+    if not len(x):
+        return x.new_empty(0, out_features)
+    experts = len(qweight)
+    cut = plan(out_features, in_features, group_size, first_k, experts)
+    row_expert = None
+    if perm is not None:
+        rows = torch.arange(len(x), device=x.device)
+        row_expert = (torch.searchsorted(offsets, rows, right=True) - 1).clamp_(0, experts - 1)
+    arranged = _arrange(x, cut, perm, row_expert=row_expert)
+    weight = (qweight, scales, zeros, None, offsets, None, out_features, group_size, first_k, cut)
+    return _product(arranged, len(x), *weight, compute_dtype(x.dtype)).to(x.dtype)
+
+
+def int4_moe(
+    x: Tensor,
+    topk_ids: Tensor,
+    topk_weights: Tensor,
+    w13_qweight: Tensor,
+    w13_scales: Tensor,
+    w13_zeros: Tensor | None,
+    w13_perm: Tensor | None,
+    w2_qweight: Tensor,
+    w2_scales: Tensor,
+    w2_zeros: Tensor | None,
+    w2_perm: Tensor | None,
+    hidden_size: int,
+    intermediate_size: int,
+    group_size: int,
+    w13_first_k: int,
+    w2_first_k: int,
+    activations: str,
+) -> Tensor:
+    (tokens, topk), experts, device = topk_ids.shape, len(w13_qweight), x.device
+    rows = tokens * topk
+    if not rows:
+        return torch.zeros_like(x)
+    # Route on the device, without reading a value: rows sorted by expert (stable), and where each slot went.
+    sorted_ids, order = topk_ids.reshape(-1).sort(stable=True)
+    offsets = torch.searchsorted(sorted_ids, torch.arange(experts + 1, device=device))
+    token = order // topk
+    row_expert = sorted_ids.clamp(0, experts - 1)
+    slot_row = torch.empty_like(order).scatter_(0, order, torch.arange(rows, device=device))
+
+    cut13 = plan(2 * intermediate_size, hidden_size, group_size, w13_first_k, experts)
+    cut2 = plan(hidden_size, intermediate_size, group_size, w2_first_k, experts)
+    if w13_perm is None:  # one copy of each token; the product gathers
+        arranged, row_index = _arrange(x, cut13, None), token
+    else:  # the order of columns depends on the expert: one copy per slot
+        arranged, row_index = _arrange(x, cut13, w13_perm, token, row_expert), None
+    w13 = (w13_qweight, w13_scales, w13_zeros, None, offsets, row_index, 2 * intermediate_size, group_size)
+    partial = _product(arranged, rows, *w13, w13_first_k, cut13, None)
+
+    hidden = torch.empty(rows, cut2.padded_k, dtype=compute_dtype(x.dtype), device=device)
+    _silu_mul_kernel[(rows * ceil_div(cut2.padded_k, COLUMNS),)](
+        partial,
+        hidden,
+        row_expert,
+        w2_perm,
+        rows,
+        intermediate_size,
+        cut2.padded_k,
+        len(partial),
+        cut2.block_k,
+        COLUMNS,
+        enable_fp_fusion=False,
+    )
+    w2 = (w2_qweight, w2_scales, w2_zeros, None, offsets, None, hidden_size, group_size)
+    partial = _product(hidden, rows, *w2, w2_first_k, cut2, None)
+
+    y = torch.empty(tokens, hidden_size, dtype=compute_dtype(x.dtype), device=device)
+    _combine_kernel[(tokens * ceil_div(hidden_size, COLUMNS),)](
+        partial,
+        slot_row,
+        topk_ids,
+        topk_weights,
+        y,
+        rows,
+        hidden_size,
+        topk,
+        experts,
+        len(partial),
+        COLUMNS,
+        enable_fp_fusion=False,
+    )
+    return y.to(x.dtype)
+
+
+def int4_dequantize(
+    qweight: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    perm: Tensor | None,
+    out_features: int,
+    in_features: int,
+    group_size: int,
+    first_k: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    *lead, n_tiles, k_tiles, _ = qweight.shape
+    out = torch.empty(*lead, out_features, in_features, dtype=compute_dtype(dtype), device=qweight.device)
+    experts = lead[0] if lead else 1
+    _dequantize_kernel[(experts * out_features * ceil_div(in_features, COLUMNS),)](
+        qweight,
+        scales,
+        zeros,
+        None if perm is None else perm.long().argsort(-1),
+        out,
+        out_features,
+        in_features,
+        n_tiles,
+        k_tiles,
+        scales.shape[-2],
+        k_tiles + first_k // TILE_K if group_size == -1 else group_size // TILE_K,
+        first_k // TILE_K,
+        COLUMNS,
+    )
+    return out.to(dtype)
