@@ -125,11 +125,12 @@ def ninja_file(folder: Path, modules: dict[str, Path], sanitize: str) -> str:
     nvcc = find_nvcc()
     nvcc_flags = ["-std=c++20", "-O3", "-DNDEBUG", *gencode(), "-Xfatbin=-compress-all", "--cudart=static"]
     nvcc_flags += ["-Xcompiler=-fPIC,-fvisibility=hidden"]
+    neon = ["-DM3_NEON"] if any(suffix(path) == "neon" for path in sources(cuda=False)) else []
     lines = [
         f"cxx = {os.environ.get('CXX', 'g++')}",
         f"nvcc = {nvcc}",
         f"includes = {' '.join(includes)}",
-        f"cxxflags = {' '.join([*CXX_FLAGS, *optimise, *instrument])}",
+        f"cxxflags = {' '.join([*CXX_FLAGS, *optimise, *instrument, *neon])}",
         f"nvccflags = {' '.join(nvcc_flags)}",
         f"ldflags = -shared -fopenmp {'' if sanitize else '-s'} {' '.join(instrument)}",
         "rule cxx",

@@ -8,6 +8,13 @@ from __future__ import annotations
 
 import dataclasses
 
+import torch
+from torch import Tensor
+
+from m3kernels.int4 import Int4Weight, int4_dequantize
+from m3kernels.int4.reference import make_inputs
+from m3kernels.int4.types import TILE_N
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Linear:
@@ -87,3 +94,65 @@ def find(name: str) -> Linear | Experts:
     if name not in known:
         raise ValueError(f"bench: shape: want one of {', '.join(known)}; got {name!r}")
     return known[name]
+
+
+# -- inputs -----------------------------------------------------------------------------------------------------------
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Problem:
+    """What every arm computes: x (M, K) times one INT4 weight, in as many different copies as asked for.
+
+    Copy i is the weight with its rows rotated down by 64 * i: other memory and other content, the same result rotated.
+    """
+
+    linear: Linear
+    x: Tensor  # (largest M, K) fp32
+    weight: Int4Weight  # copy 0
+    q: Tensor  # (N, K) uint8
+    scales: Tensor  # (N, G) fp16
+    zeros: Tensor  # (N, G) uint8, all 8 if symmetric
+    dense: Tensor  # (N, K) fp32, exact
+    expected: Tensor  # (largest M, N) fp64
+
+    @property
+    def symmetric(self) -> bool:
+        return self.weight.symmetric
+
+    @property
+    def weight_bytes(self) -> int:
+        """Of one packed copy, scales (fp16) and zeros (uint8) included."""
+        return self.weight.nbytes
+
+    def packed(self, copy: int) -> Int4Weight:
+        def rolled(tensor: Tensor | None) -> Tensor | None:
+            return None if tensor is None else tensor.roll(copy, 0)
+
+        tensors = {name: rolled(getattr(self.weight, name)) for name in ("qweight", "scales", "zeros")}
+        return dataclasses.replace(self.weight, **tensors)
+
+    def rows(self, tensor: Tensor, copy: int) -> Tensor:
+        """One of q, scales, zeros, dense as copy i has it, contiguous and in its own memory."""
+        return tensor.roll(TILE_N * copy, 0)
+
+    def result(self, m: int, copy: int) -> Tensor:
+        """(m, N) fp64: what an arm must give for the first m rows of x."""
+        return self.expected[:m].roll(TILE_N * copy, 1)
+
+
+def make_problem(linear: Linear, rows: int, *, symmetric: bool = True, seed: int = 0) -> Problem:
+    """Gaussian x, uniform nibbles, spread fp16 scales; zeros in 0..15, which every format can hold.
+
+    Raises ValueError: linear.n is no multiple of 64.
+    """
+    if linear.n % TILE_N:
+        raise ValueError(f"make_problem: linear: want N a multiple of {TILE_N}; got {linear.n}")
+    made = make_inputs(rows, linear.n, linear.k, group_size=linear.group_size, symmetric=symmetric, seed=seed)
+    x, weight, _ = made
+    q, scales, zeros = weight.unpack()
+    if not symmetric:
+        zeros = zeros.clamp(max=15)
+        weight = Int4Weight.pack(q, scales, zeros, group_size=linear.group_size)
+    dense = int4_dequantize(weight, torch.float32)
+    expected = x.double() @ dense.double().T
+    return Problem(
+        linear=linear, x=x, weight=weight, q=q, scales=scales, zeros=zeros.contiguous(), dense=dense, expected=expected
+    )

@@ -34,7 +34,7 @@ struct TileArgs {
   const int32_t* x;     // packed rows, in words
   int64_t x_stride;     // words
   const float* x_scale;  // (rows, num_blocks): value of one step; unused when exact
-  const void* x_sum;     // (rows, num_blocks): sum of the packed values, int32 (or fp32 when exact)
+  const int32_t* x_sum;  // (rows, num_blocks): sum of the packed integers; unused when exact
   int64_t rows;
   float* c;      // (rows, 64) in position order; overwritten
   void* panel;   // scratch of kPanelBytes
@@ -44,7 +44,7 @@ constexpr int64_t kPanelBytes = kBlockTiles * kTileN * kTileK * 4;
 struct Kernels {
   const char* name;
   // Packs one row of `16 * tiles` fp32 values (zero-padded). False: the row must be computed exactly (mode is not kExact).
-  bool (*pack_row)(Mode mode, const float* x, const Block* blocks, int num_blocks, int32_t* packed, float* scale, void* sum);
+  bool (*pack_row)(Mode mode, const float* x, const Block* blocks, int num_blocks, int32_t* packed, float* scale, int32_t* sum);
   void (*tile[kModes])(const TileArgs& args);
   // c (64 values in position order) -> 64 values in row order.
   void (*to_row_order)(const float* c, float* row);

@@ -21,6 +21,10 @@ struct Avx2 {
     if constexpr (shift > 0) w = _mm256_srli_epi32(w, shift);
     return _mm256_and_si256(w, _mm256_set1_epi32(mask));
   }
+  template <int p> static inline F minus_base(I w, F base) {
+    const I bits = _mm256_or_si256(_mm256_and_si256(w, _mm256_set1_epi32(0xF << p)), _mm256_set1_epi32((127 + 23 - p) << 23));
+    return _mm256_sub_ps(_mm256_castsi256_ps(bits), base);
+  }
   static inline F to_float(I a) { return _mm256_cvtepi32_ps(a); }
   static inline I broadcast_i(const int32_t* p) { return _mm256_set1_epi32(*p); }
   static inline F broadcast_f(const float* p) { return _mm256_broadcast_ss(p); }
@@ -54,25 +58,21 @@ inline float horizontal_max(__m256 a) {
   return _mm_cvtss_f32(_mm_max_ss(s, _mm_movehdup_ps(s)));
 }
 
-bool pack_row(Mode mode, const float* x, const Block* blocks, int num_blocks, int32_t* packed, float* scale, void* sum) {
+bool pack_row(Mode mode, const float* x, const Block* blocks, int num_blocks, int32_t* packed, float* scale, int32_t* sum) {
   const __m256 absolute = _mm256_castsi256_ps(_mm256_set1_epi32(0x7FFFFFFF));
-  const __m256 factor = _mm256_setr_ps(1.0f, 1.0f / 256, 1.0f / 65536, 1.0f / 16777216, 1.0f, 1.0f / 256, 1.0f / 65536, 1.0f / 16777216);
   bool good = true;
   for (int block = 0; block < num_blocks; block++) {
     const Block& b = blocks[block];
     const float* in = x + (int64_t)b.tile * kTileK;
     int32_t* out = packed + (int64_t)b.tile * words_per_tile(mode);
     if (mode == Mode::kExact) {
-      __m256 total = _mm256_setzero_ps();
       for (int i = 0; i < b.tiles; i++, in += kTileK, out += 16) {
         const __m256 low = _mm256_loadu_ps(in), high = _mm256_loadu_ps(in + 8);  // columns 0-7, 8-15
-        total = _mm256_add_ps(total, _mm256_add_ps(low, high));
-        const __m256 even = _mm256_mul_ps(_mm256_unpacklo_ps(low, high), factor);  // t = 0 and 2
-        const __m256 odd = _mm256_mul_ps(_mm256_unpackhi_ps(low, high), factor);   // t = 1 and 3
+        const __m256 even = _mm256_unpacklo_ps(low, high);  // t = 0 and 2
+        const __m256 odd = _mm256_unpackhi_ps(low, high);   // t = 1 and 3
         _mm256_storeu_ps((float*)out, _mm256_permute2f128_ps(even, odd, 0x20));
         _mm256_storeu_ps((float*)out + 8, _mm256_permute2f128_ps(even, odd, 0x31));
       }
-      ((float*)sum)[block] = horizontal_sum(total);
       continue;
     }
     __m256 tops = _mm256_setzero_ps(), totals = _mm256_setzero_ps();
@@ -103,7 +103,7 @@ bool pack_row(Mode mode, const float* x, const Block* blocks, int num_blocks, in
     }
     __m128i s = _mm_add_epi32(_mm256_castsi256_si128(q_sum), _mm256_extracti128_si256(q_sum, 1));
     s = _mm_add_epi32(s, _mm_shuffle_epi32(s, 0x4E));
-    ((int32_t*)sum)[block] = _mm_cvtsi128_si32(_mm_add_epi32(s, _mm_shuffle_epi32(s, 0xB1)));
+    sum[block] = _mm_cvtsi128_si32(_mm_add_epi32(s, _mm_shuffle_epi32(s, 0xB1)));
   }
   return good;
 }

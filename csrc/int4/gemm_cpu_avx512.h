@@ -25,6 +25,10 @@ struct Avx512 {
     if constexpr (shift > 0) w = _mm512_srli_epi32(w, shift);
     return _mm512_and_si512(w, _mm512_set1_epi32(mask));
   }
+  template <int p> static inline F minus_base(I w, F base) {  // 0xEA: (w & mask) | exponent
+    const I bits = _mm512_ternarylogic_epi32(w, _mm512_set1_epi32(0xF << p), _mm512_set1_epi32((127 + 23 - p) << 23), 0xEA);
+    return _mm512_sub_ps(_mm512_castsi512_ps(bits), base);
+  }
   static inline F to_float(I a) { return _mm512_cvtepi32_ps(a); }
   static inline I broadcast_i(const int32_t* p) { return _mm512_set1_epi32(*p); }
   static inline F broadcast_f(const float* p) { return _mm512_set1_ps(*p); }

@@ -4,8 +4,8 @@
 // most 128 columns with one weight scale and one activation scale):
 //   int8     acc32[row, n] += sum_4 u * q8    (vpdpbusd, or vpmaddubsw: 8 products of 15 * 127 * 2 stay inside int16)
 //   int16    acc32[row, n] += sum_2 u * q16   (vpdpwssd or vpmaddwd)
-//   exact    acc[row, n]    = fma(float(u), x, acc), k in stored order
-// and at the end of a block c[row, n] += (acc - zero * sum(q)) * scale_w * scale_x. Few rows take the nibbles apart in registers
+//   exact    acc[row, n]    = fma(float(u - zero), x, acc), k in stored order
+// and at the end of a block c[row, n] += acc * scale_w, or (acc - zero * sum(q)) * scale_w * scale_x. Few rows take the nibbles apart in registers
 // (Direct); more rows share a panel that was taken apart once into L1 (Panel). Per row both perform the same operations in the
 // same order, so a row's result does not depend on how many rows there are.
 //
@@ -27,9 +27,11 @@ struct Acc<S, Mode::kExact> {
   using X = typename S::F;
 };
 
-// The e-th operand of a word vector: both nibble halves. Exact operands are u * 256^e; x is packed with the inverse factor.
+// The e-th operand of word vector v: both nibble halves. An exact operand is float(u - z): a nibble at bits p..p+3 of the mantissa
+// of 2^(23 - p) makes 2^(23 - p) + u, from which base[p / 4] = 2^(23 - p) + z is subtracted without rounding.
 template <class S, Mode kMode, int e>
-static inline __attribute__((always_inline)) void operands(typename S::I w, typename Acc<S, kMode>::X& low, typename Acc<S, kMode>::X& high) {
+static inline __attribute__((always_inline)) void operands(typename S::I w, const float (*base)[kTileN], int v, typename Acc<S, kMode>::X& low,
+                                                           typename Acc<S, kMode>::X& high) {
   if constexpr (kMode == Mode::kInt8) {
     low = S::template nibbles<0>(w, 0x0F0F0F0F);
     high = S::template nibbles<4>(w, 0x0F0F0F0F);
@@ -37,8 +39,10 @@ static inline __attribute__((always_inline)) void operands(typename S::I w, type
     low = S::template nibbles<8 * e>(w, 0x000F000F);
     high = S::template nibbles<8 * e + 4>(w, 0x000F000F);
   } else {
-    low = S::to_float(S::template nibbles<0>(w, 0xF << (8 * e)));
-    high = S::to_float(S::template nibbles<4>(w, 0xF << (8 * e)));
+    constexpr int p = 8 * (e % 2);
+    if constexpr (e >= 2) w = S::template nibbles<16>(w, 0xFFFF);
+    low = S::template minus_base<p>(w, S::load((const typename S::F*)(base[p / 4] + v * S::kLanes)));
+    high = S::template minus_base<p + 4>(w, S::load((const typename S::F*)(base[p / 4 + 1] + 32 + v * S::kLanes)));
   }
 }
 
@@ -56,9 +60,26 @@ static inline __attribute__((always_inline)) typename Acc<S, kMode>::X broadcast
   else return S::broadcast_i(x);
 }
 
+// What a block needs to know of W besides the nibbles, in position order.
+struct alignas(64) BlockScale {
+  float scales[kTileN];
+  int32_t zeros[kTileN];
+  float base[4][kTileN];  // 2^(23 - 4 i) + zero
+
+  template <class S, Mode kMode>
+  void load(const TileArgs& a, int64_t group, bool first) {
+    S::load_scales(a.scales, a.scale_type, group * kTileN, scales);
+    if (!a.zeros && !first) return;
+    for (int i = 0; i < kTileN; i++) zeros[i] = a.zeros ? a.zeros[group * kTileN + i] : 8;
+    if constexpr (kMode == Mode::kExact)
+      for (int p = 0; p < 4; p++)
+        for (int i = 0; i < kTileN; i++) base[p][i] = (float)((1 << (23 - 4 * p)) + zeros[i]);
+  }
+};
+
 // One word step (k-tile, t): expands the operands of kVectors word vectors and multiplies them into kRows accumulators each.
 template <class S, Mode kMode, int kRows, int kVectors, bool kPanel, int e>
-static inline __attribute__((always_inline)) void step(const typename S::I (&w)[kVectors], const int32_t*& panel, const int32_t* x, int64_t stride,
+static inline __attribute__((always_inline)) void step(const typename S::I (&w)[kVectors], const float (*base)[kTileN], int v0, const int32_t*& panel, const int32_t* x, int64_t stride,
                         typename Acc<S, kMode>::T (&acc)[kRows][kVectors][2]) {
   if constexpr (e < kExpand[int(kMode)]) {
     typename Acc<S, kMode>::X low[kVectors], high[kVectors];
@@ -68,7 +89,7 @@ static inline __attribute__((always_inline)) void step(const typename S::I (&w)[
         low[v] = S::load((const typename Acc<S, kMode>::X*)(panel + (2 * v) * S::kLanes));
         high[v] = S::load((const typename Acc<S, kMode>::X*)(panel + (2 * v + 1) * S::kLanes));
       } else {
-        operands<S, kMode, e>(w[v], low[v], high[v]);
+        operands<S, kMode, e>(w[v], base, v0 + v, low[v], high[v]);
       }
     }
 #pragma GCC unroll 16
@@ -83,12 +104,12 @@ static inline __attribute__((always_inline)) void step(const typename S::I (&w)[
       }
     }
     if constexpr (kPanel) panel += 2 * kVectors * S::kLanes;
-    step<S, kMode, kRows, kVectors, kPanel, e + 1>(w, panel, x, stride, acc);
+    step<S, kMode, kRows, kVectors, kPanel, e + 1>(w, base, v0, panel, x, stride, acc);
   }
 }
 
 template <class S, Mode kMode, int kRows, int kVectors, bool kPanel, int t>
-static inline __attribute__((always_inline)) void tile_steps(const uint8_t* tile, int v0, const int32_t*& panel, const int32_t* x, int64_t stride,
+static inline __attribute__((always_inline)) void tile_steps(const uint8_t* tile, const float (*base)[kTileN], int v0, const int32_t*& panel, const int32_t* x, int64_t stride,
                               typename Acc<S, kMode>::T (&acc)[kRows][kVectors][2]) {
   if constexpr (t < 4) {
     typename S::I w[kVectors] = {};
@@ -98,15 +119,14 @@ static inline __attribute__((always_inline)) void tile_steps(const uint8_t* tile
 #pragma GCC unroll 8
       for (int v = 0; v < kVectors; v++) w[v] = S::template words<t>(tile + t * 128, v0 + v);
     }
-    step<S, kMode, kRows, kVectors, kPanel, 0>(w, panel, x + t * kExpand[int(kMode)], stride, acc);
-    tile_steps<S, kMode, kRows, kVectors, kPanel, t + 1>(tile, v0, panel, x, stride, acc);
+    step<S, kMode, kRows, kVectors, kPanel, 0>(w, base, v0, panel, x + t * kExpand[int(kMode)], stride, acc);
+    tile_steps<S, kMode, kRows, kVectors, kPanel, t + 1>(tile, base, v0, panel, x, stride, acc);
   }
 }
 
 // kRows rows times kVectors word vectors (2 * kVectors * kLanes rows of W) over one block, added to c.
 template <class S, Mode kMode, int kRows, int kVectors, bool kPanel>
-static inline __attribute__((always_inline)) void micro(const uint8_t* tiles, const int32_t* panel, int num_tiles, int v0, const float* scales, const int32_t* zeros,
-                         const TileArgs& a, int64_t row, int block, bool first) {
+static inline __attribute__((always_inline)) void micro(const uint8_t* tiles, const int32_t* panel, int num_tiles, int v0, const BlockScale& scale, const TileArgs& a, int64_t row, int block, bool first) {
   using T = typename Acc<S, kMode>::T;
   const int32_t* x = a.x + row * a.x_stride + (int64_t)a.blocks[block].tile * words_per_tile(kMode);
   T acc[kRows][kVectors][2];
@@ -124,7 +144,7 @@ static inline __attribute__((always_inline)) void micro(const uint8_t* tiles, co
       const int stop = num_tiles - tile < S::kWidenTiles ? num_tiles - tile : S::kWidenTiles;
 #pragma GCC unroll 1
       for (int i = 0; i < stop; i++, tiles += kTileBytes, x += words_per_tile(kMode))
-        tile_steps<S, kMode, kRows, kVectors, kPanel, 0>(tiles, v0, panel, x, a.x_stride, narrow);
+        tile_steps<S, kMode, kRows, kVectors, kPanel, 0>(tiles, scale.base, v0, panel, x, a.x_stride, narrow);
 #pragma GCC unroll 16
       for (int r = 0; r < kRows; r++)
 #pragma GCC unroll 8
@@ -134,7 +154,7 @@ static inline __attribute__((always_inline)) void micro(const uint8_t* tiles, co
   } else {
 #pragma GCC unroll 1
     for (int tile = 0; tile < num_tiles; tile++, tiles += kTileBytes, x += words_per_tile(kMode))
-      tile_steps<S, kMode, kRows, kVectors, kPanel, 0>(tiles, v0, panel, x, a.x_stride, acc);
+      tile_steps<S, kMode, kRows, kVectors, kPanel, 0>(tiles, scale.base, v0, panel, x, a.x_stride, acc);
   }
 #pragma GCC unroll 16
   for (int r = 0; r < kRows; r++) {
@@ -145,14 +165,13 @@ static inline __attribute__((always_inline)) void micro(const uint8_t* tiles, co
       for (int h = 0; h < 2; h++) {
         const int position = 32 * h + (v0 + v) * S::kLanes;
         float* c = a.c + (row + r) * kTileN + position;
-        const auto s = S::load((const typename S::F*)(scales + position));
-        const auto z = S::load((const typename S::I*)(zeros + position));
+        const auto s = S::load((const typename S::F*)(scale.scales + position));
         const auto old = first ? S::zero(typename S::F{}) : S::load((const typename S::F*)c);
         if constexpr (kMode == Mode::kExact) {
-          const auto centred = S::fma(S::to_float(z), S::splat(-((const float*)a.x_sum)[cell]), acc[r][v][h]);
-          S::store(c, S::fma(centred, s, old));
+          S::store(c, S::fma(acc[r][v][h], s, old));
         } else {
-          const auto centred = S::sub(acc[r][v][h], S::multiply(z, ((const int32_t*)a.x_sum)[cell]));
+          const auto z = S::load((const typename S::I*)(scale.zeros + position));
+          const auto centred = S::sub(acc[r][v][h], S::multiply(z, a.x_sum[cell]));
           S::store(c, S::fma(S::to_float(centred), S::mul(s, S::splat(a.x_scale[cell])), old));
         }
       }
@@ -160,71 +179,65 @@ static inline __attribute__((always_inline)) void micro(const uint8_t* tiles, co
 }
 
 template <class S, Mode kMode, int e>
-static inline __attribute__((always_inline)) void unpack_word(typename S::I w, int32_t* panel) {
+static inline __attribute__((always_inline)) void unpack_word(typename S::I w, const float (*base)[kTileN], int v, int32_t* panel) {
   if constexpr (e < kExpand[int(kMode)]) {
     typename Acc<S, kMode>::X low, high;
-    operands<S, kMode, e>(w, low, high);
+    operands<S, kMode, e>(w, base, v, low, high);
     constexpr int step_words = 2 * S::kPanelVectors * S::kLanes;
     S::store(panel + e * step_words, low);
     S::store(panel + e * step_words + S::kLanes, high);
-    unpack_word<S, kMode, e + 1>(w, panel);
+    unpack_word<S, kMode, e + 1>(w, base, v, panel);
   }
 }
 
 // Panel layout: [vector block][k-tile][t][e][vector][half][lane] words; a vector block is kPanelVectors vectors.
 template <class S, Mode kMode, int t>
-static inline __attribute__((always_inline)) void unpack_steps(const uint8_t* tile, int num_tiles, int32_t* panel) {
+static inline __attribute__((always_inline)) void unpack_steps(const uint8_t* tile, const float (*base)[kTileN], int num_tiles, int32_t* panel) {
   if constexpr (t < 4) {
     constexpr int step_words = 2 * S::kPanelVectors * S::kLanes, word_steps = kExpand[int(kMode)];
 #pragma GCC unroll 8
     for (int v = 0; v < 32 / S::kLanes; v++) {
       int32_t* out = panel + ((int64_t)(v / S::kPanelVectors) * num_tiles * 4 + t) * word_steps * step_words +
                      (v % S::kPanelVectors) * 2 * S::kLanes;
-      unpack_word<S, kMode, 0>(S::template words<t>(tile + t * 128, v), out);
+      unpack_word<S, kMode, 0>(S::template words<t>(tile + t * 128, v), base, v, out);
     }
-    unpack_steps<S, kMode, t + 1>(tile, num_tiles, panel);
+    unpack_steps<S, kMode, t + 1>(tile, base, num_tiles, panel);
   }
 }
 
 template <class S, Mode kMode, int kRows>
-static __attribute__((noinline)) void direct(const uint8_t* tiles, int num_tiles, const float* scales, const int32_t* zeros, const TileArgs& a, int64_t row,
-                                             int block, bool first) {
+static __attribute__((noinline)) void direct(const uint8_t* tiles, int num_tiles, const BlockScale& scale, const TileArgs& a, int64_t row, int block, bool first) {
   constexpr int kAll = 32 / S::kLanes, fit = S::kDirectAcc / (2 * kRows);
   constexpr int kVectors = fit >= kAll ? kAll : fit >= 4 ? 4 : fit >= 2 ? 2 : 1;
 #pragma GCC unroll 1
   for (int v0 = 0; v0 < kAll; v0 += kVectors)
-    micro<S, kMode, kRows, kVectors, false>(tiles, nullptr, num_tiles, v0, scales, zeros, a, row, block, first);
+    micro<S, kMode, kRows, kVectors, false>(tiles, nullptr, num_tiles, v0, scale, a, row, block, first);
 }
 
 template <class S, Mode kMode, int kRows>
-static __attribute__((noinline)) void panel_rows(const int32_t* panel, int num_tiles, int v0, const float* scales, const int32_t* zeros,
-                                                 const TileArgs& a, int64_t row, int block, bool first) {
-  micro<S, kMode, kRows, S::kPanelVectors, true>(nullptr, panel, num_tiles, v0, scales, zeros, a, row, block, first);
+static __attribute__((noinline)) void panel_rows(const int32_t* panel, int num_tiles, int v0, const BlockScale& scale, const TileArgs& a, int64_t row, int block, bool first) {
+  micro<S, kMode, kRows, S::kPanelVectors, true>(nullptr, panel, num_tiles, v0, scale, a, row, block, first);
 }
 
 template <class S, Mode kMode>
 static void tile(const TileArgs& a) {
-  alignas(64) float scales[kTileN];
-  alignas(64) int32_t zeros[kTileN];
-  for (int i = 0; i < kTileN; i++) zeros[i] = 8;
+  BlockScale scale;
   int32_t* panel = (int32_t*)a.panel;
   for (int block = 0; block < a.num_blocks; block++) {
     const Block& b = a.blocks[block];
     const bool first = block == 0;
     const uint8_t* tiles = a.tiles + (int64_t)b.tile * kTileBytes;
-    S::load_scales(a.scales, a.scale_type, (int64_t)b.group * kTileN, scales);
-    if (a.zeros)
-      for (int i = 0; i < kTileN; i++) zeros[i] = a.zeros[(int64_t)b.group * kTileN + i];
+    scale.template load<S, kMode>(a, b.group, first);
     switch (a.rows) {
-      case 1: direct<S, kMode, 1>(tiles, b.tiles, scales, zeros, a, 0, block, first); continue;
-      case 2: direct<S, kMode, 2>(tiles, b.tiles, scales, zeros, a, 0, block, first); continue;
-      case 3: direct<S, kMode, 3>(tiles, b.tiles, scales, zeros, a, 0, block, first); continue;
-      case 4: direct<S, kMode, 4>(tiles, b.tiles, scales, zeros, a, 0, block, first); continue;
+      case 1: direct<S, kMode, 1>(tiles, b.tiles, scale, a, 0, block, first); continue;
+      case 2: direct<S, kMode, 2>(tiles, b.tiles, scale, a, 0, block, first); continue;
+      case 3: direct<S, kMode, 3>(tiles, b.tiles, scale, a, 0, block, first); continue;
+      case 4: direct<S, kMode, 4>(tiles, b.tiles, scale, a, 0, block, first); continue;
       default: break;
     }
     for (int i = 0; i < b.tiles; i++) {
       for (int line = 0; line < kTileBytes; line += 64) S::prefetch(tiles + i * kTileBytes + line + kPrefetchBytes);
-      unpack_steps<S, kMode, 0>(tiles + i * kTileBytes, b.tiles, panel + i * 4 * kExpand[int(kMode)] * 2 * S::kPanelVectors * S::kLanes);
+      unpack_steps<S, kMode, 0>(tiles + i * kTileBytes, scale.base, b.tiles, panel + i * 4 * kExpand[int(kMode)] * 2 * S::kPanelVectors * S::kLanes);
     }
     const int64_t block_words = (int64_t)b.tiles * 4 * kExpand[int(kMode)] * 2 * S::kPanelVectors * S::kLanes;
     constexpr int kMax = S::panel_rows(kMode);
@@ -236,12 +249,12 @@ static void tile(const TileArgs& a) {
       for (int64_t part = 0; part < parts; part++) {  // rows spread evenly over the parts
         const int64_t stop = a.rows * (part + 1) / parts;
         switch (stop - row) {
-          case 1: panel_rows<S, kMode, 1>(p, b.tiles, v0, scales, zeros, a, row, block, first); break;
-          case 2: panel_rows<S, kMode, 2>(p, b.tiles, v0, scales, zeros, a, row, block, first); break;
-          case 3: panel_rows<S, kMode, 3>(p, b.tiles, v0, scales, zeros, a, row, block, first); break;
-          case 4: panel_rows<S, kMode, 4>(p, b.tiles, v0, scales, zeros, a, row, block, first); break;
-          case 5: if constexpr (kMax >= 5) panel_rows<S, kMode, 5>(p, b.tiles, v0, scales, zeros, a, row, block, first); break;
-          case 6: if constexpr (kMax >= 6) panel_rows<S, kMode, 6>(p, b.tiles, v0, scales, zeros, a, row, block, first); break;
+          case 1: panel_rows<S, kMode, 1>(p, b.tiles, v0, scale, a, row, block, first); break;
+          case 2: panel_rows<S, kMode, 2>(p, b.tiles, v0, scale, a, row, block, first); break;
+          case 3: panel_rows<S, kMode, 3>(p, b.tiles, v0, scale, a, row, block, first); break;
+          case 4: panel_rows<S, kMode, 4>(p, b.tiles, v0, scale, a, row, block, first); break;
+          case 5: if constexpr (kMax >= 5) panel_rows<S, kMode, 5>(p, b.tiles, v0, scale, a, row, block, first); break;
+          case 6: if constexpr (kMax >= 6) panel_rows<S, kMode, 6>(p, b.tiles, v0, scale, a, row, block, first); break;
           default: break;
         }
         row = stop;

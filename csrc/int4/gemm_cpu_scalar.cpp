@@ -30,6 +30,11 @@ struct Scalar {
     for (int i = 0; i < 4; i++) w.v[i] = (int32_t)(((uint32_t)w.v[i] >> shift) & (uint32_t)mask);
     return w;
   }
+  template <int p> static F minus_base(I w, F base) {
+    F r;
+    for (int i = 0; i < 4; i++) r.v[i] = (float)((1 << (23 - p)) + ((w.v[i] >> p) & 15)) - base.v[i];
+    return r;
+  }
   static F to_float(I a) { F r; for (int i = 0; i < 4; i++) r.v[i] = (float)a.v[i]; return r; }
   static I broadcast_i(const int32_t* p) { return {{*p, *p, *p, *p}}; }
   static F broadcast_f(const float* p) { return splat(*p); }
@@ -52,20 +57,16 @@ struct Scalar {
   static void load_scales(const void* scales, Type type, int64_t offset, float* out) { load_scales_scalar(scales, type, offset, out); }
 };
 
-bool pack_row(Mode mode, const float* x, const Block* blocks, int num_blocks, int32_t* packed, float* scale, void* sum) {
+bool pack_row(Mode mode, const float* x, const Block* blocks, int num_blocks, int32_t* packed, float* scale, int32_t* sum) {
   bool good = true;
   for (int block = 0; block < num_blocks; block++) {
     const Block& b = blocks[block];
     const int64_t start = (int64_t)b.tile * kTileK, count = (int64_t)b.tiles * kTileK;
     if (mode == Mode::kExact) {
-      float total = 0.0f;
-      for (int64_t i = 0; i < count; i++) total += x[start + i];
-      ((float*)sum)[block] = total;
-      constexpr float factor[4] = {1.0f, 1.0f / 256, 1.0f / 65536, 1.0f / 16777216};
       float* out = (float*)packed + start;
       for (int64_t i = 0; i < b.tiles; i++)
         for (int t = 0; t < 4; t++)
-          for (int e = 0; e < 4; e++) *out++ = x[start + i * kTileK + byte_column(t, e)] * factor[e];
+          for (int e = 0; e < 4; e++) *out++ = x[start + i * kTileK + byte_column(t, e)];
       continue;
     }
     float top = 0.0f, total = 0.0f;
@@ -93,7 +94,7 @@ bool pack_row(Mode mode, const float* x, const Block* blocks, int num_blocks, in
           out[1] = (q[1] & 65535) | (int32_t)((uint32_t)q[3] << 16);
         }
       }
-    ((int32_t*)sum)[block] = q_sum;
+    sum[block] = q_sum;
   }
   return good;
 }

@@ -189,6 +189,36 @@ def _integers(words, shift, zero, COMPUTE: tl.constexpr):
 
 
 @triton.jit
+def _block(
+    words,
+    base_shift,
+    xs_at,
+    row_mask,
+    scales,
+    zeros,
+    scale_at,
+    tile_mask,
+    BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    COMPUTE: tl.constexpr,
+):
+    """One block of K for the 64 rows of one h: (sum of (u - z) * x, the scales), both (64, BLOCK_M) fp32."""
+    KP: tl.constexpr = BLOCK_K // 4 if BLOCK_K > 64 else 16
+    MAGIC: tl.constexpr = _magic(COMPUTE)
+    if zeros is not None:
+        zero = (tl.load(zeros + scale_at, mask=tile_mask, other=0).to(tl.float32) + MAGIC).to(COMPUTE)[:, None]
+    else:
+        zero = tl.full((64, 1), MAGIC + 8, COMPUTE)
+    part = tl.zeros((64, BLOCK_M), tl.float32)
+    for plane in tl.static_range(BLOCK_K // KP):
+        xs = tl.load(xs_at + plane * KP, mask=row_mask[None, :], other=0.0)  # (KP, BLOCK_M)
+        values = _integers(words, base_shift + 8 * plane, zero, COMPUTE)  # (64, KP)
+        part = tl.dot(values, xs, part, input_precision="ieee")
+    scale = tl.load(scales + scale_at, mask=tile_mask, other=0.0).to(tl.float32)
+    return part, tl.broadcast_to(scale[:, None], (64, BLOCK_M))
+
+
+@triton.jit
 def _natural_rows(low, high, BLOCK_M: tl.constexpr):
     """Accumulators of rows (tile, g, a) for h = 0 and 1 -> (128, BLOCK_M) with row 64*tile + 16a + 8h + g."""
     both = tl.join(low, high).reshape(2, 8, 4, BLOCK_M, 2)
@@ -300,27 +330,12 @@ def _gemm_kernel(
         group = (first_tile + tile_k) // group_tiles - first_group
         word_mask = tile_mask[:, None] & (tile_k + kt < k_tiles)[None, :]
         words = tl.load(words_at + tile_k.to(tl.int64) * 128, mask=word_mask, other=0)
-        if zeros is not None:
-            zero_low = tl.load(zeros + group_at + group * 64, mask=tile_mask, other=0)
-            zero_high = tl.load(zeros + group_at + group * 64 + 32, mask=tile_mask, other=0)
-            zero_low = (zero_low.to(tl.float32) + MAGIC).to(COMPUTE)[:, None]
-            zero_high = (zero_high.to(tl.float32) + MAGIC).to(COMPUTE)[:, None]
-        else:
-            zero_low = tl.full((64, 1), MAGIC + 8, COMPUTE)
-            zero_high = tl.full((64, 1), MAGIC + 8, COMPUTE)
-        part_low = tl.zeros((64, BLOCK_M), tl.float32)
-        part_high = tl.zeros((64, BLOCK_M), tl.float32)
-        for plane in tl.static_range(PLANES):
-            xs = tl.load(x_at + (block * BLOCK_K + plane * KP), mask=row_mask[None, :], other=0.0)  # (KP, BLOCK_M)
-            shift = base_shift + 8 * plane
-            low = _integers(words, shift, zero_low, COMPUTE)  # (64, KP)
-            part_low = tl.dot(low, xs, part_low, input_precision="ieee")
-            high = _integers(words, shift + 4, zero_high, COMPUTE)
-            part_high = tl.dot(high, xs, part_high, input_precision="ieee")
-        scale_low = tl.load(scales + group_at + group * 64, mask=tile_mask, other=0.0).to(tl.float32)
-        scale_high = tl.load(scales + group_at + group * 64 + 32, mask=tile_mask, other=0.0).to(tl.float32)
-        acc_low = tl.fma(part_low, tl.broadcast_to(scale_low[:, None], (64, BLOCK_M)), acc_low)
-        acc_high = tl.fma(part_high, tl.broadcast_to(scale_high[:, None], (64, BLOCK_M)), acc_high)
+        xs_at = x_at + block * BLOCK_K
+        scale_at = group_at + group * 64
+        low = _block(words, base_shift, xs_at, row_mask, scales, zeros, scale_at, tile_mask, BLOCK_M, BLOCK_K, COMPUTE)
+        acc_low = tl.fma(low[0], low[1], acc_low)
+        high = _block(words, base_shift + 4, xs_at, row_mask, scales, zeros, scale_at + 32, tile_mask, BLOCK_M, BLOCK_K, COMPUTE)
+        acc_high = tl.fma(high[0], high[1], acc_high)
         if not SPLIT:
             if (block + 1) % split_blocks == 0:
                 total_low += acc_low
@@ -691,3 +706,98 @@ def int4_dequantize(
         COLUMNS,
     )
     return out.to(dtype)
+
+
+# -- what is compiled without a GPU -----------------------------------------------------------------------------------
+def compile_cases() -> list[CompileCase]:
+    """The launches that the compile test builds for every target: all products by tile, and each other kernel once."""
+    names = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
+    sizes = ("rows", "m_tiles", "n_tiles", "k_tiles", "groups", "group_tiles", "first_tile", "experts", "k_blocks")
+    integers = dict.fromkeys((*sizes, "split_blocks", "splits"), "i32") | {"out_features": "i32:16"}
+    fused = {"enable_fp_fusion": False}
+
+    def product(
+        dtype: torch.dtype, block_m: int, block_k: int, *, split: bool, symmetric: bool, grouped: bool = False
+    ) -> CompileCase:
+        choice = next(choice for choice in TILES[dtype] if choice.block_m == block_m)
+        name = names[dtype]
+        tensors = {"x": f"*{name}", "qweight": "*i32", "scales": "*fp16", "out": "*fp32" if split or grouped else f"*{name}"}
+        absent: dict[str, Any] = {"bias": None}
+        for argument, type_, present in (
+            ("zeros", "*u8", not symmetric),
+            ("offsets", "*i64", grouped),
+            ("row_index", "*i64", grouped),
+        ):
+            (tensors if present else absent)[argument] = type_ if present else None
+        constants = {
+            "BLOCK_M": block_m,
+            "BLOCK_K": block_k,
+            "BLOCK_E": 128 if grouped else 1,
+            "GROUP_M": GROUP_M,
+            "SPLIT": split,
+            "COMPUTE": TL_DTYPE[dtype],
+        }
+        kind = "grouped" if grouped else "dense"
+        label = f"{kind}_{name}_m{block_m}_k{block_k}{'_split' if split else ''}_{'sym' if symmetric else 'asym'}"
+        options = {"num_warps": choice.num_warps, "num_stages": choice.num_stages, **fused}
+        return CompileCase(
+            label, _gemm_kernel, tensors | integers, absent | constants, options, matrix_units=dtype != torch.float32
+        )
+
+    half, brain, single = torch.float16, torch.bfloat16, torch.float32
+    cases = [
+        product(half, 16, 128, split=True, symmetric=False),
+        product(half, 128, 128, split=False, symmetric=True),
+        product(brain, 16, 128, split=True, symmetric=True),
+        product(brain, 32, 64, split=True, symmetric=False),
+        product(brain, 64, 128, split=False, symmetric=False),
+        product(brain, 128, 128, split=False, symmetric=False),
+        product(brain, 128, 32, split=False, symmetric=False),
+        product(brain, 16, 16, split=True, symmetric=True),
+        product(brain, 16, 128, split=True, symmetric=True, grouped=True),
+        product(brain, 64, 128, split=False, symmetric=False, grouped=True),
+        product(single, 16, 128, split=True, symmetric=False),
+        product(single, 32, 64, split=False, symmetric=False),
+    ]
+    warps = {"num_warps": 4, "num_stages": 1}
+
+    def other(name: str, kernel: Any, signature: dict[str, str], absent: tuple[str, ...] = (), **constants: Any) -> CompileCase:
+        return CompileCase(name, kernel, signature, dict.fromkeys(absent) | constants | {"COLUMNS": COLUMNS}, warps | fused)
+
+    arrange = {"x": "*bf16", "out": "*bf16", "row_index": "*i64", "row_expert": "*i64", "perm": "*i32"}
+    dequantize = {"qweight": "*i32", "scales": "*fp16", "zeros": "*u8", "out": "*bf16", "in_features": "i32:16"}
+    return [
+        *cases,
+        other(
+            "arrange",
+            _arrange_kernel,
+            arrange | {"in_features": "i32:16", "padded_k": "i32:16"},
+            BLOCK_K=128,
+            COMPUTE=tl.bfloat16,
+        ),
+        other(
+            "finish",
+            _finish_kernel,
+            {"partial": "*fp32", "bias": "*bf16", "out": "*bf16", "rows": "i32", "out_features": "i32:16", "splits": "i32"},
+        ),
+        other(
+            "silu_mul",
+            _silu_mul_kernel,
+            {"partial": "*fp32", "out": "*bf16", "rows": "i32", "intermediate_size": "i32:16", "padded_k": "i32:16"}
+            | {"splits": "i32", "row_expert": "*i64", "perm": "*i32"},
+            BLOCK_K=128,
+        ),
+        other(
+            "combine",
+            _combine_kernel,
+            {"partial": "*fp32", "slot_row": "*i64", "topk_ids": "*i64", "topk_weights": "*fp32", "out": "*bf16"}
+            | {"rows": "i32", "hidden_size": "i32:16", "topk": "i32", "experts": "i32", "splits": "i32"},
+        ),
+        other(
+            "dequantize",
+            _dequantize_kernel,
+            dequantize
+            | {"inverse": "*i64", "out_features": "i32:16"}
+            | dict.fromkeys(("n_tiles", "k_tiles", "groups", "group_tiles", "first_tile"), "i32"),
+        ),
+    ]

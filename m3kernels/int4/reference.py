@@ -96,7 +96,7 @@ def round_activations(x: Tensor, blocks: list[tuple[int, int, int]], activations
     for start, stop, _ in blocks:
         block = x[:, start:stop].float()
         top = block.abs().amax(1, keepdim=True)
-        inverse = torch.where(top > 0, limit / top, 0.0)
+        inverse = torch.where(top > 0, torch.full_like(top, limit) / top, 0.0)  # scalar / tensor is two roundings
         rounded[:, start:stop] = torch.round(block * inverse).double() * (top / limit).double()
     keep = rows_to_compute_exactly(x, blocks, activations)
     return torch.where(keep[:, None], x.double(), rounded)

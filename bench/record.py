@@ -1,0 +1,177 @@
+"""One result, one JSON line: what ran, how exact it was, how long it took, on which machine, at which commit.
+
+A row cannot carry a time unless its error gate passed; ``Row`` refuses to be made otherwise.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import functools
+import importlib.metadata
+import json
+import math
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = Path(__file__).resolve().parent / "results"
+PEERS = ("torch", "triton", "numpy", "onnxruntime", "openvino", "llama-cpp-python", "auto-round-lib", "gemlite", "humming-kernels")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Row:
+    """A line of results/*.jsonl. Times in seconds per product, rates per second, errors relative RMS against fp64."""
+
+    op: str
+    shape: str
+    m: int
+    n: int
+    k: int
+    group_size: int
+    symmetric: bool
+    arm: str
+    computes: str  # operands of the inner product: fp32, bf16, int16, int8
+    lossy: bool
+    device: str
+    threads: int
+    gate: str  # "passed", "failed", or "absent: why"
+    error: float | None = None
+    tolerance: float | None = None
+    median_s: float | None = None
+    p20_s: float | None = None
+    p80_s: float | None = None
+    rounds: int | None = None
+    span: int | None = None  # products per visit
+    copies: int | None = None
+    gmacs: float | None = None  # 1e9 multiply-accumulates per second
+    weight_bytes: int | None = None  # of the INT4 weight with its scales and zeros: the same for every arm
+    stored_bytes: int | None = None  # of the weight as this arm holds it
+    gbytes_s: float | None = None  # 1e9 weight_bytes per second
+    read_gbytes_s: float | None = None  # read bandwidth of the machine, measured between the arms
+    read_share: float | None = None  # gbytes_s / read_gbytes_s
+    peak_gmacs: float | None = None  # ceiling for these operands
+    peak_share: float | None = None
+    ratios: dict[str, tuple[float, float, float]] | None = None  # peer -> how many times faster: median, p20, p80
+    commit: str
+    dirty: bool
+    machine: dict[str, object]
+    date: str
+    command: str
+
+    def __post_init__(self) -> None:
+        timed = [name for name in ("median_s", "p20_s", "p80_s", "gmacs", "gbytes_s", "ratios") if getattr(self, name) is not None]
+        if timed and self.gate != "passed":
+            raise ValueError(f"Row: gate: want 'passed' for a row with {', '.join(timed)}; got {self.gate!r}")
+        if self.gate == "passed":
+            good = self.error is not None and self.tolerance is not None and self.error <= self.tolerance
+            if not good:
+                raise ValueError(f"Row: error: want at most tolerance {self.tolerance} for gate 'passed'; got {self.error}")
+        elif self.gate != "failed" and not self.gate.startswith("absent: "):
+            raise ValueError(f"Row: gate: want 'passed', 'failed' or 'absent: why'; got {self.gate!r}")
+        if self.error is not None and math.isnan(self.error):
+            object.__setattr__(self, "error", None)  # JSON has no nan
+
+    @property
+    def key(self) -> tuple[object, ...]:
+        """Rows of one key measure the same thing; the last one counts."""
+        cpu = self.machine.get("gpu") if self.device == "cuda" else self.machine.get("cpu")
+        return (cpu, self.op, self.shape, self.group_size, self.symmetric, self.device, self.threads, self.m, self.arm)
+
+    def to_json(self) -> str:
+        return json.dumps(dataclasses.asdict(self), allow_nan=False)
+
+
+def append(path: Path, rows: Iterable[Row]) -> None:
+    """Add rows at the end of a JSON lines file, making its folder if need be."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as file:
+        file.writelines(row.to_json() + "\n" for row in rows)
+
+
+def read(path: Path) -> list[Row]:
+    """Rows of a JSON lines file. Raises ValueError naming the line that is no row."""
+    rows = []
+    for number, line in enumerate(path.read_text().splitlines(), 1):
+        try:
+            values = json.loads(line)
+            if values["ratios"] is not None:
+                values["ratios"] = {peer: tuple(value) for peer, value in values["ratios"].items()}
+            rows.append(Row(**values))
+        except (TypeError, KeyError, ValueError) as error:
+            raise ValueError(f"record.read: {path.name}: want a row in line {number}; got {line[:80]!r} ({error})") from error
+    return rows
+
+
+def latest(rows: Iterable[Row]) -> list[Row]:
+    """The last row of each key, in the order in which keys first came."""
+    found: dict[tuple[object, ...], Row] = {}
+    for row in rows:
+        found[row.key] = row
+    return list(found.values())
+
+
+# -- where and when ---------------------------------------------------------------------------------------------------
+def git(*arguments: str) -> str:
+    return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+
+
+@functools.cache
+def commit() -> tuple[str, bool]:
+    """(hash, whether files other than results and documents differ from it); ("unknown", True) outside a repository."""
+    if not (ROOT / ".git").exists():
+        return os.environ.get("M3_COMMIT", "unknown"), True
+    changed = git("status", "--porcelain", "--", ".", ":!bench/results", ":!docs")
+    return git("rev-parse", "--short=12", "HEAD"), bool(changed)
+
+
+def cpu_model() -> str:
+    """Model name with family, model and stepping, which tell virtual machines of one name apart."""
+    facts: dict[str, str] = {}
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text().splitlines():
+            name, _, value = line.partition(":")
+            facts.setdefault(name.strip(), value.strip())
+    name = facts.get("model name") or platform.processor() or platform.machine()
+    return f"{name} (family {facts.get('cpu family', '?')}, model {facts.get('model', '?')}, stepping {facts.get('stepping', '?')})"
+
+
+def versions() -> dict[str, str]:
+    found = {}
+    for package in PEERS:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+@functools.cache
+def machine(device: str = "cpu") -> dict[str, object]:
+    """The machine, as a row tells it."""
+    facts: dict[str, object] = {
+        "cpu": cpu_model(),
+        "cores": os.cpu_count(),
+        "torch_cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "python": platform.python_version(),
+        "versions": versions(),
+    }
+    if device == "cuda":
+        facts["gpu"] = torch.cuda.get_device_name()
+        facts["cuda"] = torch.version.cuda
+    return facts
+
+
+def now() -> str:
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+
+
+def command() -> str:
+    return " ".join(["python -m bench", *sys.argv[1:]])

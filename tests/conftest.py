@@ -1,0 +1,28 @@
+"""What every test shares: one seed, Triton's interpreter on machines without a GPU, and the choice of a room by name."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from m3kernels import dispatch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported, which no module above does
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """Forces the room named by the (indirect) parameter; a room that cannot serve a call then raises BackendError."""
+    monkeypatch.setenv("M3KERNELS_BACKEND", request.param)
+    dispatch.rooms.cache_clear()
+    yield request.param
+    dispatch.rooms.cache_clear()
