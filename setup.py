@@ -120,7 +120,9 @@ def ninja_file(folder: Path, modules: dict[str, Path], sanitize: str) -> str:
     import pybind11
 
     includes = [f"-I{ROOT / 'csrc'}", f"-isystem {pybind11.get_include()}", f"-isystem {sysconfig.get_path('include')}"]
-    instrument = [f"-fsanitize={sanitize}", "-fno-omit-frame-pointer", "-g"] if sanitize else []
+    instrument = (
+        [f"-fsanitize={sanitize}", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer", "-g"] if sanitize else []
+    )
     optimise = ["-O1"] if sanitize else ["-O3", "-DNDEBUG"]
     nvcc = find_nvcc()
     nvcc_flags = ["-std=c++20", "-O3", "-DNDEBUG", *gencode(), "-Xfatbin=-compress-all", "--cudart=static"]

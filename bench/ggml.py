@@ -26,7 +26,11 @@ class InitParams(ctypes.Structure):
     _fields_ = [("mem_size", ctypes.c_size_t), ("mem_buffer", Pointer), ("no_alloc", ctypes.c_bool)]
 
 
+LOG_CALLBACK = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, Pointer)
+SILENT = LOG_CALLBACK(lambda level, text, data: None)
+
 SIGNATURES = {  # name: (result, arguments)
+    "ggml_log_set": (None, [LOG_CALLBACK, Pointer]),
     "ggml_init": (Pointer, [InitParams]),
     "ggml_free": (None, [Pointer]),
     "ggml_tensor_overhead": (ctypes.c_size_t, []),
@@ -60,6 +64,7 @@ class Library:
             function = next(getattr(library, name) for library in loaded if hasattr(library, name))
             function.restype, function.argtypes = result, arguments
             setattr(self, name, function)
+        self.ggml_log_set(SILENT, None)
 
 
 @functools.cache

@@ -55,6 +55,9 @@ class Arm:
         """(M, N) fp32: result of the last run for this copy."""
         raise NotImplementedError
 
+    def close(self) -> None:
+        """Free what Python does not."""
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Gate:

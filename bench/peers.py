@@ -1,8 +1,8 @@
 """INT4 GEMMs of other projects as arms, each fed the same weights bit for bit where its format allows.
 
 torch: fp32 and bf16 matmul of the dequantised weight, and its own INT4 op. ONNX Runtime: MatMulNBits at one accuracy
-level. OpenVINO: a decompression graph, exact or with dynamic quantisation of the activations. ggml: Q4_0, plain or
-repacked. Their runtimes run ``span`` products in one graph, so that a call's fixed cost is shared as in a model.
+level. OpenVINO: a decompression graph, exact or with dynamic quantisation of the activations. auto-round-lib: woqgemm.
+ggml: Q4_0, plain or repacked. Graph runtimes run ``span`` products in one graph, so that a call's fixed cost is shared as in a model.
 """
 
 from __future__ import annotations
@@ -98,7 +98,9 @@ class TorchInt4(PeerArm):
 class OnnxRuntime(PeerArm):
     """MatMulNBits; level 4 rounds the activations to int8, levels 0 and 1 compute in fp32. One session per part."""
 
-    def __init__(self, problem: Problem, rotation: Rotation, threads: int, *, level: int, block: int | None = None) -> None:
+    def __init__(
+        self, problem: Problem, rotation: Rotation, threads: int, *, level: int, block: int | None = None
+    ) -> None:
         need("onnx"), need("onnxruntime")
         self.computes = "int8" if level == 4 else "fp32"
         self.lossy = level == 4
@@ -108,7 +110,9 @@ class OnnxRuntime(PeerArm):
             raise Unavailable(f"MatMulNBits: blocks of {self.block} do not hold groups of {problem.linear.group_size}")
         self.sessions = [self.session(problem, part, level) for part in range(self.parts)]
         blocks = -(-self.k // self.block)
-        self.stored_bytes = self.n * blocks * (self.block // 2 + 4) + (0 if problem.symmetric else self.n * -(-blocks // 2))
+        self.stored_bytes = self.n * blocks * (self.block // 2 + 4) + (
+            0 if problem.symmetric else self.n * -(-blocks // 2)
+        )
 
     def session(self, problem: Problem, part: int, level: int) -> Any:
         import onnx
@@ -241,6 +245,40 @@ class OpenVino(PeerArm):
     def output(self, copy: int) -> Tensor:
         part, index = divmod(copy, self.span)
         return torch.from_numpy(self.requests[part].get_output_tensor(index).data.copy())
+
+
+# -- auto-round-lib ---------------------------------------------------------------------------------------------------
+class Ark(PeerArm):
+    """woqgemm (BesTLA) with fp32 scales; ``compute`` int8 rounds the activations per group, fp32 does not."""
+
+    def __init__(self, problem: Problem, rotation: Rotation, threads: int, *, compute: str) -> None:
+        need("auto_round_kernel")
+        import auto_round_kernel
+
+        self.computes, self.lossy = compute, compute == "int8"
+        super().__init__(problem, rotation, threads)
+        if not problem.symmetric or self.k % problem.linear.group_size:
+            raise Unavailable("woqgemm: measured only on symmetric weights whose K is a multiple of the group")
+        self.woqgemm, self.nothing = auto_round_kernel.woqgemm, torch.empty(0)
+        self.facts = (self.n, self.k, problem.linear.group_size, compute, "int4", "fp32", False)
+        self.weights = []
+        for copy in self.copies:
+            q = (problem.rows(problem.q, copy).to(torch.int8) - 8).T.contiguous()
+            scales = problem.rows(problem.scales, copy).float().T.contiguous()
+            none = torch.empty(0, dtype=torch.int8)
+            self.weights.append(auto_round_kernel.repack_quantized_weight(q, scales, none, *self.facts[2:]))
+        self.stored_bytes = self.weights[0].numel()
+        self.outputs: dict[int, Tensor] = {}
+
+    def load(self, x: Tensor) -> None:
+        self.x = x
+
+    def run(self, part: int) -> None:
+        for copy in self.part(part):
+            self.outputs[copy] = self.woqgemm(self.x, self.weights[copy], self.nothing, *self.facts)
+
+    def output(self, copy: int) -> Tensor:
+        return self.outputs[copy]
 
 
 # -- ggml -------------------------------------------------------------------------------------------------------------

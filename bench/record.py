@@ -22,7 +22,17 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = Path(__file__).resolve().parent / "results"
-PEERS = ("torch", "triton", "numpy", "onnxruntime", "openvino", "llama-cpp-python", "auto-round-lib", "gemlite", "humming-kernels")
+PEERS = (
+    "torch",
+    "triton",
+    "numpy",
+    "onnxruntime",
+    "openvino",
+    "llama-cpp-python",
+    "auto-round-lib",
+    "gemlite",
+    "humming-kernels",
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -36,11 +46,15 @@ class Row:
     k: int
     group_size: int
     symmetric: bool
+    experts: int | None = None  # of a mixture-of-experts layer, where n = 2 * intermediate size and k = hidden size
+    topk: int | None = None
     arm: str
     computes: str  # operands of the inner product: fp32, bf16, int16, int8
-    lossy: bool
+    lossy: bool  # rounds the activations to int8 or everything to bf16
+    isa: str | None = None  # of our own CPU kernels
     device: str
     threads: int
+    case_threads: int  # of the arms around this one; only "name@1t" runs on fewer
     gate: str  # "passed", "failed", or "absent: why"
     error: float | None = None
     tolerance: float | None = None
@@ -48,6 +62,7 @@ class Row:
     p20_s: float | None = None
     p80_s: float | None = None
     rounds: int | None = None
+    launch: str | None = None  # on a GPU: "graph" (CUDA graph of a visit) or "eager"
     span: int | None = None  # products per visit
     copies: int | None = None
     gmacs: float | None = None  # 1e9 multiply-accumulates per second
@@ -66,13 +81,19 @@ class Row:
     command: str
 
     def __post_init__(self) -> None:
-        timed = [name for name in ("median_s", "p20_s", "p80_s", "gmacs", "gbytes_s", "ratios") if getattr(self, name) is not None]
+        timed = [
+            name
+            for name in ("median_s", "p20_s", "p80_s", "gmacs", "gbytes_s", "ratios")
+            if getattr(self, name) is not None
+        ]
         if timed and self.gate != "passed":
             raise ValueError(f"Row: gate: want 'passed' for a row with {', '.join(timed)}; got {self.gate!r}")
         if self.gate == "passed":
             good = self.error is not None and self.tolerance is not None and self.error <= self.tolerance
             if not good:
-                raise ValueError(f"Row: error: want at most tolerance {self.tolerance} for gate 'passed'; got {self.error}")
+                raise ValueError(
+                    f"Row: error: want at most tolerance {self.tolerance} for gate 'passed'; got {self.error}"
+                )
         elif self.gate != "failed" and not self.gate.startswith("absent: "):
             raise ValueError(f"Row: gate: want 'passed', 'failed' or 'absent: why'; got {self.gate!r}")
         if self.error is not None and math.isnan(self.error):
@@ -82,7 +103,17 @@ class Row:
     def key(self) -> tuple[object, ...]:
         """Rows of one key measure the same thing; the last one counts."""
         cpu = self.machine.get("gpu") if self.device == "cuda" else self.machine.get("cpu")
-        return (cpu, self.op, self.shape, self.group_size, self.symmetric, self.device, self.threads, self.m, self.arm)
+        return (
+            cpu,
+            self.op,
+            self.shape,
+            self.group_size,
+            self.symmetric,
+            self.device,
+            self.case_threads,
+            self.m,
+            self.arm,
+        )
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self), allow_nan=False)
@@ -105,7 +136,9 @@ def read(path: Path) -> list[Row]:
                 values["ratios"] = {peer: tuple(value) for peer, value in values["ratios"].items()}
             rows.append(Row(**values))
         except (TypeError, KeyError, ValueError) as error:
-            raise ValueError(f"record.read: {path.name}: want a row in line {number}; got {line[:80]!r} ({error})") from error
+            raise ValueError(
+                f"record.read: {path.name}: want a row in line {number}; got {line[:80]!r} ({error})"
+            ) from error
     return rows
 
 

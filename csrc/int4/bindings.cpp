@@ -22,14 +22,32 @@ Type type_of(const char* op, const char* argument, int type) {
   return Type(type);
 }
 
-// (qweight, scales, zeros or 0, perm or 0, scale type, experts, N, K, group_size, first_k)
-using WeightTuple = std::tuple<uintptr_t, uintptr_t, uintptr_t, uintptr_t, int, int64_t, int64_t, int64_t, int64_t, int64_t>;
+using SpanTuple = std::tuple<uintptr_t, int64_t>;  // address and elements of a contiguous tensor; (0, 0) for None
 
-Weights weights_of(const char* op, const WeightTuple& w) {
-  const auto& [tiles, scales, zeros, perm, type, experts, n, k, group_size, first_k] = w;
-  check(tiles && scales, op, "weight", "addresses that are not null", 0);
-  return {at<uint8_t>(tiles), at<void>(scales), at<uint8_t>(zeros), at<int32_t>(perm), type_of(op, "scales", type),
-          experts, n, k, group_size, first_k};
+// (qweight, scales, zeros, perm as (address, elements), scale type, experts, N, K, group_size, first_k)
+using WeightTuple = std::tuple<SpanTuple, SpanTuple, SpanTuple, SpanTuple, int, int64_t, int64_t, int64_t, int64_t, int64_t>;
+
+// The registered ops can be called without the public checks, so every size that memory safety rests on is checked here.
+void check_span(const char* op, const char* argument, const SpanTuple& span, int64_t count, bool optional) {
+  const auto& [address, got] = span;
+  if (optional && !address && !got) return;
+  check(got == count && (address || !count), op, argument, std::to_string(count) + " elements", got);
+}
+
+Weights weights_of(const char* op, const WeightTuple& tuple) {
+  const auto& [tiles, scales, zeros, perm, type, experts, n, k, group_size, first_k] = tuple;
+  constexpr int64_t most = INT32_MAX;
+  check(experts >= 1 && n >= 1 && k >= 1 && experts < most && n < most && k < most, op, "weight", "sizes in 1 .. 2**31 - 2", n);
+  check(group_size == -1 || (group_size > 0 && group_size % kTileK == 0), op, "group_size", "-1 or a positive multiple of 16", group_size);
+  check(first_k >= 0 && first_k < most && first_k % kTileK == 0, op, "first_k", "a multiple of 16, >= 0", first_k);
+  const Weights w{at<uint8_t>(std::get<0>(tiles)), at<void>(std::get<0>(scales)), at<uint8_t>(std::get<0>(zeros)),
+                  at<int32_t>(std::get<0>(perm)), type_of(op, "scales", type), experts, n, k, group_size, first_k};
+  const int64_t tile_rows = experts * w.n_tiles();
+  check_span(op, "qweight", tiles, tile_rows * w.k_tiles() * kTileWords, false);
+  check_span(op, "scales", scales, tile_rows * w.groups() * kTileN, false);
+  check_span(op, "zeros", zeros, tile_rows * w.groups() * kTileN, true);
+  check_span(op, "perm", perm, experts * k, true);
+  return w;
 }
 
 Mode mode_of(const char* op, int mode) {
@@ -37,37 +55,44 @@ Mode mode_of(const char* op, int mode) {
   return Mode(mode);
 }
 
-void int4_gemm(uintptr_t x, int type, int64_t rows, const WeightTuple& weight, uintptr_t bias, uintptr_t y, int mode, int threads) {
+void int4_gemm(SpanTuple x, int type, int64_t rows, const WeightTuple& weight, SpanTuple bias, uintptr_t y, int mode, int threads) {
   const char* op = "int4_gemm";
   const Weights w = weights_of(op, weight);
-  check(rows >= 0 && w.experts == 1, op, "rows", ">= 0 and one weight", rows);
+  check(w.experts == 1, op, "weight", "one weight, no experts", w.experts);
+  check_span(op, "x", x, rows * w.k, false);
+  check_span(op, "bias", bias, w.n, true);
   const Type t = type_of(op, "x", type);
   const Mode m = mode_of(op, mode);
   const int64_t offsets[2] = {0, rows};
   py::gil_scoped_release release;
-  gemm(op, w, {at<void>(x), t, w.k, at<void>(y), t, w.n, offsets, nullptr, at<void>(bias)}, m, threads);
+  gemm(op, w, {at<void>(std::get<0>(x)), t, w.k, at<void>(y), t, w.n, offsets, nullptr, at<void>(std::get<0>(bias))}, m, threads);
 }
 
-void int4_grouped_gemm(uintptr_t x, int type, int64_t rows, uintptr_t offsets, const WeightTuple& weight, uintptr_t y, int mode, int threads) {
+void int4_grouped_gemm(SpanTuple x, int type, int64_t rows, SpanTuple offsets, const WeightTuple& weight, uintptr_t y, int mode, int threads) {
   const char* op = "int4_grouped_gemm";
   const Weights w = weights_of(op, weight);
-  const int64_t* bounds = at<int64_t>(offsets);
-  check(rows >= 0 && bounds[0] == 0 && bounds[w.experts] == rows, op, "offsets", "0 .. rows", bounds[w.experts]);
+  check_span(op, "x", x, rows * w.k, false);
+  check_span(op, "offsets", offsets, w.experts + 1, false);
+  const int64_t* bounds = at<int64_t>(std::get<0>(offsets));
+  check(bounds[0] == 0 && bounds[w.experts] == rows, op, "offsets", "0 .. " + std::to_string(rows), bounds[w.experts]);
   const Type t = type_of(op, "x", type);
   const Mode m = mode_of(op, mode);
   py::gil_scoped_release release;
-  gemm(op, w, {at<void>(x), t, w.k, at<void>(y), t, w.n, bounds, nullptr, nullptr}, m, threads);
+  gemm(op, w, {at<void>(std::get<0>(x)), t, w.k, at<void>(y), t, w.n, bounds, nullptr, nullptr}, m, threads);
 }
 
-void int4_moe(uintptr_t x, int type, int64_t tokens, int64_t top_k, uintptr_t ids, uintptr_t topk_weights, const WeightTuple& w13,
+void int4_moe(SpanTuple x, int type, int64_t tokens, int64_t top_k, SpanTuple ids, SpanTuple topk_weights, const WeightTuple& w13,
               const WeightTuple& w2, uintptr_t y, int mode, int threads) {
   const char* op = "int4_moe";
   const Weights first = weights_of(op, w13), second = weights_of(op, w2);
-  check(tokens >= 0 && top_k >= 0, op, "topk_ids", "sizes >= 0", top_k);
+  check_span(op, "x", x, tokens * first.k, false);
+  check_span(op, "topk_ids", ids, tokens * top_k, false);
+  check_span(op, "topk_weights", topk_weights, tokens * top_k, false);
   const Type t = type_of(op, "x", type);
   const Mode m = mode_of(op, mode);
   py::gil_scoped_release release;
-  moe(first, second, at<void>(x), t, tokens, top_k, at<int64_t>(ids), at<float>(topk_weights), at<void>(y), m, threads);
+  moe(first, second, at<void>(std::get<0>(x)), t, tokens, top_k, at<int64_t>(std::get<0>(ids)), at<float>(std::get<0>(topk_weights)),
+      at<void>(y), m, threads);
 }
 
 // Asks for 2 MiB pages: a streamed weight of hundreds of megabytes otherwise misses the TLB every 4 KiB. A hint, never an error.

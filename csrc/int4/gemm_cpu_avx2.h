@@ -1,8 +1,9 @@
 // The AVX2 trait and the row operations of every x86 file. Included inside an anonymous namespace, after gemm_cpu_kernels.h.
 
 struct Avx2 {
-  static constexpr int kLanes = 8, kDirectAcc = 8, kPanelVectors = 1, kWidenTiles = 2;
+  static constexpr int kLanes = 8, kDirectAcc = 8, kWidenTiles = 2;
   static constexpr int panel_rows(Mode mode) { return mode == Mode::kInt8 ? 4 : 6; }
+  static constexpr int panel_vectors(Mode) { return 1; }
   using I = __m256i;
   using F = __m256;
 
@@ -33,6 +34,7 @@ struct Avx2 {
   static inline F mul(F a, F b) { return _mm256_mul_ps(a, b); }
   static inline I sub(I a, I b) { return _mm256_sub_epi32(a, b); }
   static inline I multiply(I a, int32_t b) { return _mm256_mullo_epi32(a, _mm256_set1_epi32(b)); }
+  static inline I multiply16(I a, int32_t b) { return _mm256_madd_epi16(a, _mm256_set1_epi32(b & 0xFFFF)); }
   static inline I dot8(I acc16, I w, I x) { return _mm256_add_epi16(acc16, _mm256_maddubs_epi16(w, x)); }
   static inline I widen(I acc32, I acc16) { return _mm256_add_epi32(acc32, _mm256_madd_epi16(acc16, _mm256_set1_epi16(1))); }
   static inline I dot16(I acc, I w, I x) { return _mm256_add_epi32(acc, _mm256_madd_epi16(w, x)); }

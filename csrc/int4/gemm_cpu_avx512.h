@@ -1,8 +1,10 @@
 // The AVX-512 trait (F, BW, VL, DQ). Included inside an anonymous namespace, after gemm_cpu_avx2.h.
 
 struct Avx512 {
-  static constexpr int kLanes = 16, kDirectAcc = 24, kPanelVectors = 2, kWidenTiles = 2;
-  static constexpr int panel_rows(Mode mode) { return mode == Mode::kInt8 ? 4 : 6; }
+  static constexpr int kLanes = 16, kDirectAcc = 24, kWidenTiles = 2;
+  // A panel of fp32 for all 64 rows of W would fill L1: exact takes half at a time.
+  static constexpr int panel_rows(Mode mode) { return mode == Mode::kExact ? 12 : mode == Mode::kInt8 ? 4 : 6; }
+  static constexpr int panel_vectors(Mode mode) { return mode == Mode::kExact ? 1 : 2; }
   using I = __m512i;
   using F = __m512;
 
@@ -37,6 +39,7 @@ struct Avx512 {
   static inline F mul(F a, F b) { return _mm512_mul_ps(a, b); }
   static inline I sub(I a, I b) { return _mm512_sub_epi32(a, b); }
   static inline I multiply(I a, int32_t b) { return _mm512_mullo_epi32(a, _mm512_set1_epi32(b)); }
+  static inline I multiply16(I a, int32_t b) { return _mm512_madd_epi16(a, _mm512_set1_epi32(b & 0xFFFF)); }
   static inline I dot8(I acc16, I w, I x) { return _mm512_add_epi16(acc16, _mm512_maddubs_epi16(w, x)); }
   static inline I widen(I acc32, I acc16) { return _mm512_add_epi32(acc32, _mm512_madd_epi16(acc16, _mm512_set1_epi16(1))); }
   static inline I dot16(I acc, I w, I x) { return _mm512_add_epi32(acc, _mm512_madd_epi16(w, x)); }

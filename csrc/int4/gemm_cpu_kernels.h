@@ -9,8 +9,8 @@
 // (Direct); more rows share a panel that was taken apart once into L1 (Panel). Per row both perform the same operations in the
 // same order, so a row's result does not depend on how many rows there are.
 //
-// A trait offers: kLanes (words of a vector), I and F (vectors), kDirectAcc (accumulators that fit for Direct), kPanelRows,
-// kPanelVectors, kWidenTiles (k-tiles after which a 16-bit accumulator must be widened; 0: dot8 accumulates in 32 bits), and the
+// A trait offers: kLanes (words of a vector), I and F (vectors), kDirectAcc (accumulators that fit for Direct), panel_rows and
+// panel_vectors (register block of Panel), kWidenTiles (k-tiles after which a 16-bit accumulator must be widened; 0: dot8 accumulates in 32 bits), and the
 // functions used below. words(row, v, t) undoes the tile's xor: vector v holds the words of positions kLanes*v ...
 
 constexpr int kPrefetchBytes = 4096;  // ahead of the hardware's stream, which stops at a page
@@ -171,7 +171,8 @@ static inline __attribute__((always_inline)) void micro(const uint8_t* tiles, co
           S::store(c, S::fma(acc[r][v][h], s, old));
         } else {
           const auto z = S::load((const typename S::I*)(scale.zeros + position));
-          const auto centred = S::sub(acc[r][v][h], S::multiply(z, a.x_sum[cell]));
+          const int32_t sum = a.x_sum[cell];  // at most 128 * 127 for int8: a 16-bit multiplier will do
+          const auto centred = S::sub(acc[r][v][h], kMode == Mode::kInt8 ? S::multiply16(z, sum) : S::multiply(z, sum));
           S::store(c, S::fma(S::to_float(centred), S::mul(s, S::splat(a.x_scale[cell])), old));
         }
       }
@@ -183,22 +184,22 @@ static inline __attribute__((always_inline)) void unpack_word(typename S::I w, c
   if constexpr (e < kExpand[int(kMode)]) {
     typename Acc<S, kMode>::X low, high;
     operands<S, kMode, e>(w, base, v, low, high);
-    constexpr int step_words = 2 * S::kPanelVectors * S::kLanes;
+    constexpr int step_words = 2 * S::panel_vectors(kMode) * S::kLanes;
     S::store(panel + e * step_words, low);
     S::store(panel + e * step_words + S::kLanes, high);
     unpack_word<S, kMode, e + 1>(w, base, v, panel);
   }
 }
 
-// Panel layout: [vector block][k-tile][t][e][vector][half][lane] words; a vector block is kPanelVectors vectors.
+// Panel layout: [vector block][k-tile][t][e][vector][half][lane] words; a vector block is panel_vectors() vectors.
 template <class S, Mode kMode, int t>
 static inline __attribute__((always_inline)) void unpack_steps(const uint8_t* tile, const float (*base)[kTileN], int num_tiles, int32_t* panel) {
   if constexpr (t < 4) {
-    constexpr int step_words = 2 * S::kPanelVectors * S::kLanes, word_steps = kExpand[int(kMode)];
+    constexpr int step_words = 2 * S::panel_vectors(kMode) * S::kLanes, word_steps = kExpand[int(kMode)];
 #pragma GCC unroll 8
     for (int v = 0; v < 32 / S::kLanes; v++) {
-      int32_t* out = panel + ((int64_t)(v / S::kPanelVectors) * num_tiles * 4 + t) * word_steps * step_words +
-                     (v % S::kPanelVectors) * 2 * S::kLanes;
+      int32_t* out = panel + ((int64_t)(v / S::panel_vectors(kMode)) * num_tiles * 4 + t) * word_steps * step_words +
+                     (v % S::panel_vectors(kMode)) * 2 * S::kLanes;
       unpack_word<S, kMode, 0>(S::template words<t>(tile + t * 128, v), base, v, out);
     }
     unpack_steps<S, kMode, t + 1>(tile, base, num_tiles, panel);
@@ -216,7 +217,7 @@ static __attribute__((noinline)) void direct(const uint8_t* tiles, int num_tiles
 
 template <class S, Mode kMode, int kRows>
 static __attribute__((noinline)) void panel_rows(const int32_t* panel, int num_tiles, int v0, const BlockScale& scale, const TileArgs& a, int64_t row, int block, bool first) {
-  micro<S, kMode, kRows, S::kPanelVectors, true>(nullptr, panel, num_tiles, v0, scale, a, row, block, first);
+  micro<S, kMode, kRows, S::panel_vectors(kMode), true>(nullptr, panel, num_tiles, v0, scale, a, row, block, first);
 }
 
 template <class S, Mode kMode>
@@ -237,24 +238,30 @@ static void tile(const TileArgs& a) {
     }
     for (int i = 0; i < b.tiles; i++) {
       for (int line = 0; line < kTileBytes; line += 64) S::prefetch(tiles + i * kTileBytes + line + kPrefetchBytes);
-      unpack_steps<S, kMode, 0>(tiles + i * kTileBytes, scale.base, b.tiles, panel + i * 4 * kExpand[int(kMode)] * 2 * S::kPanelVectors * S::kLanes);
+      unpack_steps<S, kMode, 0>(tiles + i * kTileBytes, scale.base, b.tiles, panel + i * 4 * kExpand[int(kMode)] * 2 * S::panel_vectors(kMode) * S::kLanes);
     }
-    const int64_t block_words = (int64_t)b.tiles * 4 * kExpand[int(kMode)] * 2 * S::kPanelVectors * S::kLanes;
+    const int64_t block_words = (int64_t)b.tiles * 4 * kExpand[int(kMode)] * 2 * S::panel_vectors(kMode) * S::kLanes;
     constexpr int kMax = S::panel_rows(kMode);
     const int64_t parts = (a.rows + kMax - 1) / kMax;
-    for (int vb = 0; vb < 32 / S::kLanes / S::kPanelVectors; vb++) {
+    for (int vb = 0; vb < 32 / S::kLanes / S::panel_vectors(kMode); vb++) {
       const int32_t* p = panel + vb * block_words;
-      const int v0 = vb * S::kPanelVectors;
+      const int v0 = vb * S::panel_vectors(kMode);
       int64_t row = 0;
       for (int64_t part = 0; part < parts; part++) {  // rows spread evenly over the parts
         const int64_t stop = a.rows * (part + 1) / parts;
         switch (stop - row) {
-          case 1: panel_rows<S, kMode, 1>(p, b.tiles, v0, scale, a, row, block, first); break;
-          case 2: panel_rows<S, kMode, 2>(p, b.tiles, v0, scale, a, row, block, first); break;
-          case 3: panel_rows<S, kMode, 3>(p, b.tiles, v0, scale, a, row, block, first); break;
-          case 4: panel_rows<S, kMode, 4>(p, b.tiles, v0, scale, a, row, block, first); break;
+          case 1: if constexpr (kMax >= 1) panel_rows<S, kMode, 1>(p, b.tiles, v0, scale, a, row, block, first); break;
+          case 2: if constexpr (kMax >= 2) panel_rows<S, kMode, 2>(p, b.tiles, v0, scale, a, row, block, first); break;
+          case 3: if constexpr (kMax >= 3) panel_rows<S, kMode, 3>(p, b.tiles, v0, scale, a, row, block, first); break;
+          case 4: if constexpr (kMax >= 4) panel_rows<S, kMode, 4>(p, b.tiles, v0, scale, a, row, block, first); break;
           case 5: if constexpr (kMax >= 5) panel_rows<S, kMode, 5>(p, b.tiles, v0, scale, a, row, block, first); break;
           case 6: if constexpr (kMax >= 6) panel_rows<S, kMode, 6>(p, b.tiles, v0, scale, a, row, block, first); break;
+          case 7: if constexpr (kMax >= 7) panel_rows<S, kMode, 7>(p, b.tiles, v0, scale, a, row, block, first); break;
+          case 8: if constexpr (kMax >= 8) panel_rows<S, kMode, 8>(p, b.tiles, v0, scale, a, row, block, first); break;
+          case 9: if constexpr (kMax >= 9) panel_rows<S, kMode, 9>(p, b.tiles, v0, scale, a, row, block, first); break;
+          case 10: if constexpr (kMax >= 10) panel_rows<S, kMode, 10>(p, b.tiles, v0, scale, a, row, block, first); break;
+          case 11: if constexpr (kMax >= 11) panel_rows<S, kMode, 11>(p, b.tiles, v0, scale, a, row, block, first); break;
+          case 12: if constexpr (kMax >= 12) panel_rows<S, kMode, 12>(p, b.tiles, v0, scale, a, row, block, first); break;
           default: break;
         }
         row = stop;

@@ -10,8 +10,9 @@ namespace {
 #include "int4/gemm_cpu_kernels.h"
 
 struct Scalar {
-  static constexpr int kLanes = 4, kDirectAcc = 8, kPanelVectors = 2, kWidenTiles = 0;
+  static constexpr int kLanes = 4, kDirectAcc = 8, kWidenTiles = 0;
   static constexpr int panel_rows(Mode) { return 4; }
+  static constexpr int panel_vectors(Mode) { return 2; }
   struct I { int32_t v[4]; };
   struct F { float v[4]; };
 
@@ -43,6 +44,7 @@ struct Scalar {
   static F mul(F a, F b) { for (int i = 0; i < 4; i++) a.v[i] *= b.v[i]; return a; }
   static I sub(I a, I b) { for (int i = 0; i < 4; i++) a.v[i] -= b.v[i]; return a; }
   static I multiply(I a, int32_t b) { for (int i = 0; i < 4; i++) a.v[i] *= b; return a; }
+  static I multiply16(I a, int32_t b) { return multiply(a, b); }
   static I widen(I acc, I) { return acc; }
   static I dot8(I acc, I w, I x) {
     for (int i = 0; i < 4; i++)

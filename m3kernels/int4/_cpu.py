@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from m3kernels import _cpu_ext
+from m3kernels.checks import refuse
 from m3kernels.int4.reference import int4_dequantize as _dequantize
 
 MODE = {"exact": 0, "int16": 1, "int8": 2, "auto": 1}
@@ -19,16 +20,27 @@ def unsupported(op: str, *args: Any) -> str:
     return "" if device == "cpu" else f"needs CPU tensors, not {device}"
 
 
-def _address(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
+def _span(tensor: Tensor | None, dtype: torch.dtype | None = None) -> tuple[int, int]:
+    """(address, elements) of a contiguous tensor of the given dtype; (0, 0) for None."""
+    if tensor is None:
+        return 0, 0
+    if not tensor.is_contiguous() or (dtype is not None and tensor.dtype != dtype):
+        raise refuse("m3kernels::int4", "tensor", f"contiguous {dtype or ''}", tensor)
+    return tensor.data_ptr(), tensor.numel()
+
+
+def _type(tensor: Tensor) -> int:
+    if tensor.dtype not in TYPE:
+        raise refuse("m3kernels::int4", "tensor", "float32, bfloat16 or float16", tensor)
+    return TYPE[tensor.dtype]
 
 
 def _weight(
     qweight: Tensor, scales: Tensor, zeros: Tensor | None, perm: Tensor | None, n: int, k: int, group_size: int, first_k: int
-) -> tuple[int, ...]:
+) -> tuple[Any, ...]:
     experts = qweight.shape[0] if qweight.ndim == 4 else 1
-    addresses = (qweight.data_ptr(), scales.data_ptr(), _address(zeros), _address(perm))
-    return (*addresses, TYPE[scales.dtype], experts, n, k, group_size, first_k)
+    spans = (_span(qweight, torch.int32), _span(scales), _span(zeros, torch.uint8), _span(perm, torch.int32))
+    return (*spans, _type(scales), experts, n, k, group_size, first_k)
 
 
 def int4_gemm(
@@ -48,7 +60,7 @@ def int4_gemm(
     weight = _weight(qweight, scales, zeros, perm, out_features, in_features, group_size, first_k)
     threads = torch.get_num_threads()
     _cpu_ext.int4_gemm(
-        x.data_ptr(), TYPE[x.dtype], x.shape[0], weight, _address(bias), y.data_ptr(), MODE[activations], threads
+        _span(x), _type(x), x.shape[0], weight, _span(bias, x.dtype), y.data_ptr(), MODE[activations], threads
     )
     return y
 
@@ -70,7 +82,7 @@ def int4_grouped_gemm(
     weight = _weight(qweight, scales, zeros, perm, out_features, in_features, group_size, first_k)
     threads = torch.get_num_threads()
     _cpu_ext.int4_grouped_gemm(
-        x.data_ptr(), TYPE[x.dtype], x.shape[0], offsets.data_ptr(), weight, y.data_ptr(), MODE[activations], threads
+        _span(x), _type(x), x.shape[0], _span(offsets, torch.int64), weight, y.data_ptr(), MODE[activations], threads
     )
     return y
 
@@ -97,12 +109,12 @@ def int4_moe(
     y = torch.empty_like(x)
     two_i = 2 * intermediate_size
     _cpu_ext.int4_moe(
-        x.data_ptr(),
-        TYPE[x.dtype],
+        _span(x),
+        _type(x),
         x.shape[0],
         topk_ids.shape[1],
-        topk_ids.data_ptr(),
-        topk_weights.data_ptr(),
+        _span(topk_ids, torch.int64),
+        _span(topk_weights, torch.float32),
         _weight(w13_qweight, w13_scales, w13_zeros, w13_perm, two_i, hidden_size, group_size, w13_first_k),
         _weight(w2_qweight, w2_scales, w2_zeros, w2_perm, hidden_size, intermediate_size, group_size, w2_first_k),
         y.data_ptr(),

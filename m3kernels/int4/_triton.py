@@ -131,15 +131,27 @@ def _source_column(d, BLOCK_K: tl.constexpr):
     return (d // BLOCK_K) * BLOCK_K + kt * 16 + 2 * (c % 4) + (b // 2) + 8 * (b % 2)
 
 
+@triton.jit
+def _store_sums(values, sums, program, row, rows, padded_k, BLOCK_K: tl.constexpr, COLUMNS: tl.constexpr):
+    """Sum of each block of K among COLUMNS arranged values of one row, to sums[block, row]."""
+    BLOCKS: tl.constexpr = COLUMNS // BLOCK_K
+    block = program * BLOCKS + tl.arange(0, BLOCKS)
+    total = tl.sum(values.to(tl.float32).reshape(BLOCKS, BLOCK_K), 1)
+    tl.store(sums + block.to(tl.int64) * rows + row, total, mask=block * BLOCK_K < padded_k)
+
+
 # Grid: (rows * column blocks). A program writes COLUMNS columns of one row of ``out`` (rows, padded_k): x of source row
-# ``row_index[row]`` in contraction order, through ``perm`` (of the row's expert), zero beyond K.
+# ``row_index[row]`` in contraction order, through ``perm`` (of the row's expert), zero beyond K; and its sum over each
+# block of K into ``sums`` (k_blocks, rows).
 @triton.jit
 def _arrange_kernel(
     x,
     out,
+    sums,
     row_index,
     row_expert,
     perm,
+    rows,
     in_features,
     padded_k,
     BLOCK_K: tl.constexpr,
@@ -162,6 +174,8 @@ def _arrange_kernel(
         source = tl.load(row_index + row).to(tl.int64)
     values = tl.load(x + source * in_features + column, mask=mask, other=0.0).to(COMPUTE)
     tl.store(out + row * padded_k + d, values, mask=d < padded_k)
+    if sums is not None:
+        _store_sums(values, sums, tl.program_id(0) % blocks, row, rows, padded_k, BLOCK_K, COLUMNS)
 
 
 @triton.jit
@@ -177,7 +191,7 @@ def _magic(COMPUTE: tl.constexpr):
 
 @triton.jit
 def _integers(words, shift, zero, COMPUTE: tl.constexpr):
-    """u - z, exactly, in COMPUTE: ``zero`` is 2**p + z."""
+    """u - z, exactly, in COMPUTE: ``zero`` is 2**p + z. Elementwise only, so it happens in the operand's registers."""
     u = (words >> shift) & 15
     if COMPUTE == tl.float16:
         value = (u | 0x6400).to(tl.int16).to(tl.float16, bitcast=True)
@@ -193,29 +207,34 @@ def _block(
     words,
     base_shift,
     xs_at,
+    sum_x,
     row_mask,
     scales,
     zeros,
     scale_at,
     tile_mask,
+    acc,
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
     COMPUTE: tl.constexpr,
 ):
-    """One block of K for the 64 rows of one h: (sum of (u - z) * x, the scales), both (64, BLOCK_M) fp32."""
+    """acc + s * sum of (u - z) * x over one block of K, for the 64 rows of one h: (64, BLOCK_M) fp32."""
     KP: tl.constexpr = BLOCK_K // 4 if BLOCK_K > 64 else 16
-    MAGIC: tl.constexpr = _magic(COMPUTE)
+    zero = _magic(COMPUTE) + 8
     if zeros is not None:
-        zero = (tl.load(zeros + scale_at, mask=tile_mask, other=0).to(tl.float32) + MAGIC).to(COMPUTE)[:, None]
-    else:
-        zero = tl.full((64, 1), MAGIC + 8, COMPUTE)
+        z = tl.load(zeros + scale_at, mask=tile_mask, other=8).to(tl.float32)
+        if sum_x is None:
+            zero = _magic(COMPUTE) + z[:, None]
     part = tl.zeros((64, BLOCK_M), tl.float32)
     for plane in tl.static_range(BLOCK_K // KP):
         xs = tl.load(xs_at + plane * KP, mask=row_mask[None, :], other=0.0)  # (KP, BLOCK_M)
         values = _integers(words, base_shift + 8 * plane, zero, COMPUTE)  # (64, KP)
         part = tl.dot(values, xs, part, input_precision="ieee")
+    if sum_x is not None:
+        eight = tl.broadcast_to((8 - z)[:, None], (64, BLOCK_M))
+        part = tl.fma(eight, tl.broadcast_to(sum_x[None, :], (64, BLOCK_M)), part)
     scale = tl.load(scales + scale_at, mask=tile_mask, other=0.0).to(tl.float32)
-    return part, tl.broadcast_to(scale[:, None], (64, BLOCK_M))
+    return tl.fma(part, tl.broadcast_to(scale[:, None], (64, BLOCK_M)), acc)
 
 
 @triton.jit
@@ -234,6 +253,7 @@ def _natural_rows(low, high, BLOCK_M: tl.constexpr):
 @triton.jit
 def _gemm_kernel(
     x,
+    sums,
     qweight,
     scales,
     zeros,
@@ -242,6 +262,7 @@ def _gemm_kernel(
     row_index,
     out,
     rows,
+    x_rows,
     m_tiles,
     out_features,
     n_tiles,
@@ -263,7 +284,6 @@ def _gemm_kernel(
     KP: tl.constexpr = BLOCK_K // 4 if BLOCK_K > 64 else 16
     PLANES: tl.constexpr = BLOCK_K // KP
     TILES_K: tl.constexpr = BLOCK_K // 16
-    MAGIC: tl.constexpr = _magic(COMPUTE)
 
     pid = tl.program_id(0)
     split = 0
@@ -298,9 +318,6 @@ def _gemm_kernel(
 
     row = row0 + tl.arange(0, BLOCK_M)
     row_mask = (row >= 0) & (row < row_end)
-    source = row
-    if row_index is not None:
-        source = tl.load(row_index + row, mask=row_mask, other=0)
 
     p = tl.arange(0, 64)
     c = tl.arange(0, KP)
@@ -311,10 +328,23 @@ def _gemm_kernel(
     kt = (c // 4) % TILES_K
     lane = (g[:, None] ^ (2 * t[None, :])) * 4 + (p % 4)[:, None]
     lane = tl.max_contiguous(tl.multiple_of(lane, (4, 1)), (4, 1))
-    words_at = qweight + (weight_tile + nt)[:, None] * k_tiles * 128 + (kt * 128 + t * 32)[None, :] + lane
-    group_at = (weight_tile + nt) * groups * 64 + p % 32
-    x_at = x + source[None, :] * (k_blocks * BLOCK_K) + c[:, None]
-    base_shift = ((c // (4 * TILES_K)) * (8 * PLANES))[None, :]
+    word_at = (p // 32)[:, None] * (k_tiles * 128) + (kt * 128 + t * 32)[None, :] + lane
+    qweight += (weight_tile + pid_n * 2) * k_tiles * 128
+    scale_row = (p // 32) * (groups * 64) + p % 32
+    scales += (weight_tile + pid_n * 2) * groups * 64
+    if zeros is not None:
+        zeros += (weight_tile + pid_n * 2) * groups * 64
+    x_stride = k_blocks * BLOCK_K
+    sum_at = row
+    if row_index is not None:
+        sum_at = tl.load(row_index + row, mask=row_mask, other=0)
+        x_at = sum_at[None, :] * x_stride + c[:, None]
+    else:  # offsets from the first row of the tile fit in 32 bits
+        x += row0 * x_stride
+        x_at = tl.arange(0, BLOCK_M)[None, :] * x_stride + c[:, None]
+    base_shift = 0
+    if BLOCK_K < 64:
+        base_shift = ((c // (4 * TILES_K)) * (8 * PLANES))[None, :]
 
     acc_low = tl.zeros((64, BLOCK_M), tl.float32)
     acc_high = tl.zeros((64, BLOCK_M), tl.float32)
@@ -329,13 +359,20 @@ def _gemm_kernel(
         tile_k = block * TILES_K
         group = (first_tile + tile_k) // group_tiles - first_group
         word_mask = tile_mask[:, None] & (tile_k + kt < k_tiles)[None, :]
-        words = tl.load(words_at + tile_k.to(tl.int64) * 128, mask=word_mask, other=0)
-        xs_at = x_at + block * BLOCK_K
-        scale_at = group_at + group * 64
-        low = _block(words, base_shift, xs_at, row_mask, scales, zeros, scale_at, tile_mask, BLOCK_M, BLOCK_K, COMPUTE)
-        acc_low = tl.fma(low[0], low[1], acc_low)
-        high = _block(words, base_shift + 4, xs_at, row_mask, scales, zeros, scale_at + 32, tile_mask, BLOCK_M, BLOCK_K, COMPUTE)
-        acc_high = tl.fma(high[0], high[1], acc_high)
+        words = tl.load(qweight + tile_k.to(tl.int64) * 128 + word_at, mask=word_mask, other=0)
+        xs_at = x + block * BLOCK_K + x_at
+        scale_at = scale_row + group * 64
+        sum_x = None
+        if sums is not None:
+            sum_x = tl.load(sums + block.to(tl.int64) * x_rows + sum_at, mask=row_mask, other=0.0)
+        acc_low = _block(
+            *(words, base_shift, xs_at, sum_x, row_mask, scales, zeros, scale_at, tile_mask, acc_low),
+            *(BLOCK_M, BLOCK_K, COMPUTE),
+        )
+        acc_high = _block(
+            *(words, base_shift + 4, xs_at, sum_x, row_mask, scales, zeros, scale_at + 32, tile_mask, acc_high),
+            *(BLOCK_M, BLOCK_K, COMPUTE),
+        )
         if not SPLIT:
             if (block + 1) % split_blocks == 0:
                 total_low += acc_low
@@ -375,11 +412,13 @@ def _finish_kernel(partial, bias, out, rows, out_features, splits, COLUMNS: tl.c
 
 
 # Grid: (rows * column blocks). A program adds the partials of gate and up (splits, rows, 2I) and writes COLUMNS columns
-# of silu(gate) * up in the contraction order of the next product, (rows, padded_k), zero beyond I.
+# of silu(gate) * up in the contraction order of the next product, (rows, padded_k), zero beyond I, and their sums over
+# each block of K, (k_blocks, rows).
 @triton.jit
 def _silu_mul_kernel(
     partial,
     out,
+    sums,
     row_expert,
     perm,
     rows,
@@ -402,8 +441,10 @@ def _silu_mul_kernel(
     stride = tl.cast(rows, tl.int64) * (2 * intermediate_size)
     gate = _sum_splits(partial, at, mask, stride, splits, COLUMNS)
     up = _sum_splits(partial, at + intermediate_size, mask, stride, splits, COLUMNS)
-    hidden = gate / (1.0 + tl.exp(-gate)) * up
-    tl.store(out + row * padded_k + d, hidden.to(out.dtype.element_ty), mask=d < padded_k)
+    hidden = (gate / (1.0 + tl.exp(-gate)) * up).to(out.dtype.element_ty)
+    tl.store(out + row * padded_k + d, hidden, mask=d < padded_k)
+    if sums is not None:
+        _store_sums(hidden, sums, tl.program_id(0) % blocks, row, rows, padded_k, BLOCK_K, COLUMNS)
 
 
 # Grid: (tokens * column blocks). A program adds the experts' outputs of one token, in slot order, in fp32:

@@ -1,0 +1,112 @@
+"""``python -m bench int4 | roofline | report``: measure, and turn what was measured into docs/benchmarks.md."""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import sys
+from pathlib import Path
+
+from bench import int4, record, roofline, workloads
+
+
+def numbers(text: str) -> tuple[int, ...]:
+    """A comma-separated list of positive integers."""
+    values = tuple(int(part) for part in text.split(","))
+    if not values or min(values) < 1:
+        raise argparse.ArgumentTypeError(f"want positive numbers with commas; got {text!r}")
+    return values
+
+
+def words(text: str) -> tuple[str, ...]:
+    return tuple(part.strip() for part in text.split(",") if part.strip())
+
+
+def parser() -> argparse.ArgumentParser:
+    top = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
+    commands = top.add_subparsers(dest="command", required=True)
+
+    gemm = commands.add_parser("int4", help="INT4 GEMM and experts against other projects")
+    gemm.add_argument("--preset", choices=sorted(workloads.PRESETS), help="a named list of shapes (default: default)")
+    gemm.add_argument("--shapes", type=words, help=f"of {', '.join([*workloads.LINEARS, *workloads.EXPERTS])}")
+    gemm.add_argument("--m", type=numbers, help="rows of x (default: 1,4,16,128; on a GPU 1,4,16,64,128,256,1024)")
+    gemm.add_argument("--threads", type=numbers, default=(1, 2), help="default: 1,2")
+    gemm.add_argument("--arms", type=words, help=f"default: {', '.join(int4.DEFAULT_ARMS)}")
+    gemm.add_argument(
+        "--isa", type=words, default=(), help="run our arms again with these instruction sets, as m3_int8@avx2"
+    )
+    gemm.add_argument("--seconds", type=float, default=6.0, help="for each shape, M and thread count (default: 6)")
+    gemm.add_argument("--rounds", type=int, default=5, help="at least this many (default: 5)")
+    gemm.add_argument("--asymmetric", action="store_true", help="weights with zero points")
+    gemm.add_argument("--memory", type=float, default=6.0, help="GB that the copies of a case may take (default: 6)")
+    gemm.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    gemm.add_argument("--out", type=Path, help=f"JSON lines to add to (default: {record.RESULTS.name}/int4.jsonl)")
+
+    ceilings = commands.add_parser("roofline", help="what this machine can do at best")
+    ceilings.add_argument("--threads", type=numbers, default=(1, 2))
+
+    report = commands.add_parser("report", help="write docs/benchmarks.md and its plots from the rows")
+    report.add_argument("--results", type=Path, default=record.RESULTS)
+    report.add_argument("--out", type=Path, default=record.ROOT / "docs" / "benchmarks.md")
+    return top
+
+
+def run_int4(arguments: argparse.Namespace) -> int:
+    from bench import report
+
+    say = functools.partial(print, file=sys.stderr, flush=True)
+    preset = arguments.preset or "default"
+    shapes = [workloads.find(name) for name in arguments.shapes or workloads.PRESETS[preset]]
+    acceptance = arguments.preset == "acceptance"
+    out = arguments.out or record.RESULTS / "int4.jsonl"
+    found: list[record.Row] = []
+    if arguments.device == "cuda":
+        from bench import cuda
+
+        plan = cuda.plan(ms=arguments.m, arms=arguments.arms, seconds=arguments.seconds, min_rounds=arguments.rounds)
+        measure = functools.partial(cuda.run, plan=plan, say=say)
+    else:
+        arms = arguments.arms or int4.DEFAULT_ARMS
+        plan = int4.Plan(
+            ms=arguments.m or (1, 4, 16, 128),
+            threads=arguments.threads,
+            arms=(*arms, *(f"{arm}@{isa}" for isa in arguments.isa for arm in int4.OURS if arm in arms)),
+            symmetric=not arguments.asymmetric,
+            seconds=arguments.seconds,
+            scaling=acceptance,
+            limit_bytes=int(arguments.memory * 1e9),
+            min_rounds=arguments.rounds,
+        )
+        for name in plan.arms:
+            int4.factory(name)
+        measure = functools.partial(int4.run, plan=plan, say=say)
+    for shape in shapes:
+        case: list[record.Row] = []
+        for row in measure(shape):
+            record.append(out, [row])
+            case.append(row)
+        print(report.tables(case), flush=True)
+        found += case
+    if acceptance:
+        lines = report.acceptance(found)
+        print(report.acceptance_table(lines))
+        return 0 if all(line.passed for line in lines) else 1
+    return 0
+
+
+def main() -> int:
+    arguments = parser().parse_args()
+    if arguments.command == "int4":
+        return run_int4(arguments)
+    if arguments.command == "roofline":
+        for threads in arguments.threads:
+            print(roofline.describe(roofline.measured(threads, record.cpu_model())))
+        return 0
+    from bench import report
+
+    report.write(arguments.results, arguments.out)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,328 @@
+"""Rows to prose: tables for the terminal, the acceptance lines, docs/benchmarks.md and its plots."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable, Sequence
+from itertools import groupby
+from pathlib import Path
+
+from bench import record
+from bench.record import Row
+
+OURS = ("m3_int8", "m3_int16", "m3_exact")
+
+
+def timed(rows: Iterable[Row]) -> list[Row]:
+    return [row for row in rows if row.gate == "passed"]
+
+
+def table(header: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
+    """A Markdown table with padded columns."""
+    cells = [list(header), *map(list, lines)]
+    widths = [max(len(line[i]) for line in cells) for i in range(len(header))]
+    padded = [
+        "| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) + " |" for line in cells
+    ]
+    return "\n".join([padded[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *padded[1:]])
+
+
+def time_text(seconds: float) -> str:
+    return f"{seconds * 1e3:.3f} ms" if seconds < 1 else f"{seconds:.2f} s"
+
+
+def share(value: float | None) -> str:
+    return "" if value is None else f"{value:.0%}"
+
+
+def case_table(rows: Sequence[Row]) -> str:
+    """One shape, M and thread count: every arm, fastest first; arms without a time last, with the reason."""
+    lines = []
+    for row in sorted(timed(rows), key=lambda row: row.median_s or 0.0):
+        assert row.median_s is not None and row.p20_s is not None and row.p80_s is not None
+        faster = "" if not row.ratios or "m3_int16" not in row.ratios else f"{row.ratios['m3_int16'][0]:.2f}"
+        lines.append(
+            (
+                row.arm if row.isa is None else f"{row.arm} ({row.isa})",
+                f"{time_text(row.median_s)} ({row.p20_s * 1e3:.3f} - {row.p80_s * 1e3:.3f})",
+                f"{row.gmacs:.1f}",
+                f"{row.gbytes_s:.1f}",
+                share(row.read_share) if row.m <= 4 else "",
+                share(row.peak_share),
+                f"{row.error:.1e}",
+                faster,
+            )
+        )
+    for row in rows:
+        if row.gate == "failed":
+            error = "not finite" if row.error is None else f"{row.error:.1e}"
+            lines.append((row.arm, f"none: error over {row.tolerance:.0e}", "", "", "", "", error, ""))
+        elif row.gate != "passed":
+            lines.append((row.arm, row.gate, "", "", "", "", "", ""))
+    header = ("arm", "time (p20 - p80)", "GMAC/s", "GB/s", "of read", "of peak", "error", "over m3_int16")
+    return table(header, lines)
+
+
+def cases(rows: Iterable[Row]) -> list[tuple[tuple[str, str, int, int], list[Row]]]:
+    """[((op, shape, threads of the case, m), rows)] in order of appearance; "@1t" arms belong to the case they ran in."""
+    found: dict[tuple[str, str, int, int], list[Row]] = {}
+    for row in rows:
+        found.setdefault((row.op, row.shape, row.case_threads, row.m), []).append(row)
+    return list(found.items())
+
+
+def tables(rows: Iterable[Row]) -> str:
+    """Text for the terminal."""
+    parts = []
+    for (op, shape, threads, m), members in cases(rows):
+        read = next((f", read {row.read_gbytes_s:.1f} GB/s" for row in members if row.read_gbytes_s), "")
+        parts.append(f"\n{op} {shape}, M = {m}, {threads} thread(s){read}\n{case_table(members)}")
+    return "\n".join(parts)
+
+
+# -- acceptance -------------------------------------------------------------------------------------------------------
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Line:
+    """One promise about speed, and what was measured."""
+
+    shape: str
+    threads: int
+    m: int
+    what: str
+    peer: str
+    want: float
+    got: float | None  # None: not measured
+    p20: float | None = None
+    p80: float | None = None
+
+    @property
+    def passed(self) -> bool:
+        return self.got is not None and self.got >= self.want
+
+
+INT8_OVER_ORT = {"4096x4096": {1: 1.15, 4: 1.6, 16: 1.6, 128: 1.6}, "4096x12288": {1: 1.5, 4: 1.5, 16: 1.5, 128: 1.5}}
+READ_SHARE = {"4096x4096": {1: 0.85}}
+INT16_OVER_EXACT = {1: 2.5, 4: 2.5}
+EXACT_OVER_EXACT = {1: 1.8, 4: 1.8, 128: 1.0}
+TWO_THREADS = {16: 1.8, 128: 1.8}
+
+
+def fastest(rows: Iterable[Row], accept: Callable[[Row], bool]) -> Row | None:
+    """The peer of least median time among those accepted."""
+    peers = [row for row in timed(rows) if not row.arm.startswith("m3_") and accept(row)]
+    return min(peers, key=lambda row: row.median_s or 0.0, default=None)
+
+
+def acceptance(rows: Iterable[Row]) -> list[Line]:
+    """What was promised for 4096 x 4096 and 4096 x 12288 at group 128 on one thread, and for two threads over one."""
+    lines = []
+    for (op, shape, threads, m), members in cases(rows):
+        if op != "int4_gemm" or shape not in INT8_OVER_ORT:
+            continue
+        ours = {row.arm: row for row in timed(members)}
+
+        def line(arm: str, what: str, peer: str | None, want: float) -> None:
+            ratios = ours[arm].ratios if arm in ours else None
+            value = None if ratios is None or peer is None else ratios.get(peer)
+            got, p20, p80 = value if value is not None else (None, None, None)
+            lines.append(
+                Line(
+                    shape=shape,
+                    threads=threads,
+                    m=m,
+                    what=f"{arm} {what}",
+                    peer=peer or "none",
+                    want=want,
+                    got=got,
+                    p20=p20,
+                    p80=p80,
+                )
+            )
+
+        if threads == 2 and m in TWO_THREADS:
+            for arm in OURS:
+                line(arm, "over itself on one thread", f"{arm}@1t", TWO_THREADS[m])
+        if threads != 1:
+            continue
+        ort = fastest(members, lambda row: row.arm.startswith("ort_a4"))
+        lossy = fastest(members, lambda row: row.lossy)
+        exact = fastest(members, lambda row: not row.lossy)
+        if m in INT8_OVER_ORT[shape]:
+            line("m3_int8", "over ONNX Runtime accuracy_level 4", ort.arm if ort else None, INT8_OVER_ORT[shape][m])
+        if m in READ_SHARE.get(shape, {}):
+            got = ours["m3_int8"].read_share if "m3_int8" in ours else None
+            what = "of measured read bandwidth"
+            lines.append(
+                Line(
+                    shape=shape, threads=1, m=m, what=f"m3_int8 {what}", peer="read", want=READ_SHARE[shape][m], got=got
+                )
+            )
+        if m >= 4:
+            line("m3_int16", "over the best lossy peer", lossy.arm if lossy else None, 1.0)
+        if m in INT16_OVER_EXACT:
+            line("m3_int16", "over the best exact peer", exact.arm if exact else None, INT16_OVER_EXACT[m])
+        if m in EXACT_OVER_EXACT:
+            line("m3_exact", "over the best exact peer", exact.arm if exact else None, EXACT_OVER_EXACT[m])
+    return lines
+
+
+def acceptance_table(lines: Sequence[Line]) -> str:
+    """Want, got and pass or miss of each line."""
+    body = []
+    for line in lines:
+        got = "not measured" if line.got is None else f"{line.got:.2f}"
+        around = "" if line.p20 is None or line.p80 is None else f" ({line.p20:.2f} - {line.p80:.2f})"
+        verdict = "pass" if line.passed else "MISS"
+        body.append(
+            (
+                line.shape,
+                str(line.threads),
+                str(line.m),
+                line.what,
+                line.peer,
+                f"{line.want:.2f}",
+                got + around,
+                verdict,
+            )
+        )
+    missed = sum(not line.passed for line in lines)
+    header = ("shape", "threads", "M", "what", "against", "want", "got (p20 - p80)", "")
+    return f"\n{table(header, body)}\n\n{len(lines) - missed} of {len(lines)} lines pass\n"
+
+
+# -- docs/benchmarks.md -----------------------------------------------------------------------------------------------
+OPENING = """# Benchmarks
+
+Generated by `python -m bench report` from `bench/results/*.jsonl`; do not edit. Reproduce: `python -m bench int4 --preset
+acceptance` (two reference shapes), `python -m bench int4` (more shapes), `bash bench/gpu.sh` (a GPU machine).
+
+How to read a table. Every arm of a table ran in one process on the same inputs, in interleaved rounds: each round visits
+each arm once, in shuffled order, and each visit takes the next of several copies of the weight, so that weights come from
+memory and not from cache. Times are medians over rounds, with the 20th and 80th percentile; ratios are medians of the ratios
+within a round. An arm has a time only if its error passed its gate: relative RMS error against fp64, at most 1e-5 for exact
+arms, 5e-5 for int16 activations, 8e-3 for int8 activations, 1e-2 for bf16.
+GB/s counts the bytes of the INT4 weight with its scales, the same for every arm; "of read" compares it with the read bandwidth
+of the machine measured between the arms of the same rounds; "of peak" compares multiply-accumulates with the measured peak
+for the operands of that arm's inner product (fp32, bf16, int16 or int8). "Over m3_int16": how many times as fast as our
+default mode this arm is. x and the result are fp32, except in bf16 arms, whose conversions are not timed.
+
+Arms: `m3_*` ours by activation mode (`@isa`: a forced instruction set); `ort_aL` ONNX Runtime MatMulNBits, accuracy level L,
+blocks of the group size (`_b32`: of 32); `ov` OpenVINO (`_int8`: dynamic quantisation of the activations); `ark_*` auto-round-lib
+by compute type; `ggml_q4_0` ggml, plain or repacked; `torch_int4_bf16` torch's INT4 op; `torch_fp32`, `torch_bf16` matmul of the dequantised weight.
+"""
+
+
+def machine_text(row: Row) -> str:
+    versions = row.machine.get("versions")
+    named = ", ".join(f"{name} {version}" for name, version in versions.items()) if isinstance(versions, dict) else ""
+    where = f"{row.machine['gpu']}, host " if "gpu" in row.machine else ""
+    return f"{where}{row.machine['cpu']}, {row.machine['cores']} cores; Python {row.machine['python']}, {named}"
+
+
+def plot(rows: Sequence[Row], stem: Path) -> list[Path]:
+    """Time against M, an arm a line, a panel per thread count, with the machine's lower bounds; PNG and SVG."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    threads = sorted({row.threads for row in rows})
+    figure, axes = pyplot.subplots(1, len(threads), figsize=(7 * len(threads), 5.2), squeeze=False, sharey=True)
+    names = list(dict.fromkeys(row.arm for row in rows))
+    colours = {name: pyplot.get_cmap("tab20")(index % 20) for index, name in enumerate(names)}
+    for axis, count in zip(axes[0], threads, strict=True):
+        panel = [row for row in rows if row.threads == count]
+        for name in names:
+            line = sorted((row for row in panel if row.arm == name), key=lambda row: row.m)
+            style = {"linewidth": 2.4, "marker": "o"} if name.startswith("m3_") else {"linewidth": 1.2, "marker": "."}
+            axis.plot([row.m for row in line], [row.median_s for row in line], label=name, color=colours[name], **style)
+        for computes, dash in (("int8", ":"), ("fp32", "--")):
+            bounds = lower_bounds(panel, computes)
+            axis.plot(
+                *zip(*bounds, strict=True), color="black", linestyle=dash, label=f"bound: read, {computes} peak"
+            ) if bounds else None
+        axis.set(
+            xscale="log",
+            yscale="log",
+            xlabel="M (rows of x)",
+            title=f"{count} thread(s)" if rows[0].device == "cpu" else "GPU",
+        )
+        axis.grid(True, which="both", alpha=0.25)
+    axes[0][0].set_ylabel("seconds per product (median)")
+    axes[0][-1].legend(fontsize=7, loc="upper left", bbox_to_anchor=(1.01, 1))
+    first = rows[0]
+    figure.suptitle(f"{first.op} {first.shape}: K = {first.k}, N = {first.n}, group {first.group_size}")
+    stem.parent.mkdir(parents=True, exist_ok=True)
+    paths = [stem.with_name(f"{stem.name}.{kind}") for kind in ("png", "svg")]
+    for path in paths:
+        figure.savefig(
+            path, dpi=120, bbox_inches="tight", metadata={"Date": None} if path.suffix == ".svg" else {"Software": None}
+        )
+    pyplot.close(figure)
+    return paths
+
+
+def lower_bounds(rows: Sequence[Row], computes: str) -> list[tuple[int, float]]:
+    """[(m, seconds)]: reading the INT4 weight once, or multiplying at the peak for those operands, whichever is longer."""
+    bounds = []
+    for m in sorted({row.m for row in rows}):
+        members = [row for row in rows if row.m == m]
+        peak = next((row.peak_gmacs for row in members if row.computes == computes and row.peak_gmacs), None)
+        one = next(
+            (row for row in members if row.read_gbytes_s and row.median_s and row.gmacs and row.weight_bytes), None
+        )
+        if peak is None or one is None:
+            continue
+        assert one.gmacs and one.median_s and one.weight_bytes and one.read_gbytes_s
+        bounds.append((m, max(one.weight_bytes / one.read_gbytes_s / 1e9, one.gmacs * one.median_s / peak)))
+    return bounds
+
+
+def write(results: Path, out: Path) -> None:
+    """Write ``out`` and, beside it, a folder of plots, from the last row of each key in results/*.jsonl.
+
+    Raises ValueError: no rows, or a line that is none.
+    """
+    rows = record.latest(row for path in sorted(results.glob("*.jsonl")) for row in record.read(path))
+    if not rows:
+        raise ValueError(f"report: results: want at least one row in {results.name}/*.jsonl; got none")
+    parts = [OPENING]
+    machines = groupby(sorted(rows, key=machine_key), key=machine_key)
+    for _, members in machines:
+        parts.append(machine_section(list(members), out))
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text("\n".join(parts))
+
+
+def machine_key(row: Row) -> tuple[str, str]:
+    return row.device, str(row.machine.get("gpu") or row.machine["cpu"])
+
+
+def machine_section(rows: Sequence[Row], out: Path) -> str:
+    """The text of one machine: what it is, the acceptance lines if measured, each shape with plot and tables."""
+    last = max(rows, key=lambda row: row.date)
+    commits = ", ".join(sorted({row.commit + (" (with changes)" if row.dirty else "") for row in rows}))
+    parts = [f"## {machine_key(last)[1]}\n", f"{machine_text(last)}. Commit {commits}; last run {last.date}.\n"]
+    lines = acceptance(row for row in rows if row.device == "cpu" and row.symmetric)
+    if lines:
+        parts.append(f"### Promises\n{acceptance_table(lines)}")
+    slug = "".join(letter if letter.isalnum() else "-" for letter in machine_key(last)[1].lower()).strip("-")
+    for (op, shape, symmetric), grouped in groupby(sorted(rows, key=shape_key), key=shape_key):
+        members = list(grouped)
+        kind = "" if symmetric else ", with zero points"
+        first = members[0]
+        layer = "" if first.experts is None else f", {first.experts} experts, top {first.topk}"
+        parts.append(f"### {op} {shape}{kind}\n\nK = {first.k}, N = {first.n}, group {first.group_size}{layer}.\n")
+        drawn = [row for row in timed(members) if not row.arm.endswith("@1t")]
+        if drawn:
+            stem = f"{op}-{shape}{'' if symmetric else '-asymmetric'}-{slug}"
+            plot(drawn, out.parent / out.stem / stem)
+            parts.append(f"![time against M]({out.stem}/{stem}.png) ([SVG]({out.stem}/{stem}.svg))\n")
+        for (_, _, threads, m), case in cases(members):
+            read = next((f", read {row.read_gbytes_s:.1f} GB/s" for row in case if row.read_gbytes_s), "")
+            parts.append(f"**M = {m}, {threads} thread(s)**{read}\n\n{case_table(case)}\n")
+    return "\n".join(parts)
+
+
+def shape_key(row: Row) -> tuple[str, str, bool]:
+    return row.op, row.shape, row.symmetric

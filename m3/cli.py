@@ -1,0 +1,279 @@
+"""The command line: ``m3 quickstart``, ``m3 quantize``, ``m3 generate``, ``m3 doctor``.
+
+What a user can get wrong ends in one line on standard error and exit code 1; ``--debug`` shows the traceback instead.
+"""
+
+from __future__ import annotations
+
+import enum
+import functools
+import os
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from m3.models.decoder import Decoder
+    from m3.models.tokenizer import Tokenizer
+    from m3.quantize.round_to_nearest import RoundConfig
+
+app = typer.Typer(
+    no_args_is_help=True, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False, help=__doc__
+)
+console = Console()
+errors = Console(stderr=True)
+
+MODEL = "SmolLM2-135M-Instruct"
+QUESTION = "What are the warning signs of a heart attack, and what should I do if I notice them?"
+GROUP_SIZE = 128
+ANSWER_TOKENS = 160
+MB = 1e6
+
+
+class Method(enum.StrEnum):
+    """How the range of a group is found."""
+
+    minmax = "minmax"
+    mse = "mse"
+
+
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+Model = Annotated[str, typer.Argument(help=f"A checkpoint folder, {MODEL}, or owner/name on the Hugging Face hub.")]
+Threads = Annotated[int | None, typer.Option("--threads", min=1, help="Threads of torch and the kernels; default: all cores.")]
+GroupSize = Annotated[int, typer.Option("--group-size", help="Columns that share a scale: 32, 64, 128, ... or -1 for a whole row.")]
+
+
+def one_line_errors(command: Callable[..., None]) -> Callable[..., None]:
+    """Turn what a user can cause into one line and exit code 1."""
+
+    @functools.wraps(command)
+    def run(*args: Any, debug: bool = False, **kwargs: Any) -> None:
+        from m3.models.hub import FetchError
+        from m3kernels import BackendError
+
+        try:
+            command(*args, debug=debug, **kwargs)
+        except (ValueError, OSError, FetchError, BackendError) as error:
+            if debug:
+                raise
+            errors.print("error: " + " ".join(str(error).split()), style="red", markup=False, highlight=False, soft_wrap=True)
+            raise typer.Exit(1) from error
+        except KeyboardInterrupt as error:
+            raise typer.Exit(130) from error
+
+    return run
+
+
+class Bar:
+    """One progress line: shown while it is entered, told by calls of (what, done, total) or (done, total)."""
+
+    def __init__(self, what: str) -> None:
+        self.what = what
+        columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+        self.progress = Progress(*columns, console=errors, transient=True)
+        self.task: TaskID | None = None
+
+    def __enter__(self) -> Bar:
+        self.progress.__enter__()
+        self.task = self.progress.add_task(self.what, total=None)
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        self.progress.__exit__(*exception)
+
+    def step(self, done: int, total: int) -> None:
+        if self.task is not None:
+            self.progress.update(self.task, completed=done, total=total)
+
+    def fetch(self, what: str, done: int, total: int) -> None:
+        if self.task is not None:
+            unit = 1_000_000 if what == "downloading" else 1
+            text = f"{self.what}: {what}{' (MB)' if unit > 1 else ''}"
+            self.progress.update(self.task, description=text, completed=done // unit, total=total // unit)
+
+
+def set_threads(threads: int | None) -> None:
+    import torch
+
+    if threads:
+        torch.set_num_threads(threads)
+
+
+def open_model(name: str, activations: str = "auto") -> tuple[Path, Decoder, Tokenizer]:
+    """(folder, model, tokenizer) of a model by name, with progress."""
+    from m3.models.hub import resolve
+    from m3.models.loader import load_model
+    from m3.models.tokenizer import Tokenizer
+
+    with Bar(name) as bar:
+        folder = resolve(name, bar.fetch)
+    with Bar("reading the weights") as bar:
+        model = load_model(folder, activations=activations, progress=bar.step)
+    return folder, model, Tokenizer(folder)
+
+
+def rounded(model: Decoder, config: RoundConfig) -> Decoder:
+    from m3.quantize.round_to_nearest import quantize_model
+
+    with Bar(f"rounding to INT4 ({config.method}, group {config.group_size})") as bar:
+        return quantize_model(model, config, bar.step)
+
+
+def say(pieces: Iterable[str]) -> str:
+    """Print text as it comes."""
+    text = ""
+    for piece in pieces:
+        text += piece
+        console.print(piece, end="", markup=False, highlight=False, soft_wrap=True)
+        console.file.flush()
+    console.print()
+    return text
+
+
+def prompt_tokens(tokenizer: Tokenizer, prompt: str, system: str | None, raw: bool) -> list[int]:
+    """The prompt in the model's chat template, or as it is."""
+    if raw or tokenizer.template is None:
+        return tokenizer.encode(prompt)
+    messages = [{"role": "system", "content": system}] if system else []
+    return tokenizer.chat([*messages, {"role": "user", "content": prompt}])
+
+
+@app.command()
+@one_line_errors
+def quickstart(
+    model: Annotated[str, typer.Option("--model", help="What to start with.")] = MODEL,
+    question: Annotated[str, typer.Option("--question", help="What to ask.")] = QUESTION,
+    group_size: GroupSize = GROUP_SIZE,
+    threads: Threads = None,
+    debug: Debug = False,
+) -> None:
+    """Fetch a small model, make it INT4, compare, and let it answer a clinical question."""
+    from m3.models.generate import Sampling, generate
+    from m3.quantize.compare import compare
+    from m3.quantize.round_to_nearest import RoundConfig
+
+    set_threads(threads)
+    started = time.monotonic()
+    _, full, tokenizer = open_model(model)
+    configs = [RoundConfig(group_size=group_size, method=method) for method in (Method.minmax, Method.mse)]
+    int4 = [rounded(full, config) for config in configs]
+    with Bar("measuring") as bar:
+        rows = compare(full, int4, tokenizer, bar.step)
+    names = ["bf16 weights, fp32 compute", f"INT4 nearest, group {group_size}", f"INT4 least error, group {group_size}"]
+    table = Table(title=f"{model}: before and after INT4")
+    for column in ("weights", "linears MB", "of bf16", "rest MB", "perplexity", "tokens/s"):
+        table.add_column(column, justify="left" if column == "weights" else "right")
+    for name, row in zip(names, rows, strict=True):
+        size = row.sizes
+        table.add_row(
+            name,
+            f"{size.linears / MB:.1f}",
+            f"{100 * size.ratio:.1f}%",
+            f"{size.rest_bf16 / MB:.1f}",
+            f"{row.perplexity:.2f}",
+            f"{row.tokens_per_second:.1f}",
+        )
+    console.print(table)
+    console.print(
+        "linears: q, k, v, o, gate, up, down of every layer, with scales and padding. rest: embedding (tied to the head) "
+        "and norms, not quantised, counted in bf16. perplexity: on the text in m3/data, written for this purpose. "
+        "tokens/s: one sequence, greedy, after 64 tokens.",
+        style="dim",
+        highlight=False,
+    )
+    console.print(f"\n[bold]{question}[/bold]\n", highlight=False)
+    say(tokenizer.stream(generate(int4[-1], prompt_tokens(tokenizer, question, None, False), Sampling(max_tokens=ANSWER_TOKENS))))
+    console.print(
+        f"\nThe answer of a 135M-parameter model: a demonstration, not medical advice. {time.monotonic() - started:.0f} s in all.",
+        style="dim",
+        highlight=False,
+    )
+
+
+@app.command()
+@one_line_errors
+def quantize(
+    model: Model,
+    out: Annotated[Path, typer.Argument(help="Folder to write: GPTQ form, read by m3, vLLM, and transformers with gptqmodel.")],
+    group_size: GroupSize = GROUP_SIZE,
+    method: Annotated[Method, typer.Option("--method", help="minmax: plain nearest; mse: range of least error.")] = Method.mse,
+    asymmetric: Annotated[bool, typer.Option("--asymmetric", help="Keep a zero point for every group.")] = False,
+    head: Annotated[bool, typer.Option("--head", help="Quantise the output head too.")] = False,
+    threads: Threads = None,
+    debug: Debug = False,
+) -> None:
+    """Round a model's linears to INT4 and write it as a Hugging Face checkpoint in GPTQ form."""
+    from m3.quantize.export import export_model
+    from m3.quantize.round_to_nearest import RoundConfig, sizes
+
+    set_threads(threads)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"quantize: OUT: want a new or empty folder; got {out}")
+    folder, full, _ = open_model(model)
+    config = RoundConfig(group_size=group_size, method=str(method), symmetric=not asymmetric, head=head)
+    int4 = rounded(full, config)
+    export_model(int4, out, folder)
+    size = sizes(int4)
+    console.print(
+        f"{out}: linears {size.linears_bf16 / MB:.1f} MB in bf16 -> {size.linears / MB:.1f} MB ({100 * size.ratio:.1f}%); "
+        f"the rest {size.rest_bf16 / MB:.1f} MB",
+        highlight=False,
+        soft_wrap=True,
+    )
+    widths = {full.config.hidden_size, full.config.intermediate_size, full.config.num_heads * full.config.head_dim}
+    if group_size > 0 and any(width % group_size for width in widths):
+        console.print(
+            f"note: {group_size} does not divide every width of this model ({sorted(widths)}), which vLLM wants; "
+            "--group-size 64 or 32 may",
+            style="yellow",
+            highlight=False,
+            soft_wrap=True,
+        )
+
+
+@app.command(name="generate")
+@one_line_errors
+def generate_text(
+    model: Model,
+    prompt: Annotated[str, typer.Option("--prompt", "-p", help="What to say to the model.")],
+    system: Annotated[str | None, typer.Option("--system", help="System message of the chat template.")] = None,
+    raw: Annotated[bool, typer.Option("--raw", help="Continue the prompt as it is, without the chat template.")] = False,
+    max_tokens: Annotated[int, typer.Option("--max-tokens", min=1)] = 256,
+    temperature: Annotated[float, typer.Option("--temperature", min=0.0, help="0 is greedy.")] = 0.0,
+    top_p: Annotated[float, typer.Option("--top-p", help="Keep the likeliest tokens that hold this much, 0 < p <= 1.")] = 1.0,
+    seed: Annotated[int, typer.Option("--seed")] = 0,
+    threads: Threads = None,
+    debug: Debug = False,
+) -> None:
+    """Stream the answer of a model, dense or INT4."""
+    from m3.models.generate import Sampling, generate
+
+    sampling = Sampling(temperature=temperature, top_p=top_p, seed=seed, max_tokens=max_tokens)
+    set_threads(threads)
+    _, decoder, tokenizer = open_model(model)
+    say(tokenizer.stream(generate(decoder, prompt_tokens(tokenizer, prompt, system, raw), sampling)))
+
+
+@app.command()
+@one_line_errors
+def doctor(debug: Debug = False) -> None:
+    """Say what is built, what this machine can run, and what is in the cache."""
+    from m3.models.hub import BUILT_IN, built_in_path, cache_dir
+    from m3kernels.__main__ import report
+
+    console.print(report(), markup=False, highlight=False, soft_wrap=True)
+    table = Table(title="\nm3", title_justify="left", show_header=False, box=None)
+    table.add_row("cores", str(os.cpu_count()))
+    table.add_row("cache", f"{cache_dir()}{' (M3_CACHE)' if os.environ.get('M3_CACHE') else ''}")
+    for name, entry in BUILT_IN.items():
+        here = (built_in_path(name) / "config.json").is_file()
+        wheel = (cache_dir() / "wheels" / entry.wheel).is_file()
+        state = "ready" if here else "downloaded, not converted yet" if wheel else f"not fetched ({entry.nbytes / MB:.0f} MB from PyPI)"
+        table.add_row(name, f"{state}; {entry.license}")
+    console.print(table)
