@@ -1,7 +1,7 @@
 """Choose the room that serves a call. The folder is the registry: a backend is a file, nothing is listed elsewhere.
 
 A room is a module ``_cpu.py``, ``_triton.py``, ``_cuda.py`` or ``reference.py`` of a family. It holds functions named like
-the ops, with the ops' arguments, and ``unsupported(op, *args)``: "" if it can serve the call, else one sentence that
+the ops, with the ops' arguments (the first is a tensor, whose device decides), and ``unsupported(op, *args)``: "" if it can serve the call, else one sentence that
 says why not. ``M3KERNELS_BACKEND=reference`` or ``int4=triton,policy_loss=cpu`` forces a room by name.
 """
 
@@ -12,8 +12,6 @@ import importlib
 import os
 from collections.abc import Callable
 from typing import Any, NamedTuple
-
-import torch
 
 ROOMS = {  # per device type, best first; the only such list
     "cpu": ("cpu", "reference"),
@@ -61,15 +59,11 @@ def rooms(package: str, op: str, device: str) -> tuple[Room, ...]:
     return tuple(found)
 
 
-def device_type(args: tuple[Any, ...]) -> str:
-    return next(arg.device.type for arg in args if isinstance(arg, torch.Tensor))
-
-
 def explain(package: str, op: str, *args: Any) -> list[tuple[str, str]]:
     """[(room, reason)] in the order tried; an empty reason means that the room can serve the call."""
     return [
         (room.name, room.absent or (room.unsupported(op, *args) if room.unsupported else ""))
-        for room in rooms(package, op, device_type(args))
+        for room in rooms(package, op, args[0].device.type)
     ]
 
 
@@ -79,8 +73,8 @@ def select(package: str, op: str, *args: Any) -> Callable[..., Any]:
     Raises:
         BackendError: no room accepts; names every room tried and its reason.
     """
-    for room in rooms(package, op, device_type(args)):
-        if room.function and room.unsupported and not room.unsupported(op, *args):
-            return room.function
+    for _, function, unsupported, _ in rooms(package, op, args[0].device.type):
+        if function and unsupported and not unsupported(op, *args):
+            return function
     reasons = "; ".join(f"{name}: {why}" for name, why in explain(package, op, *args))
     raise BackendError(f"{package}.{op}: {reasons}")

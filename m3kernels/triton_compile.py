@@ -2,7 +2,7 @@
 
     python -m m3kernels.triton_compile m3kernels.int4._triton sm_90 gfx942    one JSON object: {target: {case: cost}}
 
-A module of kernels offers ``compile_cases()``: the configurations that are launched, each with its argument types. The
+A module of kernels offers ``compile_cases(target)``: the configurations that are launched, each with its argument types. The
 interpreter (TRITON_INTERPRET=1) replaces kernels at import, so compile in a process of its own. Registers, stack and
 local memory come from ``cuobjdump -res-usage`` (NVIDIA) or the kernel's metadata (AMD); shared memory from Triton;
 matrix instructions are counted in the disassembly. The toolchain's own binaries are used: no CUDA or ROCm installation.
@@ -112,12 +112,17 @@ def run(program: Path, *arguments: str) -> str:
 
 def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(prog="python -m m3kernels.triton_compile", description=__doc__.split("\n")[0])
-    parser.add_argument("module", help="a module with compile_cases(), such as m3kernels.int4._triton")
+    parser.add_argument("module", help="a module with compile_cases(target), such as m3kernels.int4._triton")
     parser.add_argument("targets", nargs="+", choices=TARGETS)
     parser.add_argument("--cases", default="", help="only cases whose name contains this")
     options = parser.parse_args(arguments)
-    cases = [case for case in importlib.import_module(options.module).compile_cases() if options.cases in case.name]
-    costs = {target: {case.name: compile_case(case, target)._asdict() for case in cases} for target in options.targets}
+    cases_for = importlib.import_module(options.module).compile_cases
+    costs = {
+        target: {
+            case.name: compile_case(case, target)._asdict() for case in cases_for(target) if options.cases in case.name
+        }
+        for target in options.targets
+    }
     json.dump(costs, sys.stdout, indent=1)
 
 

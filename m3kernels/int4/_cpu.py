@@ -15,9 +15,8 @@ MODE = {"exact": 0, "int16": 1, "int8": 2, "auto": 1}
 TYPE = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
-def unsupported(op: str, *args: Any) -> str:
-    device = next(arg.device.type for arg in args if isinstance(arg, Tensor))
-    return "" if device == "cpu" else f"needs CPU tensors, not {device}"
+def unsupported(op: str, x: Tensor, *args: Any) -> str:
+    return "" if x.is_cpu else f"needs CPU tensors, not {x.device.type}"
 
 
 def _span(tensor: Tensor | None, dtype: torch.dtype | None = None) -> tuple[int, int]:

@@ -220,11 +220,12 @@ def _block(
 ):
     """acc + s * sum of (u - z) * x over one block of K, for the 64 rows of one h: (64, BLOCK_M) fp32."""
     KP: tl.constexpr = BLOCK_K // 4 if BLOCK_K > 64 else 16
-    zero = _magic(COMPUTE) + 8
+    MAGIC: tl.constexpr = _magic(COMPUTE)
+    zero = MAGIC + 8
     if zeros is not None:
         z = tl.load(zeros + scale_at, mask=tile_mask, other=8).to(tl.float32)
         if sum_x is None:
-            zero = _magic(COMPUTE) + z[:, None]
+            zero = MAGIC + z[:, None]
     part = tl.zeros((64, BLOCK_M), tl.float32)
     for plane in tl.static_range(BLOCK_K // KP):
         xs = tl.load(xs_at + plane * KP, mask=row_mask[None, :], other=0.0)  # (KP, BLOCK_M)
@@ -511,69 +512,115 @@ def _dequantize_kernel(
 
 
 # -- launches ---------------------------------------------------------------------------------------------------------
-def _arrange(
-    x: Tensor,
-    cut: Plan,
-    perm: Tensor | None,
-    row_index: Tensor | None = None,
-    row_expert: Tensor | None = None,
-) -> Tensor:
-    """x (or its rows ``row_index``) in contraction order: (rows, padded_k) of the compute dtype."""
-    rows, dtype = len(x) if row_index is None else len(row_index), compute_dtype(x.dtype)
-    out = torch.empty(rows, cut.padded_k, dtype=dtype, device=x.device)
-    grid = (rows * ceil_div(cut.padded_k, COLUMNS),)
-    _arrange_kernel[grid](
-        x, out, row_index, row_expert, perm, x.shape[1], cut.padded_k, cut.block_k, COLUMNS, TL_DTYPE[dtype]
+class Weight(NamedTuple):
+    """A packed weight as an op receives it, and what follows from its shape."""
+
+    qweight: Tensor
+    scales: Tensor
+    zeros: Tensor | None
+    perm: Tensor | None
+    out_features: int
+    in_features: int
+    group_size: int
+    first_k: int
+
+    @property
+    def experts(self) -> int | None:
+        return len(self.qweight) if self.qweight.ndim == 4 else None
+
+    @property
+    def plan(self) -> Plan:
+        return plan(self.out_features, self.in_features, self.group_size, self.first_k, self.experts)
+
+    @property
+    def tiles(self) -> tuple[int, int, int, int, int]:
+        """n_tiles, k_tiles, groups, group_tiles, first_tile: the kernels' view of the layout."""
+        n_tiles, k_tiles = self.qweight.shape[-3:-1]
+        group_tiles = k_tiles if self.group_size == -1 else self.group_size // TILE_K
+        first_tile = 0 if self.group_size == -1 else self.first_k // TILE_K
+        return n_tiles, k_tiles, self.scales.shape[-2], group_tiles, first_tile
+
+
+class Operand(NamedTuple):
+    """x in the order in which a weight contracts it, (rows, padded_k), and its sums over blocks of K, (k_blocks, rows)."""
+
+    x: Tensor
+    sums: Tensor | None
+
+    @classmethod
+    def empty(cls, rows: int, weight: Weight, dtype: torch.dtype) -> Operand:
+        cut, device = weight.plan, weight.qweight.device
+        x = torch.empty(rows, cut.padded_k, dtype=compute_dtype(dtype), device=device)
+        if weight.zeros is None or x.dtype == torch.float32:
+            return cls(x, None)
+        return cls(x, torch.empty(cut.k_blocks, rows, dtype=torch.float32, device=device))
+
+
+def launch_options(choice: Tile, *, amd: bool) -> dict[str, Any]:
+    """Options of a product. AMD: two stages, its blocks have 64 KiB of shared memory."""
+    stages = min(choice.num_stages, 2) if amd else choice.num_stages
+    return {"num_warps": choice.num_warps, "num_stages": stages, "enable_fp_fusion": False}
+
+
+def arrange(x: Tensor, weight: Weight, row_index: Tensor | None = None, row_expert: Tensor | None = None) -> Operand:
+    """x, or its rows ``row_index``, for ``weight``; ``row_expert`` chooses the permutation of each row."""
+    rows, cut = len(x) if row_index is None else len(row_index), weight.plan
+    operand = Operand.empty(rows, weight, x.dtype)
+    _arrange_kernel[(rows * ceil_div(cut.padded_k, COLUMNS),)](
+        x,
+        operand.x,
+        operand.sums,
+        row_index,
+        row_expert,
+        weight.perm,
+        rows,
+        weight.in_features,
+        cut.padded_k,
+        BLOCK_K=cut.block_k,
+        COLUMNS=COLUMNS,
+        COMPUTE=TL_DTYPE[operand.x.dtype],
     )
-    return out
+    return operand
 
 
-def _product(
-    arranged: Tensor,
+def product(
+    operand: Operand,
+    weight: Weight,
     rows: int,
-    qweight: Tensor,
-    scales: Tensor,
-    zeros: Tensor | None,
-    bias: Tensor | None,
-    offsets: Tensor | None,
-    row_index: Tensor | None,
-    out_features: int,
-    group_size: int,
-    first_k: int,
-    cut: Plan,
     dtype: torch.dtype | None,
+    *,
+    bias: Tensor | None = None,
+    offsets: Tensor | None = None,
+    row_index: Tensor | None = None,
 ) -> Tensor:
     """(rows, N) of ``dtype``; or, with dtype None, fp32 partials (splits or 1, rows, N) for a kernel that adds them."""
-    *_, n_tiles, k_tiles, _ = qweight.shape
-    experts = 0 if offsets is None else qweight.shape[0]
-    choice = tile(ceil_div(rows, experts) if experts else rows, arranged.dtype)
+    cut, experts, out_features = weight.plan, weight.experts or 0, weight.out_features
+    choice = tile(ceil_div(rows, experts) if experts else rows, operand.x.dtype)
     m_tiles = ceil_div(rows, choice.block_m)
-    if experts:
+    if experts:  # the worst case: every expert leaves one tile partly filled
         m_tiles = min(rows, rows // choice.block_m + experts)
-    n_programs = ceil_div(n_tiles, 2)
-    split = cut.splits > 1 and m_tiles * n_programs < TARGET_PROGRAMS
-    device = qweight.device
+    programs = m_tiles * ceil_div(out_features, PROGRAM_N)
+    split = cut.splits > 1 and programs < TARGET_PROGRAMS
+    device = operand.x.device
     if split or dtype is None:
         out = torch.empty(cut.splits if split else 1, rows, out_features, dtype=torch.float32, device=device)
     else:
         out = torch.empty(rows, out_features, dtype=dtype, device=device)
-    _gemm_kernel[(m_tiles * n_programs * (cut.splits if split else 1),)](
-        arranged,
-        qweight,
-        scales,
-        zeros,
+    _gemm_kernel[(programs * (cut.splits if split else 1),)](
+        operand.x,
+        operand.sums,
+        weight.qweight,
+        weight.scales,
+        weight.zeros,
         None if split else bias,
         offsets,
         row_index,
         out,
         rows,
+        len(operand.x),
         m_tiles,
         out_features,
-        n_tiles,
-        k_tiles,
-        scales.shape[-2],
-        k_tiles + first_k // TILE_K if group_size == -1 else group_size // TILE_K,
-        first_k // TILE_K,
+        *weight.tiles,
         experts,
         cut.k_blocks,
         cut.split_blocks,
@@ -583,19 +630,19 @@ def _product(
         BLOCK_E=triton.next_power_of_2(max(experts, 1)),
         GROUP_M=GROUP_M,
         SPLIT=split,
-        COMPUTE=TL_DTYPE[arranged.dtype],
-        num_warps=choice.num_warps,
-        num_stages=choice.num_stages,
-        enable_fp_fusion=False,
+        COMPUTE=TL_DTYPE[operand.x.dtype],
+        **launch_options(choice, amd=torch.version.hip is not None),
     )
     if not split or dtype is None:
         return out
     y = torch.empty(rows, out_features, dtype=dtype, device=device)
-    grid = (rows * ceil_div(out_features, COLUMNS),)
-    _finish_kernel[grid](out, bias, y, rows, out_features, cut.splits, COLUMNS, enable_fp_fusion=False)
+    _finish_kernel[(rows * ceil_div(out_features, COLUMNS),)](
+        out, bias, y, rows, out_features, cut.splits, COLUMNS=COLUMNS, enable_fp_fusion=False
+    )
     return y
 
 
+# -- the ops ----------------------------------------------------------------------------------------------------------
 def int4_gemm(
     x: Tensor,
     qweight: Tensor,
@@ -611,10 +658,8 @@ def int4_gemm(
 ) -> Tensor:
     if not len(x):
         return x.new_empty(0, out_features)
-    cut = plan(out_features, in_features, group_size, first_k)
-    arranged = _arrange(x, cut, perm)
-    weight = (qweight, scales, zeros, bias, None, None, out_features, group_size, first_k, cut)
-    return _product(arranged, len(x), *weight, compute_dtype(x.dtype)).to(x.dtype)
+    weight = Weight(qweight, scales, zeros, perm, out_features, in_features, group_size, first_k)
+    return product(arrange(x, weight), weight, len(x), compute_dtype(x.dtype), bias=bias).to(x.dtype)
 
 
 def int4_grouped_gemm(
@@ -632,15 +677,13 @@ def int4_grouped_gemm(
 ) -> Tensor:
     if not len(x):
         return x.new_empty(0, out_features)
-    experts = len(qweight)
-    cut = plan(out_features, in_features, group_size, first_k, experts)
+    weight = Weight(qweight, scales, zeros, perm, out_features, in_features, group_size, first_k)
     row_expert = None
     if perm is not None:
         rows = torch.arange(len(x), device=x.device)
-        row_expert = (torch.searchsorted(offsets, rows, right=True) - 1).clamp_(0, experts - 1)
-    arranged = _arrange(x, cut, perm, row_expert=row_expert)
-    weight = (qweight, scales, zeros, None, offsets, None, out_features, group_size, first_k, cut)
-    return _product(arranged, len(x), *weight, compute_dtype(x.dtype)).to(x.dtype)
+        row_expert = (torch.searchsorted(offsets, rows, right=True) - 1).clamp_(0, len(qweight) - 1)
+    operand = arrange(x, weight, row_expert=row_expert)
+    return product(operand, weight, len(x), compute_dtype(x.dtype), offsets=offsets).to(x.dtype)
 
 
 def int4_moe(
@@ -663,42 +706,37 @@ def int4_moe(
     activations: str,
 ) -> Tensor:
     (tokens, topk), experts, device = topk_ids.shape, len(w13_qweight), x.device
-    rows = tokens * topk
+    rows, two_i = tokens * topk, 2 * intermediate_size
     if not rows:
         return torch.zeros_like(x)
-    # Route on the device, without reading a value: rows sorted by expert (stable), and where each slot went.
+    w13 = Weight(w13_qweight, w13_scales, w13_zeros, w13_perm, two_i, hidden_size, group_size, w13_first_k)
+    w2 = Weight(w2_qweight, w2_scales, w2_zeros, w2_perm, hidden_size, intermediate_size, group_size, w2_first_k)
+    # Rows sorted by expert (stable), the row of each slot, and no value read on the host.
     sorted_ids, order = topk_ids.reshape(-1).sort(stable=True)
     offsets = torch.searchsorted(sorted_ids, torch.arange(experts + 1, device=device))
-    token = order // topk
-    row_expert = sorted_ids.clamp(0, experts - 1)
+    row_token, row_expert = order // topk, sorted_ids.clamp(0, experts - 1)
     slot_row = torch.empty_like(order).scatter_(0, order, torch.arange(rows, device=device))
 
-    cut13 = plan(2 * intermediate_size, hidden_size, group_size, w13_first_k, experts)
-    cut2 = plan(hidden_size, intermediate_size, group_size, w2_first_k, experts)
-    if w13_perm is None:  # one copy of each token; the product gathers
-        arranged, row_index = _arrange(x, cut13, None), token
-    else:  # the order of columns depends on the expert: one copy per slot
-        arranged, row_index = _arrange(x, cut13, w13_perm, token, row_expert), None
-    w13 = (w13_qweight, w13_scales, w13_zeros, None, offsets, row_index, 2 * intermediate_size, group_size)
-    partial = _product(arranged, rows, *w13, w13_first_k, cut13, None)
-
-    hidden = torch.empty(rows, cut2.padded_k, dtype=compute_dtype(x.dtype), device=device)
-    _silu_mul_kernel[(rows * ceil_div(cut2.padded_k, COLUMNS),)](
+    if w13.perm is None:  # one copy of each token: the product gathers
+        partial = product(arrange(x, w13), w13, rows, None, offsets=offsets, row_index=row_token)
+    else:  # the order of columns depends on the expert: one copy for each slot
+        partial = product(arrange(x, w13, row_token, row_expert), w13, rows, None, offsets=offsets)
+    cut, hidden = w2.plan, Operand.empty(rows, w2, x.dtype)
+    _silu_mul_kernel[(rows * ceil_div(cut.padded_k, COLUMNS),)](
         partial,
-        hidden,
+        hidden.x,
+        hidden.sums,
         row_expert,
-        w2_perm,
+        w2.perm,
         rows,
         intermediate_size,
-        cut2.padded_k,
+        cut.padded_k,
         len(partial),
-        cut2.block_k,
-        COLUMNS,
+        BLOCK_K=cut.block_k,
+        COLUMNS=COLUMNS,
         enable_fp_fusion=False,
     )
-    w2 = (w2_qweight, w2_scales, w2_zeros, None, offsets, None, hidden_size, group_size)
-    partial = _product(hidden, rows, *w2, w2_first_k, cut2, None)
-
+    partial = product(hidden, w2, rows, None, offsets=offsets)
     y = torch.empty(tokens, hidden_size, dtype=compute_dtype(x.dtype), device=device)
     _combine_kernel[(tokens * ceil_div(hidden_size, COLUMNS),)](
         partial,
@@ -711,7 +749,7 @@ def int4_moe(
         topk,
         experts,
         len(partial),
-        COLUMNS,
+        COLUMNS=COLUMNS,
         enable_fp_fusion=False,
     )
     return y.to(x.dtype)
@@ -728,117 +766,106 @@ def int4_dequantize(
     first_k: int,
     dtype: torch.dtype,
 ) -> Tensor:
-    *lead, n_tiles, k_tiles, _ = qweight.shape
+    weight = Weight(qweight, scales, zeros, perm, out_features, in_features, group_size, first_k)
+    lead = qweight.shape[:-3]
     out = torch.empty(*lead, out_features, in_features, dtype=compute_dtype(dtype), device=qweight.device)
-    experts = lead[0] if lead else 1
-    _dequantize_kernel[(experts * out_features * ceil_div(in_features, COLUMNS),)](
+    _dequantize_kernel[((weight.experts or 1) * out_features * ceil_div(in_features, COLUMNS),)](
         qweight,
         scales,
         zeros,
-        None if perm is None else perm.long().argsort(-1),
+        None if perm is None else perm.argsort(-1),
         out,
         out_features,
         in_features,
-        n_tiles,
-        k_tiles,
-        scales.shape[-2],
-        k_tiles + first_k // TILE_K if group_size == -1 else group_size // TILE_K,
-        first_k // TILE_K,
-        COLUMNS,
+        *weight.tiles,
+        COLUMNS=COLUMNS,
+        enable_fp_fusion=False,
     )
     return out.to(dtype)
 
 
 # -- what is compiled without a GPU -----------------------------------------------------------------------------------
-def compile_cases() -> list[CompileCase]:
-    """The launches that the compile test builds for every target: all products by tile, and each other kernel once."""
-    names = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
-    sizes = ("rows", "m_tiles", "n_tiles", "k_tiles", "groups", "group_tiles", "first_tile", "experts", "k_blocks")
-    integers = dict.fromkeys((*sizes, "split_blocks", "splits"), "i32") | {"out_features": "i32:16"}
-    fused = {"enable_fp_fusion": False}
-
-    def product(
-        dtype: torch.dtype, block_m: int, block_k: int, *, split: bool, symmetric: bool, grouped: bool = False
-    ) -> CompileCase:
-        choice = next(choice for choice in TILES[dtype] if choice.block_m == block_m)
-        name = names[dtype]
-        tensors = {"x": f"*{name}", "qweight": "*i32", "scales": "*fp16", "out": "*fp32" if split or grouped else f"*{name}"}
-        absent: dict[str, Any] = {"bias": None}
-        for argument, type_, present in (
-            ("zeros", "*u8", not symmetric),
-            ("offsets", "*i64", grouped),
-            ("row_index", "*i64", grouped),
-        ):
-            (tensors if present else absent)[argument] = type_ if present else None
-        constants = {
-            "BLOCK_M": block_m,
-            "BLOCK_K": block_k,
-            "BLOCK_E": 128 if grouped else 1,
-            "GROUP_M": GROUP_M,
-            "SPLIT": split,
-            "COMPUTE": TL_DTYPE[dtype],
-        }
-        kind = "grouped" if grouped else "dense"
-        label = f"{kind}_{name}_m{block_m}_k{block_k}{'_split' if split else ''}_{'sym' if symmetric else 'asym'}"
-        options = {"num_warps": choice.num_warps, "num_stages": choice.num_stages, **fused}
-        return CompileCase(
-            label, _gemm_kernel, tensors | integers, absent | constants, options, matrix_units=dtype != torch.float32
-        )
-
-    half, brain, single = torch.float16, torch.bfloat16, torch.float32
-    cases = [
-        product(half, 16, 128, split=True, symmetric=False),
-        product(half, 128, 128, split=False, symmetric=True),
-        product(brain, 16, 128, split=True, symmetric=True),
-        product(brain, 32, 64, split=True, symmetric=False),
-        product(brain, 64, 128, split=False, symmetric=False),
-        product(brain, 128, 128, split=False, symmetric=False),
-        product(brain, 128, 32, split=False, symmetric=False),
-        product(brain, 16, 16, split=True, symmetric=True),
-        product(brain, 16, 128, split=True, symmetric=True, grouped=True),
-        product(brain, 64, 128, split=False, symmetric=False, grouped=True),
-        product(single, 16, 128, split=True, symmetric=False),
-        product(single, 32, 64, split=False, symmetric=False),
-    ]
-    warps = {"num_warps": 4, "num_stages": 1}
-
-    def other(name: str, kernel: Any, signature: dict[str, str], absent: tuple[str, ...] = (), **constants: Any) -> CompileCase:
-        return CompileCase(name, kernel, signature, dict.fromkeys(absent) | constants | {"COLUMNS": COLUMNS}, warps | fused)
-
-    arrange = {"x": "*bf16", "out": "*bf16", "row_index": "*i64", "row_expert": "*i64", "perm": "*i32"}
-    dequantize = {"qweight": "*i32", "scales": "*fp16", "zeros": "*u8", "out": "*bf16", "in_features": "i32:16"}
+def compile_cases(target: str) -> list[CompileCase]:
+    """The launches that the compile test builds for a target: products by dtype, tile and block, other kernels once."""
     return [
-        *cases,
-        other(
+        product_case(target, torch.float16, 16, 128, split=True, symmetric=False),
+        product_case(target, torch.float16, 64, 128, split=False, symmetric=True),
+        product_case(target, torch.bfloat16, 16, 128, split=True, symmetric=True),
+        product_case(target, torch.bfloat16, 32, 64, split=True, symmetric=False),
+        product_case(target, torch.bfloat16, 64, 128, split=False, symmetric=False),
+        product_case(target, torch.bfloat16, 64, 32, split=False, symmetric=False),
+        product_case(target, torch.bfloat16, 16, 16, split=True, symmetric=True),
+        product_case(target, torch.bfloat16, 16, 128, split=True, symmetric=True, grouped=True),
+        product_case(target, torch.bfloat16, 64, 128, split=False, symmetric=False, grouped=True),
+        product_case(target, torch.float32, 16, 128, split=True, symmetric=False),
+        product_case(target, torch.float32, 32, 64, split=False, symmetric=False),
+        other_case(
             "arrange",
             _arrange_kernel,
-            arrange | {"in_features": "i32:16", "padded_k": "i32:16"},
+            "x *bf16, out *bf16, sums *fp32, row_index *i64, row_expert *i64, perm *i32, rows i32, "
+            "in_features i32:16, padded_k i32:16",
             BLOCK_K=128,
             COMPUTE=tl.bfloat16,
         ),
-        other(
+        other_case(
             "finish",
             _finish_kernel,
-            {"partial": "*fp32", "bias": "*bf16", "out": "*bf16", "rows": "i32", "out_features": "i32:16", "splits": "i32"},
+            "partial *fp32, bias *bf16, out *bf16, rows i32, out_features i32:16, splits i32",
         ),
-        other(
+        other_case(
             "silu_mul",
             _silu_mul_kernel,
-            {"partial": "*fp32", "out": "*bf16", "rows": "i32", "intermediate_size": "i32:16", "padded_k": "i32:16"}
-            | {"splits": "i32", "row_expert": "*i64", "perm": "*i32"},
+            "partial *fp32, out *bf16, sums *fp32, row_expert *i64, perm *i32, rows i32, intermediate_size i32:16, "
+            "padded_k i32:16, splits i32",
             BLOCK_K=128,
         ),
-        other(
+        other_case(
             "combine",
             _combine_kernel,
-            {"partial": "*fp32", "slot_row": "*i64", "topk_ids": "*i64", "topk_weights": "*fp32", "out": "*bf16"}
-            | {"rows": "i32", "hidden_size": "i32:16", "topk": "i32", "experts": "i32", "splits": "i32"},
+            "partial *fp32, slot_row *i64, topk_ids *i64, topk_weights *fp32, out *bf16, rows i32, hidden_size i32:16, "
+            "topk i32, experts i32, splits i32",
         ),
-        other(
+        other_case(
             "dequantize",
             _dequantize_kernel,
-            dequantize
-            | {"inverse": "*i64", "out_features": "i32:16"}
-            | dict.fromkeys(("n_tiles", "k_tiles", "groups", "group_tiles", "first_tile"), "i32"),
+            "qweight *i32, scales *fp16, zeros *u8, inverse *i64, out *bf16, out_features i32:16, in_features i32:16, "
+            "n_tiles i32, k_tiles i32, groups i32, group_tiles i32, first_tile i32",
         ),
     ]
+
+
+def product_case(
+    target: str, dtype: torch.dtype, block_m: int, block_k: int, *, split: bool, symmetric: bool, grouped: bool = False
+) -> CompileCase:
+    """One launch of ``_gemm_kernel`` with fp16 scales."""
+    name = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}[dtype]
+    choice = next(choice for choice in TILES[dtype] if choice.block_m == block_m)
+    types = {
+        "x": f"*{name}",
+        "sums": None if symmetric or dtype == torch.float32 else "*fp32",
+        "qweight": "*i32",
+        "scales": "*fp16",
+        "zeros": None if symmetric else "*u8",
+        "bias": None if split or grouped else f"*{name}",
+        "offsets": "*i64" if grouped else None,
+        "row_index": "*i64" if grouped else None,
+        "out": "*fp32" if split or grouped else f"*{name}",
+        "out_features": "i32:16",
+    }
+    integers = "rows x_rows m_tiles n_tiles k_tiles groups group_tiles first_tile experts k_blocks split_blocks splits"
+    constants = {"BLOCK_M": block_m, "BLOCK_K": block_k, "BLOCK_E": 128 if grouped else 1, "GROUP_M": GROUP_M}
+    kind = f"{'grouped' if grouped else 'dense'}_{name}_m{block_m}_k{block_k}"
+    return CompileCase(
+        name=f"{kind}{'_split' if split else ''}_{'symmetric' if symmetric else 'asymmetric'}",
+        kernel=_gemm_kernel,
+        signature={k: v for k, v in types.items() if v is not None} | dict.fromkeys(integers.split(), "i32"),
+        constants={k: v for k, v in types.items() if v is None} | constants | {"SPLIT": split, "COMPUTE": TL_DTYPE[dtype]},
+        options=launch_options(choice, amd=target.startswith("gfx")),
+        matrix_units=dtype != torch.float32,
+    )
+
+
+def other_case(name: str, kernel: Any, signature: str, **constants: Any) -> CompileCase:
+    """One launch of an elementwise kernel; ``signature`` is "argument type, ..."."""
+    types = dict(entry.split() for entry in signature.split(", "))
+    return CompileCase(name, kernel, types, constants | {"COLUMNS": COLUMNS}, {"num_warps": 4, "enable_fp_fusion": False})

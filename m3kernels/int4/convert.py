@@ -305,7 +305,7 @@ def from_compressed_tensors(
 
 
 def to_compressed_tensors(weight: Int4Weight) -> dict[str, Tensor]:
-    """weight_packed, weight_scale, weight_shape, and, where the weight has them, weight_zero_point and weight_g_idx.
+    """weight_packed, weight_scale, weight_shape; weight_zero_point if asymmetric, weight_g_idx if not k // group_size.
 
     Raises:
         ValueError: a stack, a K slice that starts inside a group, or a zero point of 16.
@@ -320,7 +320,7 @@ def to_compressed_tensors(weight: Int4Weight) -> dict[str, Tensor]:
     }
     if not weight.symmetric:
         tensors["weight_zero_point"] = nibbles_to_words(zeros.T).T.contiguous()
-    if weight.perm is not None:
+    if not torch.equal(g_idx, weight.group_index().to(torch.int32)):
         tensors["weight_g_idx"] = g_idx
     return tensors
 

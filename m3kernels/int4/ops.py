@@ -183,9 +183,12 @@ def flat(weight: Int4Weight) -> tuple[Any, ...]:
 
 
 def _run_gemm(x: Tensor, bias: Tensor | None, weight: Int4Weight, activations: str) -> Tensor:
-    rows = x.reshape(-1, weight.in_features).contiguous()
     qweight, scales, zeros, perm, *numbers = flat(weight)
-    y = _gemm(rows, qweight, scales, zeros, perm, None if bias is None else bias.contiguous(), *numbers, activations)
+    bias = None if bias is None else bias.contiguous()
+    if x.ndim == 2:
+        return _gemm(x.contiguous(), qweight, scales, zeros, perm, bias, *numbers, activations)
+    rows = x.reshape(-1, weight.in_features).contiguous()
+    y = _gemm(rows, qweight, scales, zeros, perm, bias, *numbers, activations)
     return y.view(*x.shape[:-1], weight.out_features)
 
 

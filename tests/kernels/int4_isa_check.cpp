@@ -24,17 +24,12 @@ struct Case {
   Type scale_type;
 };
 
-// fp32, bf16 and fp16 hold these scales without rounding: an odd multiple of 1/64 with at most 7 bits.
+// Bits of a scale in a 16-bit type. The scales of this check, 1/64 to 127/64, are normal there and need no rounding.
 uint16_t half_bits(float value, Type type) {
-  if (type == Type::kBF16) {
-    uint32_t bits;
-    std::memcpy(&bits, &value, 4);
-    return bits >> 16;
-  }
-  const _Float16 half = (_Float16)value;
-  uint16_t bits;
-  std::memcpy(&bits, &half, 2);
-  return bits;
+  uint32_t bits;
+  std::memcpy(&bits, &value, 4);
+  if (type == Type::kBF16) return bits >> 16;
+  return (uint16_t)(((bits >> 23) - 112) << 10 | (bits >> 13 & 0x3FF));
 }
 
 // Error that rounding x may add (RMS over RMS), and fp32 accumulation: TOLERANCE and ACTIVATION_ERROR of reference.py.
