@@ -32,9 +32,7 @@ def parser() -> argparse.ArgumentParser:
     gemm.add_argument("--m", type=numbers, help="rows of x (default: 1,4,16,128; on a GPU 1,4,16,64,128,256,1024)")
     gemm.add_argument("--threads", type=numbers, default=(1, 2), help="default: 1,2")
     gemm.add_argument("--arms", type=words, help=f"default: {', '.join(int4.DEFAULT_ARMS)}")
-    gemm.add_argument(
-        "--isa", type=words, default=(), help="run our arms again with these instruction sets, as m3_int8@avx2"
-    )
+    gemm.add_argument("--isa", type=words, default=(), help="also run our arms so, as m3_int8@avx2")
     gemm.add_argument("--seconds", type=float, default=6.0, help="for each shape, M and thread count (default: 6)")
     gemm.add_argument("--rounds", type=int, default=5, help="at least this many (default: 5)")
     gemm.add_argument("--asymmetric", action="store_true", help="weights with zero points")

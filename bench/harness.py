@@ -1,4 +1,4 @@
-"""Time several ways of computing the same thing, fairly: gated on error, interleaved, on weights the cache has forgotten.
+"""Time several ways of computing one thing, fairly: gated on error, interleaved, on weights the cache has forgotten.
 
 An arm holds several copies of its weight, ``parts`` lists of ``span`` of them. A visit runs one part, ``span`` products
 one after another as the layers of a model would; a round visits each arm once, in an order shuffled by a fixed seed,
@@ -23,7 +23,7 @@ QUIET_LIMIT = 0.1  # at most
 QUIET_SHARE = 0.2  # CPU seconds per second under which the process counts as quiet
 
 
-class Unavailable(Exception):
+class UnavailableError(Exception):
     """An arm cannot be built or run here; the message says why."""
 
 

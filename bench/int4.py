@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from bench import harness, record, roofline
-from bench.harness import Arm, Gate, Rotation, Unavailable
+from bench.harness import Arm, Gate, Rotation, UnavailableError
 from bench.peers import TOLERANCE, Ark, Ggml, OnnxRuntime, OpenVino, PeerArm, TorchDense, TorchInt4
 from bench.record import Row
 from bench.workloads import Experts, Linear, Problem, make_problem
@@ -37,10 +37,10 @@ def use_isa(name: str | None) -> str | None:
         from m3kernels import _cpu_ext
     except ImportError:
         if name is not None:
-            raise Unavailable(f"m3kernels._cpu_ext is not built: no instruction set {name}") from None
+            raise UnavailableError(f"m3kernels._cpu_ext is not built: no instruction set {name}") from None
         return None
     if name is not None and name not in _cpu_ext.isas():
-        raise Unavailable(f"this CPU or build has no {name}; it has {', '.join(_cpu_ext.isas())}")
+        raise UnavailableError(f"this CPU or build has no {name}; it has {', '.join(_cpu_ext.isas())}")
     _cpu_ext.set_isa(name or best_isa())
     return _cpu_ext.get_isa()
 
@@ -142,7 +142,7 @@ def build(
     for name in names:
         try:
             arm = make(name)
-        except Unavailable as error:
+        except UnavailableError as error:
             absent[name] = str(error)
             say(f"  {name}: absent: {error}")
             continue
@@ -388,7 +388,7 @@ def run_experts(shape: Experts, plan: Plan, say: Callable[[str], None]) -> Itera
 
     def make(name: str, threads: int) -> Arm:
         if costs.get(name, 0) > plan.limit_bytes:
-            raise Unavailable(f"its weights take {costs[name] / 1e9:.0f} GB, more than the limit")
+            raise UnavailableError(f"its weights take {costs[name] / 1e9:.0f} GB, more than the limit")
         return MOE_ARMS[name](problem, threads, parts)
 
     for threads in plan.threads:

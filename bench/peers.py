@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from bench import ggml
-from bench.harness import Arm, Rotation, Unavailable
+from bench.harness import Arm, Rotation, UnavailableError
 from bench.workloads import Problem
 
 # Relative RMS error by what an arm rounds: nothing (fp32), activations to int8 per block, everything to bf16.
@@ -23,7 +23,7 @@ TOLERANCE = {"fp32": 1e-5, "int8": 8e-3, "bf16": 1e-2}
 
 def need(package: str) -> None:
     if importlib.util.find_spec(package) is None:
-        raise Unavailable(f"{package} is not installed")
+        raise UnavailableError(f"{package} is not installed")
 
 
 class PeerArm(Arm):
@@ -69,7 +69,7 @@ class TorchInt4(PeerArm):
     def __init__(self, problem: Problem, rotation: Rotation, threads: int) -> None:
         super().__init__(problem, rotation, threads)
         if problem.linear.group_size not in (32, 64, 128, 256) or self.k % problem.linear.group_size:
-            raise Unavailable("_weight_int4pack_mm_for_cpu: K is not a multiple of the group")
+            raise UnavailableError("_weight_int4pack_mm_for_cpu: K is not a multiple of the group")
         self.group_size = problem.linear.group_size
         self.weights, self.scales = [], []
         for copy in self.copies:
@@ -107,7 +107,9 @@ class OnnxRuntime(PeerArm):
         super().__init__(problem, rotation, threads)
         self.block = problem.linear.group_size if block is None else block
         if problem.linear.group_size % self.block or (self.k % self.block and self.block != problem.linear.group_size):
-            raise Unavailable(f"MatMulNBits: blocks of {self.block} do not hold groups of {problem.linear.group_size}")
+            raise UnavailableError(
+                f"MatMulNBits: blocks of {self.block} do not hold groups of {problem.linear.group_size}"
+            )
         self.sessions = [self.session(problem, part, level) for part in range(self.parts)]
         blocks = -(-self.k // self.block)
         self.stored_bytes = self.n * blocks * (self.block // 2 + 4) + (
@@ -193,7 +195,7 @@ class OpenVino(PeerArm):
         super().__init__(problem, rotation, threads)
         self.group_size, self.dynamic = problem.linear.group_size, dynamic
         if self.k % self.group_size:
-            raise Unavailable("OpenVINO: K is not a multiple of the group")
+            raise UnavailableError("OpenVINO: K is not a multiple of the group")
         self.requests = [self.request(problem, part) for part in range(self.parts)]
         self.stored_bytes = problem.weight_bytes
 
@@ -258,7 +260,7 @@ class Ark(PeerArm):
         self.computes, self.lossy = compute, compute == "int8"
         super().__init__(problem, rotation, threads)
         if not problem.symmetric or self.k % problem.linear.group_size:
-            raise Unavailable("woqgemm: measured only on symmetric weights whose K is a multiple of the group")
+            raise UnavailableError("woqgemm: measured only on symmetric weights whose K is a multiple of the group")
         self.woqgemm, self.nothing = auto_round_kernel.woqgemm, torch.empty(0)
         self.facts = (self.n, self.k, problem.linear.group_size, compute, "int4", "fp32", False)
         self.weights = []
@@ -290,18 +292,18 @@ class Ggml(PeerArm):
     def __init__(self, problem: Problem, rotation: Rotation, threads: int, *, repack: bool) -> None:
         super().__init__(problem, rotation, threads)
         if not problem.symmetric:
-            raise Unavailable("Q4_0 is symmetric")
+            raise UnavailableError("Q4_0 is symmetric")
         if self.k % ggml.BLOCK or problem.linear.group_size % ggml.BLOCK or self.k % problem.linear.group_size:
-            raise Unavailable("Q4_0: K is not a multiple of the group, or the group not of 32")
+            raise UnavailableError("Q4_0: K is not a multiple of the group, or the group not of 32")
         try:
             ggml.library()
         except ImportError as error:
-            raise Unavailable(str(error)) from error
+            raise UnavailableError(str(error)) from error
         rows = [(problem.rows(problem.q, copy), problem.rows(problem.scales, copy)) for copy in self.copies]
         try:
             self.weights = ggml.Weights([ggml.pack_q4_0(*each) for each in rows], self.n, self.k, repack=repack)
         except NotImplementedError as error:
-            raise Unavailable(str(error)) from error
+            raise UnavailableError(str(error)) from error
         self.stored_bytes = self.n * self.k // ggml.BLOCK * ggml.BLOCK_BYTES
         self.products: ggml.Products | None = None
 

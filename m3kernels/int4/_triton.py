@@ -221,11 +221,11 @@ def _block(
     """acc + s * sum of (u - z) * x over one block of K, for the 64 rows of one h: (64, BLOCK_M) fp32."""
     KP: tl.constexpr = BLOCK_K // 4 if BLOCK_K > 64 else 16
     MAGIC: tl.constexpr = _magic(COMPUTE)
-    zero = MAGIC + 8
+    zero = tl.full((64, 1), MAGIC + 8, COMPUTE)
     if zeros is not None:
         z = tl.load(zeros + scale_at, mask=tile_mask, other=8).to(tl.float32)
         if sum_x is None:
-            zero = MAGIC + z[:, None]
+            zero = (MAGIC + z).to(COMPUTE)[:, None]
     part = tl.zeros((64, BLOCK_M), tl.float32)
     for plane in tl.static_range(BLOCK_K // KP):
         xs = tl.load(xs_at + plane * KP, mask=row_mask[None, :], other=0.0)  # (KP, BLOCK_M)

@@ -133,13 +133,15 @@ def stored_weight(weight: Int4Weight) -> Tensor:
 
 
 def gemm64(x: Tensor, weight: Int4Weight, activations: str) -> Tensor:
-    """(M, K) x plain weight -> (M, N) fp64."""
+    """(M, K) x plain weight -> (M, N) fp64, a row at a time: a library's product of many rows sums in another order."""
     if weight.perm is not None:
         x = x.index_select(1, weight.perm.long())
     if activations in LIMIT:
         blocks = activation_blocks(weight.in_features, weight.group_size, weight.first_k)
         x = round_activations(x, blocks, activations)
-    return x.double() @ stored_weight(weight).T
+    stored = stored_weight(weight)
+    rows = [stored @ row for row in x.double()]
+    return torch.stack(rows) if rows else stored.new_zeros(0, weight.out_features)
 
 
 def int4_gemm(

@@ -149,7 +149,7 @@ int check_silu(unsigned seed) {
       kernels->silu_mul(out.data(), up.data(), count);
       for (int64_t i = 0; i < count; i++) {
         const double wanted = gate[i] / (1.0 + std::exp(-(double)gate[i])) * up[i];
-        if (std::fabs(out[i] - wanted) <= 1e-6 * std::fabs(wanted) + 1e-35) continue;
+        if (std::fabs(out[i] - wanted) <= 1e-6 * std::fabs(wanted) + 1e-34) continue;  // exp(-gate) leaves fp32 below -88
         std::printf("%s silu_mul: gate %g up %g: want %g; got %g\n", kernels->name, gate[i], up[i], wanted, out[i]);
         failures++;
       }
