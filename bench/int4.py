@@ -305,14 +305,17 @@ class MoeProblem:
         return self.expected[:tokens]
 
 
-def make_moe_problem(shape: Experts, tokens: int, seed: int = 0) -> MoeProblem:
+def make_moe_problem(
+    shape: Experts, tokens: int, seed: int = 0, x_dtype: torch.dtype = torch.float32, device: str = "cpu"
+) -> MoeProblem:
     """Gaussian x; every token goes to topk different experts, each set equally likely, with softmax weights."""
     sizes = {"group_size": shape.group_size, "symmetric": True, "experts": shape.experts}
     x, w13, _ = make_inputs(tokens, 2 * shape.intermediate, shape.hidden, seed=seed, **sizes)
     _, w2, _ = make_inputs(1, shape.hidden, shape.intermediate, seed=seed + 1, **sizes)
     generator = torch.Generator().manual_seed(seed)
     top = torch.rand(tokens, shape.experts, generator=generator).topk(shape.topk, dim=-1)
-    ids, weights = top.indices, top.values.softmax(-1).contiguous()
+    ids, weights = top.indices.to(device), top.values.softmax(-1).contiguous().to(device)
+    x, w13, w2 = x.to(x_dtype).float().to(device), w13.to(device), w2.to(device)
     tensors = (w13.qweight, w13.scales, w13.zeros, w13.perm, w2.qweight, w2.scales, w2.zeros, w2.perm)
     numbers = (shape.hidden, shape.intermediate, shape.group_size, 0, 0)
     expected = reference.int4_moe(x.double(), ids, weights, *tensors, *numbers, "exact")
@@ -378,6 +381,22 @@ MOE_ARMS: dict[str, Callable[[MoeProblem, int, int], Arm]] = {
 }
 
 
+def moe_facts(shape: Experts, m: int, weight_bytes: int) -> dict[str, Any]:
+    """What a row says of a layer of experts; weight_bytes of the experts that were chosen."""
+    return {
+        "op": "int4_moe",
+        "shape": shape.name,
+        "m": m,
+        "n": 2 * shape.intermediate,
+        "k": shape.hidden,
+        "experts": shape.experts,
+        "topk": shape.topk,
+        "group_size": shape.group_size,
+        "symmetric": True,
+        "weight_bytes": weight_bytes,
+    }
+
+
 def run_experts(shape: Experts, plan: Plan, say: Callable[[str], None]) -> Iterator[Row]:
     """All rows of one mixture-of-experts layer on the CPU; dense arms only where they fit plan.limit_bytes."""
     problem = make_moe_problem(shape, max(plan.ms))
@@ -403,18 +422,7 @@ def run_experts(shape: Experts, plan: Plan, say: Callable[[str], None]) -> Itera
             times, rates = harness.interleave(
                 timed, seconds=plan.seconds, min_rounds=plan.min_rounds, probe=probe.bandwidth
             )
-            facts = {
-                "op": "int4_moe",
-                "shape": shape.name,
-                "m": m,
-                "n": 2 * shape.intermediate,
-                "k": shape.hidden,
-                "experts": shape.experts,
-                "topk": shape.topk,
-                "group_size": shape.group_size,
-                "symmetric": True,
-                "weight_bytes": problem.touched_bytes(m),
-            }
+            facts = moe_facts(shape, m, problem.touched_bytes(m))
             macs = m * shape.topk * 3 * shape.hidden * shape.intermediate
             read = harness.spread(rates).median
             rotation = Rotation(span=1, parts=parts)

@@ -2,7 +2,8 @@
 
 torch: fp32 and bf16 matmul of the dequantised weight, and its own INT4 op. ONNX Runtime: MatMulNBits at one accuracy
 level. OpenVINO: a decompression graph, exact or with dynamic quantisation of the activations. auto-round-lib: woqgemm.
-ggml: Q4_0, plain or repacked. Graph runtimes run ``span`` products in one graph, so that a call's fixed cost is shared as in a model.
+ggml: Q4_0, plain or repacked. Graph runtimes run ``span`` products in one graph, so that a
+call's fixed cost is shared as in a model.
 """
 
 from __future__ import annotations
@@ -21,9 +22,10 @@ from bench.workloads import Problem
 TOLERANCE = {"fp32": 1e-5, "int8": 8e-3, "bf16": 1e-2}
 
 
-def need(package: str) -> None:
-    if importlib.util.find_spec(package) is None:
-        raise UnavailableError(f"{package} is not installed")
+def need(*packages: str) -> None:
+    for package in packages:
+        if importlib.util.find_spec(package) is None:
+            raise UnavailableError(f"{package} is not installed")
 
 
 class PeerArm(Arm):
@@ -101,7 +103,7 @@ class OnnxRuntime(PeerArm):
     def __init__(
         self, problem: Problem, rotation: Rotation, threads: int, *, level: int, block: int | None = None
     ) -> None:
-        need("onnx"), need("onnxruntime")
+        need("onnx", "onnxruntime")
         self.computes = "int8" if level == 4 else "fp32"
         self.lossy = level == 4
         super().__init__(problem, rotation, threads)
@@ -250,11 +252,19 @@ class OpenVino(PeerArm):
 
 
 # -- auto-round-lib ---------------------------------------------------------------------------------------------------
+ARK_THREADS: list[int] = []  # the count auto_round_kernel was first imported with; with fewer its results are wrong
+
+
 class Ark(PeerArm):
     """woqgemm (BesTLA) with fp32 scales; ``compute`` int8 rounds the activations per group, fp32 does not."""
 
     def __init__(self, problem: Problem, rotation: Rotation, threads: int, *, compute: str) -> None:
         need("auto_round_kernel")
+        if not ARK_THREADS:
+            ARK_THREADS.append(threads)
+            torch.set_num_threads(threads)
+        if ARK_THREADS[0] != threads:
+            raise UnavailableError(f"auto_round_kernel keeps the {ARK_THREADS[0]} thread(s) it was imported with")
         import auto_round_kernel
 
         self.computes, self.lossy = compute, compute == "int8"

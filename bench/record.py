@@ -22,17 +22,8 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = Path(__file__).resolve().parent / "results"
-PEERS = (
-    "torch",
-    "triton",
-    "numpy",
-    "onnxruntime",
-    "openvino",
-    "llama-cpp-python",
-    "auto-round-lib",
-    "gemlite",
-    "humming-kernels",
-)
+PEERS = ("torch", "triton", "onnxruntime", "openvino", "llama-cpp-python", "auto-round-lib", "gemlite")
+TIMED = ("median_s", "p20_s", "p80_s", "gmacs", "gbytes_s", "ratios")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -81,19 +72,13 @@ class Row:
     command: str
 
     def __post_init__(self) -> None:
-        timed = [
-            name
-            for name in ("median_s", "p20_s", "p80_s", "gmacs", "gbytes_s", "ratios")
-            if getattr(self, name) is not None
-        ]
+        timed = [name for name in TIMED if getattr(self, name) is not None]
         if timed and self.gate != "passed":
             raise ValueError(f"Row: gate: want 'passed' for a row with {', '.join(timed)}; got {self.gate!r}")
         if self.gate == "passed":
             good = self.error is not None and self.tolerance is not None and self.error <= self.tolerance
             if not good:
-                raise ValueError(
-                    f"Row: error: want at most tolerance {self.tolerance} for gate 'passed'; got {self.error}"
-                )
+                raise ValueError(f"Row: error: want at most {self.tolerance} for gate 'passed'; got {self.error}")
         elif self.gate != "failed" and not self.gate.startswith("absent: "):
             raise ValueError(f"Row: gate: want 'passed', 'failed' or 'absent: why'; got {self.gate!r}")
         if self.error is not None and math.isnan(self.error):
@@ -173,7 +158,8 @@ def cpu_model() -> str:
             name, _, value = line.partition(":")
             facts.setdefault(name.strip(), value.strip())
     name = facts.get("model name") or platform.processor() or platform.machine()
-    return f"{name} (family {facts.get('cpu family', '?')}, model {facts.get('model', '?')}, stepping {facts.get('stepping', '?')})"
+    numbers = ", ".join(f"{key} {facts.get(key, '?')}" for key in ("cpu family", "model", "stepping"))
+    return f"{name} ({numbers})"
 
 
 def versions() -> dict[str, str]:

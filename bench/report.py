@@ -21,9 +21,7 @@ def table(header: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
     """A Markdown table with padded columns."""
     cells = [list(header), *map(list, lines)]
     widths = [max(len(line[i]) for line in cells) for i in range(len(header))]
-    padded = [
-        "| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) + " |" for line in cells
-    ]
+    padded = [f"| {' | '.join(map(str.ljust, line, widths))} |" for line in cells]
     return "\n".join([padded[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *padded[1:]])
 
 
@@ -38,9 +36,11 @@ def share(value: float | None) -> str:
 def case_table(rows: Sequence[Row]) -> str:
     """One shape, M and thread count: every arm, fastest first; arms without a time last, with the reason."""
     lines = []
+    default = "m3_exact" if any(row.device == "cuda" for row in rows) else "m3_int16"
     for row in sorted(timed(rows), key=lambda row: row.median_s or 0.0):
         assert row.median_s is not None and row.p20_s is not None and row.p80_s is not None
-        faster = "" if not row.ratios or "m3_int16" not in row.ratios else f"{row.ratios['m3_int16'][0]:.2f}"
+        over = (row.ratios or {}).get(default)
+        faster = "" if over is None else f"{over[0]:.2f}"
         lines.append(
             (
                 row.arm if row.isa is None else f"{row.arm} ({row.isa})",
@@ -59,12 +59,12 @@ def case_table(rows: Sequence[Row]) -> str:
             lines.append((row.arm, f"none: error over {row.tolerance:.0e}", "", "", "", "", error, ""))
         elif row.gate != "passed":
             lines.append((row.arm, row.gate, "", "", "", "", "", ""))
-    header = ("arm", "time (p20 - p80)", "GMAC/s", "GB/s", "of read", "of peak", "error", "over m3_int16")
+    header = ("arm", "time (p20 - p80)", "GMAC/s", "GB/s", "of read", "of peak", "error", f"over {default}")
     return table(header, lines)
 
 
 def cases(rows: Iterable[Row]) -> list[tuple[tuple[str, str, int, int], list[Row]]]:
-    """[((op, shape, threads of the case, m), rows)] in order of appearance; "@1t" arms belong to the case they ran in."""
+    """[((op, shape, threads of the case, m), rows)] in order of appearance."""
     found: dict[tuple[str, str, int, int], list[Row]] = {}
     for row in rows:
         found.setdefault((row.op, row.shape, row.case_threads, row.m), []).append(row)
@@ -117,52 +117,40 @@ def acceptance(rows: Iterable[Row]) -> list[Line]:
     """What was promised for 4096 x 4096 and 4096 x 12288 at group 128 on one thread, and for two threads over one."""
     lines = []
     for (op, shape, threads, m), members in cases(rows):
-        if op != "int4_gemm" or shape not in INT8_OVER_ORT:
-            continue
-        ours = {row.arm: row for row in timed(members)}
+        if op == "int4_gemm" and shape in INT8_OVER_ORT and threads in (1, 2):
+            lines += case_lines(shape, threads, m, members)
+    return lines
 
-        def line(arm: str, what: str, peer: str | None, want: float) -> None:
-            ratios = ours[arm].ratios if arm in ours else None
-            value = None if ratios is None or peer is None else ratios.get(peer)
-            got, p20, p80 = value if value is not None else (None, None, None)
-            lines.append(
-                Line(
-                    shape=shape,
-                    threads=threads,
-                    m=m,
-                    what=f"{arm} {what}",
-                    peer=peer or "none",
-                    want=want,
-                    got=got,
-                    p20=p20,
-                    p80=p80,
-                )
-            )
 
-        if threads == 2 and m in TWO_THREADS:
-            for arm in OURS:
-                line(arm, "over itself on one thread", f"{arm}@1t", TWO_THREADS[m])
-        if threads != 1:
-            continue
-        ort = fastest(members, lambda row: row.arm.startswith("ort_a4"))
-        lossy = fastest(members, lambda row: row.lossy)
-        exact = fastest(members, lambda row: not row.lossy)
-        if m in INT8_OVER_ORT[shape]:
-            line("m3_int8", "over ONNX Runtime accuracy_level 4", ort.arm if ort else None, INT8_OVER_ORT[shape][m])
-        if m in READ_SHARE.get(shape, {}):
-            got = ours["m3_int8"].read_share if "m3_int8" in ours else None
-            what = "of measured read bandwidth"
-            lines.append(
-                Line(
-                    shape=shape, threads=1, m=m, what=f"m3_int8 {what}", peer="read", want=READ_SHARE[shape][m], got=got
-                )
-            )
-        if m >= 4:
-            line("m3_int16", "over the best lossy peer", lossy.arm if lossy else None, 1.0)
-        if m in INT16_OVER_EXACT:
-            line("m3_int16", "over the best exact peer", exact.arm if exact else None, INT16_OVER_EXACT[m])
-        if m in EXACT_OVER_EXACT:
-            line("m3_exact", "over the best exact peer", exact.arm if exact else None, EXACT_OVER_EXACT[m])
+def case_lines(shape: str, threads: int, m: int, members: Sequence[Row]) -> list[Line]:
+    """The promises about one shape, thread count and M."""
+    ours = {row.arm: row for row in timed(members)}
+
+    def line(arm: str, what: str, peer: str | None, want: float) -> Line:
+        ratios = ours[arm].ratios if arm in ours else None
+        value = None if ratios is None or peer is None else ratios.get(peer)
+        got, p20, p80 = value if value is not None else (None, None, None)
+        named = {"shape": shape, "threads": threads, "m": m, "what": f"{arm} {what}", "peer": peer or "none"}
+        return Line(**named, want=want, got=got, p20=p20, p80=p80)
+
+    if threads == 2:
+        return [line(arm, "over one thread", f"{arm}@1t", TWO_THREADS[m]) for arm in OURS if m in TWO_THREADS]
+    ort = fastest(members, lambda row: row.arm.startswith("ort_a4"))
+    lossy = fastest(members, lambda row: row.lossy)
+    exact = fastest(members, lambda row: not row.lossy)
+    lines = []
+    if m in INT8_OVER_ORT[shape]:
+        lines.append(line("m3_int8", "over ONNX Runtime level 4", ort and ort.arm, INT8_OVER_ORT[shape][m]))
+    if m in READ_SHARE.get(shape, {}):
+        got = ours["m3_int8"].read_share if "m3_int8" in ours else None
+        what, want = "m3_int8 of read bandwidth", READ_SHARE[shape][m]
+        lines.append(Line(shape=shape, threads=1, m=m, what=what, peer="read", want=want, got=got))
+    if m >= 4:
+        lines.append(line("m3_int16", "over the best lossy peer", lossy and lossy.arm, 1.0))
+    if m in INT16_OVER_EXACT:
+        lines.append(line("m3_int16", "over the best exact peer", exact and exact.arm, INT16_OVER_EXACT[m]))
+    if m in EXACT_OVER_EXACT:
+        lines.append(line("m3_exact", "over the best exact peer", exact and exact.arm, EXACT_OVER_EXACT[m]))
     return lines
 
 
@@ -173,18 +161,8 @@ def acceptance_table(lines: Sequence[Line]) -> str:
         got = "not measured" if line.got is None else f"{line.got:.2f}"
         around = "" if line.p20 is None or line.p80 is None else f" ({line.p20:.2f} - {line.p80:.2f})"
         verdict = "pass" if line.passed else "MISS"
-        body.append(
-            (
-                line.shape,
-                str(line.threads),
-                str(line.m),
-                line.what,
-                line.peer,
-                f"{line.want:.2f}",
-                got + around,
-                verdict,
-            )
-        )
+        case = (line.shape, str(line.threads), str(line.m))
+        body.append((*case, line.what, line.peer, f"{line.want:.2f}", got + around, verdict))
     missed = sum(not line.passed for line in lines)
     header = ("shape", "threads", "M", "what", "against", "want", "got (p20 - p80)", "")
     return f"\n{table(header, body)}\n\n{len(lines) - missed} of {len(lines)} lines pass\n"
@@ -193,22 +171,26 @@ def acceptance_table(lines: Sequence[Line]) -> str:
 # -- docs/benchmarks.md -----------------------------------------------------------------------------------------------
 OPENING = """# Benchmarks
 
-Generated by `python -m bench report` from `bench/results/*.jsonl`; do not edit. Reproduce: `python -m bench int4 --preset
-acceptance` (two reference shapes), `python -m bench int4` (more shapes), `bash bench/gpu.sh` (a GPU machine).
+Generated by `python -m bench report` from `bench/results/*.jsonl`; do not edit. Reproduce: `python -m bench int4
+--preset acceptance` (two reference shapes), `python -m bench int4` (more shapes), `bash bench/gpu.sh` (a GPU
+machine).
 
-How to read a table. Every arm of a table ran in one process on the same inputs, in interleaved rounds: each round visits
-each arm once, in shuffled order, and each visit takes the next of several copies of the weight, so that weights come from
-memory and not from cache. Times are medians over rounds, with the 20th and 80th percentile; ratios are medians of the ratios
-within a round. An arm has a time only if its error passed its gate: relative RMS error against fp64, at most 1e-5 for exact
-arms, 5e-5 for int16 activations, 8e-3 for int8 activations, 1e-2 for bf16.
-GB/s counts the bytes of the INT4 weight with its scales, the same for every arm; "of read" compares it with the read bandwidth
-of the machine measured between the arms of the same rounds; "of peak" compares multiply-accumulates with the measured peak
-for the operands of that arm's inner product (fp32, bf16, int16 or int8). "Over m3_int16": how many times as fast as our
-default mode this arm is. x and the result are fp32, except in bf16 arms, whose conversions are not timed.
+How to read a table. Every arm of a table ran in one process on the same inputs, in interleaved rounds: each round
+visits each arm once, in shuffled order, and each visit takes the next of several copies of the weight, so that
+weights come from memory and not from cache. Times are medians over rounds, with the 20th and 80th percentile; ratios
+are medians of the ratios within a round. An arm has a time only if its error passed its gate: relative RMS error
+against fp64, at most 1e-5 for exact arms, 5e-5 for int16 activations, 8e-3 for int8 activations, 1e-2 for bf16; twice
+that for a layer of experts. GB/s counts the bytes of the INT4 weight with its scales, the same for every arm; "of
+read" compares it with the read bandwidth of the machine, measured between the arms of the same rounds (on a GPU: with
+the bandwidth of a copy); "of peak" compares multiply-accumulates with the measured peak for the operands of that
+arm's inner product (fp32, bf16, int16 or int8). "Over m3_int16" (on a GPU m3_exact): how many times as fast as our
+default mode this arm is. x and the result are fp32, except in bf16 arms, whose conversions are not timed; on a GPU
+everything is bf16.
 
-Arms: `m3_*` ours by activation mode (`@isa`: a forced instruction set); `ort_aL` ONNX Runtime MatMulNBits, accuracy level L,
-blocks of the group size (`_b32`: of 32); `ov` OpenVINO (`_int8`: dynamic quantisation of the activations); `ark_*` auto-round-lib
-by compute type; `ggml_q4_0` ggml, plain or repacked; `torch_int4_bf16` torch's INT4 op; `torch_fp32`, `torch_bf16` matmul of the dequantised weight.
+Arms: `m3_*` ours by activation mode (`@isa`: a forced instruction set; `@1t`: one thread); `ort_aL` ONNX Runtime
+MatMulNBits, accuracy level L, blocks of the group size (`_b32`: of 32); `ov` OpenVINO (`_int8`: dynamic quantisation
+of the activations); `ark_*` auto-round-lib by compute type; `ggml_q4_0` ggml, plain or repacked; `torch_int4_bf16`
+torch's INT4 op; `torch_fp32`, `torch_bf16` matmul of the dequantised weight.
 """
 
 
@@ -234,47 +216,46 @@ def plot(rows: Sequence[Row], stem: Path) -> list[Path]:
         panel = [row for row in rows if row.threads == count]
         for name in names:
             line = sorted((row for row in panel if row.arm == name), key=lambda row: row.m)
-            style = {"linewidth": 2.4, "marker": "o"} if name.startswith("m3_") else {"linewidth": 1.2, "marker": "."}
-            axis.plot([row.m for row in line], [row.median_s for row in line], label=name, color=colours[name], **style)
-        for computes, dash in (("int8", ":"), ("fp32", "--")):
-            bounds = lower_bounds(panel, computes)
+            bold = name.startswith("m3_")
             axis.plot(
-                *zip(*bounds, strict=True), color="black", linestyle=dash, label=f"bound: read, {computes} peak"
-            ) if bounds else None
-        axis.set(
-            xscale="log",
-            yscale="log",
-            xlabel="M (rows of x)",
-            title=f"{count} thread(s)" if rows[0].device == "cpu" else "GPU",
-        )
+                [row.m for row in line],
+                [row.median_s for row in line],
+                label=name,
+                color=colours[name],
+                linewidth=2.4 if bold else 1.2,
+                marker="o" if bold else ".",
+            )
+        for computes, dash in (("int8", ":"), ("fp32", "--"), ("bf16", "-.")):
+            bounds = lower_bounds(panel, computes)
+            if bounds and (computes != "bf16" or rows[0].device == "cuda"):
+                label = f"bound: read, {computes} peak"
+                axis.plot(*zip(*bounds, strict=True), color="black", linestyle=dash, label=label)
+        title = "GPU" if rows[0].device == "cuda" else f"{count} thread(s)"
+        axis.set(xscale="log", yscale="log", xlabel="M (rows of x)", title=title)
         axis.grid(True, which="both", alpha=0.25)
     axes[0][0].set_ylabel("seconds per product (median)")
     axes[0][-1].legend(fontsize=7, loc="upper left", bbox_to_anchor=(1.01, 1))
     first = rows[0]
     figure.suptitle(f"{first.op} {first.shape}: K = {first.k}, N = {first.n}, group {first.group_size}")
     stem.parent.mkdir(parents=True, exist_ok=True)
-    paths = [stem.with_name(f"{stem.name}.{kind}") for kind in ("png", "svg")]
-    for path in paths:
-        figure.savefig(
-            path, dpi=120, bbox_inches="tight", metadata={"Date": None} if path.suffix == ".svg" else {"Software": None}
-        )
+    kinds = {"png": {"Software": None}, "svg": {"Date": None}}
+    paths = []
+    for kind, metadata in kinds.items():
+        paths.append(stem.with_name(f"{stem.name}.{kind}"))
+        figure.savefig(paths[-1], dpi=120, bbox_inches="tight", metadata=metadata)
     pyplot.close(figure)
     return paths
 
 
 def lower_bounds(rows: Sequence[Row], computes: str) -> list[tuple[int, float]]:
-    """[(m, seconds)]: reading the INT4 weight once, or multiplying at the peak for those operands, whichever is longer."""
+    """[(m, seconds)]: the longer of reading the INT4 weight once and multiplying at the peak for those operands."""
     bounds = []
     for m in sorted({row.m for row in rows}):
         members = [row for row in rows if row.m == m]
         peak = next((row.peak_gmacs for row in members if row.computes == computes and row.peak_gmacs), None)
-        one = next(
-            (row for row in members if row.read_gbytes_s and row.median_s and row.gmacs and row.weight_bytes), None
-        )
-        if peak is None or one is None:
-            continue
-        assert one.gmacs and one.median_s and one.weight_bytes and one.read_gbytes_s
-        bounds.append((m, max(one.weight_bytes / one.read_gbytes_s / 1e9, one.gmacs * one.median_s / peak)))
+        one = members[0]
+        if peak is not None and one.gmacs and one.median_s and one.weight_bytes and one.read_gbytes_s:
+            bounds.append((m, max(one.weight_bytes / one.read_gbytes_s / 1e9, one.gmacs * one.median_s / peak)))
     return bounds
 
 

@@ -105,8 +105,9 @@ class Ceilings:
     source: str  # "c" or "torch (no C compiler: read bandwidth only)"
 
     def peak(self, computes: str) -> float | None:
-        """The highest multiply-accumulates per second with operands of that type, or None where not measured."""
-        return max((macs for kind, macs in self.peaks.values() if kind == computes), default=None)
+        """Most multiply-accumulates per second with operands of that type (bf16 may be widened to fp32), if known."""
+        kinds = ("bf16", "fp32") if computes == "bf16" else (computes,)
+        return max((macs for kind, macs in self.peaks.values() if kind in kinds), default=None)
 
 
 def median(values: list[float]) -> float:

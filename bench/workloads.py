@@ -1,7 +1,8 @@
 """Named shapes of real models: what the benchmarks run on.
 
-Sources: the config.json of HuggingFaceTB/SmolLM2-135M-Instruct (hidden 576, intermediate 1536, 9/3 heads of 64), Qwen/Qwen3-8B
-(4096, 12288, 32/8 heads of 128) and Qwen/Qwen3-235B-A22B (4096, experts of 1536, 64/4 heads of 128, 128 experts, top 8).
+Sources: the config.json of HuggingFaceTB/SmolLM2-135M-Instruct (hidden 576, intermediate 1536, 9/3 heads of 64),
+Qwen/Qwen3-8B (4096, 12288, 32/8 heads of 128) and Qwen/Qwen3-235B-A22B (4096, experts of 1536, 64/4 heads of 128, 128
+experts, top 8).
 """
 
 from __future__ import annotations
@@ -138,8 +139,18 @@ class Problem:
         return self.expected[:m].roll(TILE_N * copy, 1)
 
 
-def make_problem(linear: Linear, rows: int, *, symmetric: bool = True, seed: int = 0) -> Problem:
+def make_problem(
+    linear: Linear,
+    rows: int,
+    *,
+    symmetric: bool = True,
+    seed: int = 0,
+    x_dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+) -> Problem:
     """Gaussian x, uniform nibbles, spread fp16 scales; zeros in 0..15, which every format can hold.
+
+    x is fp32 whose values x_dtype can hold; everything is on ``device``.
 
     Raises ValueError: linear.n is no multiple of 64.
     """
@@ -151,8 +162,8 @@ def make_problem(linear: Linear, rows: int, *, symmetric: bool = True, seed: int
     if not symmetric:
         zeros = zeros.clamp(max=15)
         weight = Int4Weight.pack(q, scales, zeros, group_size=linear.group_size)
+    x, weight, q = x.to(x_dtype).float().to(device), weight.to(device), q.to(device)
+    scales, zeros = scales.to(device), zeros.to(device)
     dense = int4_dequantize(weight, torch.float32)
     expected = x.double() @ dense.double().T
-    return Problem(
-        linear=linear, x=x, weight=weight, q=q, scales=scales, zeros=zeros.contiguous(), dense=dense, expected=expected
-    )
+    return Problem(linear=linear, x=x, weight=weight, q=q, scales=scales, zeros=zeros, dense=dense, expected=expected)

@@ -1,21 +1,21 @@
-"""Yardsticks for kernels, the same in tests, benchmarks and user code: errors against fp64, bitwise equality, hostile memory.
+"""Yardsticks for kernels, for tests, benchmarks and users: errors against fp64, bitwise equality, hostile memory.
 
-    err_rms = rms(actual - exact) / rms(exact),   err_max = max|actual - exact| / max|exact|
-    rule:   err(actual) <= c * err(torch in the same dtype) + eps,   for both; c and eps from the family's TOLERANCE
+err_rms = rms(actual - exact) / rms(exact),   err_max = max|actual - exact| / max|exact|
+rule:   err(actual) <= c * err(torch in the same dtype) + eps,   for both; c and eps from the family's TOLERANCE
 """
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 
 class Error(NamedTuple):
-    """Relative error of a tensor; 0 for an empty one, inf where it is finite and the expected one is not, or conversely."""
+    """Relative error of a tensor: 0 if empty, inf where only one of actual and expected is finite."""
 
     rms: float
     max: float
@@ -57,21 +57,23 @@ def bitwise_equal(a: Tensor, b: Tensor) -> bool:
     """Same shape, dtype and bits: tells -0 from 0 and does not tell a nan from itself."""
     if a.shape != b.shape or a.dtype != b.dtype:
         return False
-    return torch.equal(a.detach().contiguous().view(-1).view(torch.uint8), b.detach().contiguous().view(-1).view(torch.uint8))
+    return torch.equal(
+        a.detach().contiguous().view(-1).view(torch.uint8), b.detach().contiguous().view(-1).view(torch.uint8)
+    )
 
 
 @contextlib.contextmanager
 def uninitialized_is_nan() -> Iterator[None]:
     """Inside, torch.empty and its kin hold nan (integers: their largest value), so that a value never written shows."""
-    deterministic = torch.are_deterministic_algorithms_enabled()
-    fill = torch.utils.deterministic.fill_uninitialized_memory
+    settings: Any = torch.utils.deterministic
+    deterministic, fill = torch.are_deterministic_algorithms_enabled(), settings.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
+    settings.fill_uninitialized_memory = True
     try:
         yield
     finally:
         torch.use_deterministic_algorithms(deterministic)
-        torch.utils.deterministic.fill_uninitialized_memory = fill
+        settings.fill_uninitialized_memory = fill
 
 
 def surrounded_by_nan(x: Tensor, margin: int = 67) -> Tensor:

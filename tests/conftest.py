@@ -1,4 +1,4 @@
-"""What every test shares: one seed, Triton's interpreter on machines without a GPU, and the choice of a room by name."""
+"""What every test shares: one seed, Triton's interpreter where there is no GPU, and the choice of a room by name."""
 
 from __future__ import annotations
 

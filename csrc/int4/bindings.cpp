@@ -1,9 +1,6 @@
 // Python border of the CPU extension: integers that are addresses, sizes that Python has validated. No torch header.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
 
 #include "common/check.h"
 #include "int4/gemm_cpu_driver.h"
@@ -95,17 +92,6 @@ void int4_moe(SpanTuple x, int type, int64_t tokens, int64_t top_k, SpanTuple id
       at<void>(y), m, threads);
 }
 
-// Asks for 2 MiB pages: a streamed weight of hundreds of megabytes otherwise misses the TLB every 4 KiB. A hint, never an error.
-bool advise_huge_pages(uintptr_t address, int64_t bytes) {
-#if defined(__linux__) && defined(MADV_HUGEPAGE)
-  constexpr uintptr_t page = 4096;
-  const uintptr_t start = (address + page - 1) / page * page, stop = (address + bytes) / page * page;
-  return stop > start && madvise(at<void>(start), stop - start, MADV_HUGEPAGE) == 0;
-#else
-  return false;
-#endif
-}
-
 py::dict build_info() {
   py::dict info;
 #if defined(__clang__)
@@ -137,7 +123,6 @@ PYBIND11_MODULE(_cpu_ext, m) {
   m.def("int4_gemm", &int4_gemm);
   m.def("int4_grouped_gemm", &int4_grouped_gemm);
   m.def("int4_moe", &int4_moe);
-  m.def("advise_huge_pages", &advise_huge_pages);
   m.def("build_info", &build_info, "What was compiled: compiler, OpenMP version, instruction sets.");
   m.def("isas", &isas, "Instruction sets that this build and this CPU can run, best first.");
   m.def("get_isa", &get_isa, "The instruction set in use: M3_ISA, else the best.");

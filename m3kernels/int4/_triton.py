@@ -48,16 +48,17 @@ class Tile(NamedTuple):
     num_stages: int
 
 
-# By compute dtype, smallest first. fp32 has no tensor cores in "ieee" precision: small tiles keep it in registers.
+# By compute dtype, smallest first; the largest that keeps its accumulators in registers on sm_90 ends each row.
 TILES = {
-    torch.float16: (Tile(16, 4, 4), Tile(32, 4, 4), Tile(64, 4, 3), Tile(128, 8, 3)),
-    torch.bfloat16: (Tile(16, 4, 4), Tile(32, 4, 4), Tile(64, 4, 3), Tile(128, 8, 3)),
+    torch.float16: (Tile(16, 4, 4), Tile(32, 4, 3), Tile(64, 8, 3)),
+    torch.bfloat16: (Tile(16, 4, 4), Tile(32, 4, 3), Tile(64, 8, 3)),
     torch.float32: (Tile(16, 4, 2), Tile(32, 8, 2)),
 }
+BLOCK_K = {torch.float16: (128, 64, 32, 16), torch.bfloat16: (128, 64, 32, 16), torch.float32: (32, 16)}  # same reason
 
 
 class Plan(NamedTuple):
-    """How K is cut: a function of the weight's shape only, never of the number of rows."""
+    """How K is cut: a function of the weight's shape and the dtype only, never of the number of rows."""
 
     block_k: int  # columns per step, all of one group
     k_blocks: int
@@ -72,10 +73,17 @@ class Plan(NamedTuple):
         return self.k_blocks * self.block_k
 
 
-def plan(out_features: int, in_features: int, group_size: int, first_k: int, experts: int | None = None) -> Plan:
-    """Largest block of K that no group boundary cuts, and splits enough to fill a GPU at one row."""
+def plan(
+    out_features: int,
+    in_features: int,
+    group_size: int,
+    first_k: int,
+    dtype: torch.dtype,
+    experts: int | None = None,
+) -> Plan:
+    """Largest block of K that no group boundary cuts, and splits enough to fill a GPU at one row; dtype: of operands."""
     block_k = next(
-        size for size in (128, 64, 32, 16) if group_size == -1 or (group_size % size == 0 and first_k % size == 0)
+        size for size in BLOCK_K[dtype] if group_size == -1 or (group_size % size == 0 and first_k % size == 0)
     )
     k_blocks = ceil_div(in_features, block_k)
     programs = ceil_div(out_features, PROGRAM_N) * (1 if experts is None else min(experts, ACTIVE_EXPERTS))
@@ -204,16 +212,17 @@ def _integers(words, shift, zero, COMPUTE: tl.constexpr):
 
 @triton.jit
 def _block(
+    acc,
     words,
     base_shift,
     xs_at,
-    sum_x,
+    sums,
+    sums_at,
     row_mask,
     scales,
     zeros,
     scale_at,
     tile_mask,
-    acc,
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
     COMPUTE: tl.constexpr,
@@ -224,14 +233,15 @@ def _block(
     zero = tl.full((64, 1), MAGIC + 8, COMPUTE)
     if zeros is not None:
         z = tl.load(zeros + scale_at, mask=tile_mask, other=8).to(tl.float32)
-        if sum_x is None:
+        if sums is None:
             zero = (MAGIC + z).to(COMPUTE)[:, None]
     part = tl.zeros((64, BLOCK_M), tl.float32)
     for plane in tl.static_range(BLOCK_K // KP):
         xs = tl.load(xs_at + plane * KP, mask=row_mask[None, :], other=0.0)  # (KP, BLOCK_M)
         values = _integers(words, base_shift + 8 * plane, zero, COMPUTE)  # (64, KP)
         part = tl.dot(values, xs, part, input_precision="ieee")
-    if sum_x is not None:
+    if sums is not None:
+        sum_x = tl.load(sums + sums_at, mask=row_mask, other=0.0)
         eight = tl.broadcast_to((8 - z)[:, None], (64, BLOCK_M))
         part = tl.fma(eight, tl.broadcast_to(sum_x[None, :], (64, BLOCK_M)), part)
     scale = tl.load(scales + scale_at, mask=tile_mask, other=0.0).to(tl.float32)
@@ -360,20 +370,16 @@ def _gemm_kernel(
         tile_k = block * TILES_K
         group = (first_tile + tile_k) // group_tiles - first_group
         word_mask = tile_mask[:, None] & (tile_k + kt < k_tiles)[None, :]
-        words = tl.load(qweight + tile_k.to(tl.int64) * 128 + word_at, mask=word_mask, other=0)
+        words = tl.load(qweight + tl.cast(tile_k, tl.int64) * 128 + word_at, mask=word_mask, other=0)
         xs_at = x + block * BLOCK_K + x_at
         scale_at = scale_row + group * 64
-        sum_x = None
-        if sums is not None:
-            sum_x = tl.load(sums + block.to(tl.int64) * x_rows + sum_at, mask=row_mask, other=0.0)
+        sums_at = sum_at + tl.cast(block, tl.int64) * x_rows
         acc_low = _block(
-            *(words, base_shift, xs_at, sum_x, row_mask, scales, zeros, scale_at, tile_mask, acc_low),
-            *(BLOCK_M, BLOCK_K, COMPUTE),
-        )
+            acc_low, words, base_shift, xs_at, sums, sums_at, row_mask, scales, zeros, scale_at, tile_mask, BLOCK_M, BLOCK_K, COMPUTE
+        )  # fmt: skip
         acc_high = _block(
-            *(words, base_shift + 4, xs_at, sum_x, row_mask, scales, zeros, scale_at + 32, tile_mask, acc_high),
-            *(BLOCK_M, BLOCK_K, COMPUTE),
-        )
+            acc_high, words, base_shift + 4, xs_at, sums, sums_at, row_mask, scales, zeros, scale_at + 32, tile_mask, BLOCK_M, BLOCK_K, COMPUTE
+        )  # fmt: skip
         if not SPLIT:
             if (block + 1) % split_blocks == 0:
                 total_low += acc_low
@@ -528,9 +534,8 @@ class Weight(NamedTuple):
     def experts(self) -> int | None:
         return len(self.qweight) if self.qweight.ndim == 4 else None
 
-    @property
-    def plan(self) -> Plan:
-        return plan(self.out_features, self.in_features, self.group_size, self.first_k, self.experts)
+    def plan(self, dtype: torch.dtype) -> Plan:
+        return plan(self.out_features, self.in_features, self.group_size, self.first_k, dtype, self.experts)
 
     @property
     def tiles(self) -> tuple[int, int, int, int, int]:
@@ -549,8 +554,9 @@ class Operand(NamedTuple):
 
     @classmethod
     def empty(cls, rows: int, weight: Weight, dtype: torch.dtype) -> Operand:
-        cut, device = weight.plan, weight.qweight.device
-        x = torch.empty(rows, cut.padded_k, dtype=compute_dtype(dtype), device=device)
+        dtype, device = compute_dtype(dtype), weight.qweight.device
+        cut = weight.plan(dtype)
+        x = torch.empty(rows, cut.padded_k, dtype=dtype, device=device)
         if weight.zeros is None or x.dtype == torch.float32:
             return cls(x, None)
         return cls(x, torch.empty(cut.k_blocks, rows, dtype=torch.float32, device=device))
@@ -564,8 +570,9 @@ def launch_options(choice: Tile, *, amd: bool) -> dict[str, Any]:
 
 def arrange(x: Tensor, weight: Weight, row_index: Tensor | None = None, row_expert: Tensor | None = None) -> Operand:
     """x, or its rows ``row_index``, for ``weight``; ``row_expert`` chooses the permutation of each row."""
-    rows, cut = len(x) if row_index is None else len(row_index), weight.plan
+    rows = len(x) if row_index is None else len(row_index)
     operand = Operand.empty(rows, weight, x.dtype)
+    cut = weight.plan(operand.x.dtype)
     _arrange_kernel[(rows * ceil_div(cut.padded_k, COLUMNS),)](
         x,
         operand.x,
@@ -594,7 +601,7 @@ def product(
     row_index: Tensor | None = None,
 ) -> Tensor:
     """(rows, N) of ``dtype``; or, with dtype None, fp32 partials (splits or 1, rows, N) for a kernel that adds them."""
-    cut, experts, out_features = weight.plan, weight.experts or 0, weight.out_features
+    cut, experts, out_features = weight.plan(operand.x.dtype), weight.experts or 0, weight.out_features
     choice = tile(ceil_div(rows, experts) if experts else rows, operand.x.dtype)
     m_tiles = ceil_div(rows, choice.block_m)
     if experts:  # the worst case: every expert leaves one tile partly filled
@@ -721,7 +728,8 @@ def int4_moe(
         partial = product(arrange(x, w13), w13, rows, None, offsets=offsets, row_index=row_token)
     else:  # the order of columns depends on the expert: one copy for each slot
         partial = product(arrange(x, w13, row_token, row_expert), w13, rows, None, offsets=offsets)
-    cut, hidden = w2.plan, Operand.empty(rows, w2, x.dtype)
+    hidden = Operand.empty(rows, w2, x.dtype)
+    cut = w2.plan(hidden.x.dtype)
     _silu_mul_kernel[(rows * ceil_div(cut.padded_k, COLUMNS),)](
         partial,
         hidden.x,
@@ -797,8 +805,8 @@ def compile_cases(target: str) -> list[CompileCase]:
         product_case(target, torch.bfloat16, 16, 16, split=True, symmetric=True),
         product_case(target, torch.bfloat16, 16, 128, split=True, symmetric=True, grouped=True),
         product_case(target, torch.bfloat16, 64, 128, split=False, symmetric=False, grouped=True),
-        product_case(target, torch.float32, 16, 128, split=True, symmetric=False),
-        product_case(target, torch.float32, 32, 64, split=False, symmetric=False),
+        product_case(target, torch.float32, 16, 32, split=True, symmetric=False),
+        product_case(target, torch.float32, 32, 32, split=False, symmetric=False),
         other_case(
             "arrange",
             _arrange_kernel,

@@ -1,10 +1,10 @@
 """Between checkpoint formats and Int4Weight, bitwise reversible: GPTQ, AWQ, compressed-tensors, AutoRound.
 
-    format               qweight                      zero point stored    scales    nibble i of a word
-    GPTQ v1              (K/8, N), packed along K     z - 1                (G, N)    k = 8 word + i
-    GPTQ v2              (K/8, N), packed along K     z                    (G, N)    k = 8 word + i
-    AWQ                  (K, N/8), packed along N     z                    (G, N)    n = 8 word + (0, 2, 4, 6, 1, 3, 5, 7)[i]
-    compressed-tensors   (N, K/8), packed along K     z                    (N, G)    k = 8 word + i
+    format              qweight                    zero stored   scales   nibble i of a word
+    GPTQ v1             (K/8, N), packed along K   z - 1         (G, N)   k = 8 word + i
+    GPTQ v2             (K/8, N), packed along K   z             (G, N)   k = 8 word + i
+    AWQ                 (K, N/8), packed along N   z             (G, N)   n = 8 word + (0, 2, 4, 6, 1, 3, 5, 7)[i]
+    compressed-tensors  (N, K/8), packed along K   z             (N, G)   k = 8 word + i
 
 G = ceil(K / group_size): the last group may be partial. What a format cannot hold is refused on the way out. GPTQ v1
 reads a stored 15 as z = 16, as the kernels of vLLM, ExLlama and AutoRound do (unmasked ``+ 1``); z = 0 has no v1 form.
@@ -20,8 +20,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from m3kernels.checks import refuse
-from m3kernels.int4.types import SCALE_DTYPES, SYMMETRIC_ZERO, Int4Weight, ceil_div, check_group_size, num_groups
+from m3kernels.checks import has_data, refuse
+from m3kernels.int4.types import (
+    SCALE_DTYPES,
+    SYMMETRIC_ZERO,
+    Int4Weight,
+    ceil_div,
+    check_group_size,
+    check_perm,
+    num_groups,
+)
 
 AWQ_COLUMNS = (0, 2, 4, 6, 1, 3, 5, 7)  # column, among the 8 of a word, of nibble i
 AWQ_NIBBLES = (0, 4, 1, 5, 2, 6, 3, 7)  # nibble of column i: the inverse
@@ -38,7 +46,9 @@ INDICES = (torch.int32, torch.int64)
 # -- words and nibbles ------------------------------------------------------------------------------------------------
 def words_to_nibbles(words: Tensor) -> Tensor:
     """(R, C) int32 -> (R, 8 C) uint8 in 0..15, lowest nibble first."""
-    data = words.clone(memory_format=torch.contiguous_format).view(torch.uint8)  # contiguous() keeps odd strides of (R, 1)
+    data = words.clone(memory_format=torch.contiguous_format).view(
+        torch.uint8
+    )  # contiguous() keeps odd strides of (R, 1)
     return torch.stack((data & 15, data >> 4), dim=-1).flatten(1)
 
 
@@ -51,16 +61,20 @@ def nibbles_to_words(nibbles: Tensor) -> Tensor:
 
 # -- checks -----------------------------------------------------------------------------------------------------------
 def check_tensor(
-    op: str, name: str, value: object, shape: tuple[int | str, ...], dtypes: tuple[torch.dtype, ...], device: torch.device
+    op: str,
+    name: str,
+    value: object,
+    shape: tuple[int | str, ...],
+    dtypes: tuple[torch.dtype, ...],
+    device: torch.device,
 ) -> Tensor:
     """value, or ValueError unless it is a strided tensor of this shape (a string stands for any size above 0)."""
     sizes = tuple(value.shape) if isinstance(value, Tensor) else ()
     good = len(sizes) == len(shape) and all(
         size > 0 if isinstance(want, str) else size == want for size, want in zip(sizes, shape, strict=True)
     )
-    if isinstance(value, Tensor) and good and value.dtype in dtypes:
-        if value.layout == torch.strided and value.device == device and not value.is_meta:
-            return value.detach()
+    if good and has_data(value) and value.dtype in dtypes and value.device == device:
+        return value.detach()
     names = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
     wanted = f"({', '.join(map(str, shape))}{',' if len(shape) == 1 else ''})"
     raise refuse(op, name, f"{wanted} {names}, strided, on {device}", value)
@@ -125,7 +139,11 @@ def check_export(op: str, weight: object, zeros: range, *, n_of: int = 1, k_of: 
     """weight, or ValueError if the format cannot hold it."""
     if not isinstance(weight, Int4Weight) or weight.num_experts is not None:
         want = "a plain Int4Weight (export the experts of a stack one by one)"
-        raise refuse(op, "weight", want, repr(weight) if isinstance(weight, Int4Weight) else weight)  # type: ignore[arg-type]
+        raise refuse(op, "weight", want, repr(weight) if isinstance(weight, Int4Weight) else weight)
+    if weight.qweight.is_meta:
+        raise refuse(op, "weight", "a weight with data", weight.qweight)
+    if weight.perm is not None:
+        check_perm(op, weight.perm, tuple(weight.perm.shape))
     if weight.out_features % n_of:
         raise refuse(op, "weight", f"out_features a multiple of {n_of}", weight.out_features)
     if weight.in_features % k_of:
@@ -240,7 +258,9 @@ def from_awq(
     qzeros = check_tensor(op, "qzeros", qzeros, (groups, n // 8), WORDS, device)
     scales = check_tensor(op, "scales", scales, (groups, n), SCALE_DTYPES, device)
     check_finite(op, "scales", scales)
-    q, zeros = (words_to_nibbles(words).unflatten(1, (-1, 8))[..., AWQ_NIBBLES].flatten(1) for words in (qweight, qzeros))
+    q, zeros = (
+        words_to_nibbles(words).unflatten(1, (-1, 8))[..., AWQ_NIBBLES].flatten(1) for words in (qweight, qzeros)
+    )
     points = check_symmetric(op, "qzeros", symmetric, zeros)
     return Int4Weight.pack(q.T, scales.T, None if points is None else points.T, group_size=group_size)
 
@@ -284,16 +304,22 @@ def from_compressed_tensors(
     check_group_size(op, group_size)
     device = device_of(op, "weight_packed", weight_packed)
     weight_packed = check_tensor(op, "weight_packed", weight_packed, ("N", "K/8"), WORDS, device)
-    weight_shape = check_tensor(op, "weight_shape", weight_shape, (2,), INDICES, device_of(op, "weight_shape", weight_shape))
+    weight_shape = check_tensor(
+        op, "weight_shape", weight_shape, (2,), INDICES, device_of(op, "weight_shape", weight_shape)
+    )
     n, k = weight_shape.tolist()
     if n < 1 or k < 1 or tuple(weight_packed.shape) != (n, ceil_div(k, 8)):
-        raise refuse(op, "weight_shape", "N, K with weight_packed (N, ceil(K/8))", f"{[n, k]} for {tuple(weight_packed.shape)}")
+        raise refuse(
+            op, "weight_shape", "N, K with weight_packed (N, ceil(K/8))", f"{[n, k]} for {tuple(weight_packed.shape)}"
+        )
     groups = num_groups(k, group_size)
     weight_scale = check_tensor(op, "weight_scale", weight_scale, (n, groups), SCALE_DTYPES, device)
     check_finite(op, "weight_scale", weight_scale)
     zeros, perm = None, None
     if weight_zero_point is not None:
-        weight_zero_point = check_tensor(op, "weight_zero_point", weight_zero_point, (ceil_div(n, 8), groups), WORDS, device)
+        weight_zero_point = check_tensor(
+            op, "weight_zero_point", weight_zero_point, (ceil_div(n, 8), groups), WORDS, device
+        )
         zeros = words_to_nibbles(weight_zero_point.T)[:, :n].T
     if weight_g_idx is not None:
         weight_g_idx = check_tensor(op, "weight_g_idx", weight_g_idx, (k,), INDICES, device)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from m3kernels.checks import refuse
+from m3kernels.checks import is_strided, refuse
 from m3kernels.int4.reference import ACTIVATIONS
 from m3kernels.int4.types import Int4Weight
 from m3kernels.library import define
@@ -41,7 +41,7 @@ def int4_gemm(x: Tensor, weight: Int4Weight, bias: Tensor | None = None, *, acti
     check_x("int4_gemm", x, weight)
     check_activations("int4_gemm", activations)
     if bias is not None and not (
-        isinstance(bias, Tensor) and bias.shape == (weight.out_features,) and bias.dtype == x.dtype and bias.device == x.device
+        is_strided(bias) and bias.shape == (weight.out_features,) and bias.dtype == x.dtype and bias.device == x.device
     ):
         raise refuse("int4_gemm", "bias", f"({weight.out_features},) {x.dtype} on {x.device}, like x", bias)
     if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
@@ -68,7 +68,7 @@ def int4_grouped_gemm(x: Tensor, weight: Int4Weight, offsets: Tensor, *, activat
     check_activations(op, activations)
     check_no_grad(op, x)
     size = (weight.num_experts or 0) + 1
-    good = isinstance(offsets, Tensor) and offsets.shape == (size,) and offsets.dtype in (torch.int32, torch.int64)
+    good = is_strided(offsets) and offsets.shape == (size,) and offsets.dtype in (torch.int32, torch.int64)
     if not good or offsets.device != x.device:
         raise refuse(op, "offsets", f"({size},) int32 or int64 on {x.device}", offsets)
     if offsets.device.type == "cpu" and not torch.compiler.is_compiling():  # compiled, the room checks them
@@ -111,10 +111,10 @@ def int4_moe(
     if facts != (experts, hidden, w13.out_features, w13.group_size, w13.device):
         want = f"{experts} x ({hidden}, {w13.out_features // 2}), group {w13.group_size}, on {w13.device}, to match w13"
         raise refuse(op, "w2", want, f"{w2}")
-    good = isinstance(topk_ids, Tensor) and topk_ids.ndim == 2 and len(topk_ids) == len(x)
+    good = is_strided(topk_ids) and topk_ids.ndim == 2 and len(topk_ids) == len(x)
     if not good or topk_ids.dtype not in (torch.int32, torch.int64) or topk_ids.device != x.device:
         raise refuse(op, "topk_ids", f"({len(x)}, k) int32 or int64 on {x.device}", topk_ids)
-    good = isinstance(topk_weights, Tensor) and topk_weights.shape == topk_ids.shape
+    good = is_strided(topk_weights) and topk_weights.shape == topk_ids.shape
     if not good or topk_weights.dtype not in (torch.float32, x.dtype) or topk_weights.device != x.device:
         raise refuse(op, "topk_weights", f"{tuple(topk_ids.shape)} float32 or {x.dtype} on {x.device}", topk_weights)
     if topk_ids.device.type == "cpu" and topk_ids.numel() and not torch.compiler.is_compiling():  # else the room checks
@@ -154,14 +154,14 @@ def int4_dequantize(weight: Int4Weight, dtype: torch.dtype | None = None) -> Ten
 
 # -- checks -----------------------------------------------------------------------------------------------------------
 def check_weight(op: str, name: str, weight: object, *, experts: bool) -> None:
-    if not isinstance(weight, Int4Weight) or (weight.num_experts is not None) != experts:
+    if not isinstance(weight, Int4Weight) or (weight.qweight.ndim == 4) != experts:
         want = "an Int4Weight with experts (Int4Weight.stack)" if experts else "an Int4Weight without experts"
-        raise refuse(op, name, want, f"{weight!r}" if isinstance(weight, Int4Weight) else weight)  # type: ignore[arg-type]
+        raise refuse(op, name, want, f"{weight!r}" if isinstance(weight, Int4Weight) else weight)
 
 
 def check_x(op: str, x: object, weight: Int4Weight) -> None:
-    good = isinstance(x, Tensor) and x.ndim >= 1 and x.shape[-1] == weight.in_features
-    if not good or x.dtype not in DTYPES or x.device != weight.qweight.device:  # type: ignore[union-attr]
+    good = is_strided(x) and x.ndim >= 1 and x.shape[-1] == weight.in_features and x.dtype in DTYPES
+    if not good or x.device != weight.qweight.device:  # type: ignore[attr-defined]
         raise refuse(op, "x", f"(..., {weight.in_features}) {DTYPE_NAMES} on {weight.device}", x)
 
 

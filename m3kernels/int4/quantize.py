@@ -8,8 +8,8 @@
              longer side, as ggml's Q4_0 does; asymmetric: of three zero points), s refitted by least squares to the
              integers of each, s = sum(w v) / sum(v v) with v = q - z, and refined twice. Never worse than minmax.
 
-Scales are rounded to scale_dtype before anything is rounded or compared with them. Zero points of 0 and 16 are not used,
-so that the result can be exported to every format of convert.py.
+Scales are rounded to scale_dtype before anything is rounded or compared with them. Zero points of 0 and 16 are not
+used, so that the result can be exported to every format of convert.py.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from m3kernels.checks import refuse
+from m3kernels.checks import has_data, refuse
 from m3kernels.int4.types import SCALE_DTYPES, SYMMETRIC_ZERO, Int4Weight, check_group_size, num_groups
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -69,7 +69,9 @@ def minmax_zeros(w: Tensor, scales: Tensor, symmetric: bool) -> Tensor:
     return (-w.amin(-1).clamp(max=0) / scales).round_().clamp_(SMALLEST_ZERO, LARGEST_ZERO).to(torch.uint8)
 
 
-def searched_range(w: Tensor, unit: Tensor, zeros: Tensor, symmetric: bool, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def searched_range(
+    w: Tensor, unit: Tensor, zeros: Tensor, symmetric: bool, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
     """(scales (R, G) fp32 rounded to dtype, zeros (R, G) uint8) of least squared error among the candidates.
 
     Works in units of the min-max scale, so that neither large nor small weights leave the range of fp32:
@@ -149,8 +151,7 @@ def quantize_weight(
         raise refuse(op, "method", " or ".join(map(repr, METHODS)), method)
     if scale_dtype not in SCALE_DTYPES:
         raise refuse(op, "scale_dtype", "torch.float16, torch.bfloat16 or torch.float32", scale_dtype)
-    good = isinstance(weight, Tensor) and weight.ndim in (2, 3) and 0 not in weight.shape and weight.dtype in DTYPES
-    if not good or weight.layout != torch.strided or weight.is_meta:
+    if not has_data(weight) or weight.ndim not in (2, 3) or 0 in weight.shape or weight.dtype not in DTYPES:
         raise refuse(op, "weight", "(N, K) or (E, N, K) float32, bfloat16 or float16, strided, not empty", weight)
 
     *lead, k = weight.shape
@@ -169,7 +170,14 @@ def quantize_weight(
             _refuse_first(op, "finite values", ~torch.isfinite(rows[part]), rows[part], start, lead)
         limit = torch.finfo(scale_dtype).max * 7
         if (largest > limit).any():
-            _refuse_first(op, f"|w| <= {limit:g}, so that scales fit {scale_dtype}", rows[part].abs() > limit, rows[part], start, lead)
+            _refuse_first(
+                op,
+                f"|w| <= {limit:g}, so that scales fit {scale_dtype}",
+                rows[part].abs() > limit,
+                rows[part],
+                start,
+                lead,
+            )
         values, scales[part], zeros[part] = quantize_groups(w, symmetric, method, scale_dtype)
         q[part] = values.flatten(1)[:, :k]
     return Int4Weight.pack(

@@ -15,7 +15,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from m3kernels.int4.types import TILE_K, Int4Weight, ceil_div
+from m3kernels.int4.types import TILE_K, Int4Weight, ceil_div, check_perm
 
 ACTIVATIONS = ("auto", "exact", "int16", "int8")  # "auto" here is exact
 LIMIT = {"int16": 32767.0, "int8": 127.0}
@@ -135,7 +135,7 @@ def stored_weight(weight: Int4Weight) -> Tensor:
 def gemm64(x: Tensor, weight: Int4Weight, activations: str) -> Tensor:
     """(M, K) x plain weight -> (M, N) fp64, a row at a time: a library's product of many rows sums in another order."""
     if weight.perm is not None:
-        x = x.index_select(1, weight.perm.long())
+        x = x.index_select(1, check_perm("int4_gemm", weight.perm, (weight.in_features,)).long())
     if activations in LIMIT:
         blocks = activation_blocks(weight.in_features, weight.group_size, weight.first_k)
         x = round_activations(x, blocks, activations)

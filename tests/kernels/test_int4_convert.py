@@ -123,11 +123,14 @@ def test_gptq_g_idx_in_order_or_absent_is_no_permutation() -> None:
 
 
 @pytest.mark.parametrize(
-    ("symmetric", "stored", "kept"), ((None, 7, False), (True, 7, False), (False, 7, True), (None, 6, True), (False, 6, True))
+    ("symmetric", "stored", "kept"),
+    ((None, 7, False), (True, 7, False), (False, 7, True), (None, 6, True), (False, 6, True)),
 )
 def test_gptq_symmetry(symmetric: bool | None, stored: int, kept: bool) -> None:
     qzeros = torch.full((1, 1), word(*[stored] * 8), dtype=torch.int32)
-    weight = from_gptq(torch.zeros(2, 8, dtype=torch.int32), torch.ones(1, 8), qzeros, group_size=16, symmetric=symmetric)
+    weight = from_gptq(
+        torch.zeros(2, 8, dtype=torch.int32), torch.ones(1, 8), qzeros, group_size=16, symmetric=symmetric
+    )
     assert (weight.zeros is not None) == kept
     assert torch.equal(to_gptq(weight)["qzeros"], qzeros)
 
@@ -175,7 +178,10 @@ def test_awq_round_trip_is_bitwise(shape: dict[str, Any], odd: int) -> None:
 # -- compressed-tensors -----------------------------------------------------------------------------------------------
 def test_compressed_tensors_words_by_hand() -> None:
     packed = torch.tensor([[word(8, 9, 7, 0, 15, 8, 8, 8), word(1, 2, 0, 0, 0, 0, 0, 0)]], dtype=torch.int32)
-    scale, zero_point = torch.full((1, 1), 0.25).bfloat16(), torch.tensor([[word(10, 0, 0, 0, 0, 0, 0, 0)]], dtype=torch.int32)
+    scale, zero_point = (
+        torch.full((1, 1), 0.25).bfloat16(),
+        torch.tensor([[word(10, 0, 0, 0, 0, 0, 0, 0)]], dtype=torch.int32),
+    )
     shape = torch.tensor([1, 10])
     symmetric = from_compressed_tensors(packed, scale, shape, group_size=32)
     assert symmetric.symmetric
@@ -185,9 +191,7 @@ def test_compressed_tensors_words_by_hand() -> None:
 
 
 @quick
-@given(
-    shape=shapes(), n=st.integers(1, 40), k=st.integers(1, 200), symmetric=st.booleans(), act_order=st.booleans()
-)
+@given(shape=shapes(), n=st.integers(1, 40), k=st.integers(1, 200), symmetric=st.booleans(), act_order=st.booleans())
 def test_compressed_tensors_round_trip_is_bitwise(
     shape: dict[str, Any], n: int, k: int, symmetric: bool, act_order: bool
 ) -> None:
@@ -205,10 +209,14 @@ def test_compressed_tensors_round_trip_is_bitwise(
 @pytest.mark.parametrize("n, k, group_size", ((24, 128, 32), (13, 75, 16), (40, 200, -1), (1, 8, 16)))
 @pytest.mark.parametrize("symmetric", (True, False))
 def test_compressed_tensors_agrees_with_its_own_package(n: int, k: int, group_size: int, symmetric: bool) -> None:
-    package = pytest.importorskip("compressed_tensors.compressors.pack_quantized.helpers", reason="needs compressed-tensors")
+    package = pytest.importorskip(
+        "compressed_tensors.compressors.pack_quantized.helpers", reason="needs compressed-tensors"
+    )
     groups = 1 if group_size == -1 else -(-k // group_size)
     q = torch.randint(-8, 8, (n, k), dtype=torch.int8)
-    zero_point = torch.zeros(n, groups, dtype=torch.int8) if symmetric else torch.randint(-8, 8, (n, groups), dtype=torch.int8)
+    zero_point = (
+        torch.zeros(n, groups, dtype=torch.int8) if symmetric else torch.randint(-8, 8, (n, groups), dtype=torch.int8)
+    )
     scale = torch.rand(n, groups).half()
     theirs = {
         "weight_packed": package.pack_to_int32(q, 4),
@@ -229,7 +237,9 @@ SYMMETRIC = make_inputs(1, 16, 96, group_size=32, symmetric=True)[1]
 _q, _s, _z = make_inputs(1, 16, 96, group_size=32)[1].unpack()
 ASYMMETRIC = Int4Weight.pack(_q, _s, _z.clamp(1, 15), group_size=32)
 ORDERED = Int4Weight.pack(_q, _s, _z.clamp(1, 15), group_size=32, perm=torch.arange(95, -1, -1, dtype=torch.int32))
-CONFIG = dict(bits=4, group_size=32, sym=False, data_type="int", quant_method="auto-round", packing_format="auto_round:auto_gptq")
+CONFIG = dict(
+    bits=4, group_size=32, sym=False, data_type="int", quant_method="auto-round", packing_format="auto_round:auto_gptq"
+)
 GPTQ_CONFIG = {**CONFIG, "quant_method": "gptq", "packing_format": None}
 AUTOROUND = {
     "auto_gptq": (to_gptq(ASYMMETRIC), CONFIG),
@@ -270,54 +280,191 @@ TWICE = G_IDX.clone().index_fill_(0, torch.tensor([40]), 0)
 FLOATS = "float16 or bfloat16 or float32"
 IMPORT_ERRORS: dict[str, tuple[Any, dict[str, Any], str]] = {
     "gptq_qweight_none": (from_gptq, dict(qweight=None), "qweight: want a tensor; got None"),
-    "gptq_qweight_rank": (from_gptq, dict(qweight=G_IDX), "qweight: want (K/8, N) int32, strided, on cpu; got (96,) int32"),
-    "gptq_qweight_dtype": (from_gptq, dict(qweight=GPTQ["qweight"].long()), "qweight: want (K/8, N) int32, strided, on cpu; got (12, 16) int64"),
-    "gptq_qweight_empty": (from_gptq, dict(qweight=GPTQ["qweight"][:0]), "qweight: want (K/8, N) int32, strided, on cpu; got (0, 16) int32"),
-    "gptq_qweight_columns": (from_gptq, dict(qweight=GPTQ["qweight"][:, 1:]), "qweight: want (K/8, N) with N a multiple of 8; got (12, 15) int32"),
-    "gptq_scales_shape": (from_gptq, dict(scales=GPTQ["scales"].T), f"scales: want (3, 16) {FLOATS}, strided, on cpu; got (16, 3) float16"),
-    "gptq_scales_dtype": (from_gptq, dict(scales=GPTQ["scales"].double()), f"scales: want (3, 16) {FLOATS}, strided, on cpu; got (3, 16) float64"),
-    "gptq_scales_meta": (from_gptq, dict(scales=GPTQ["scales"].to("meta")), f"scales: want (3, 16) {FLOATS}, strided, on cpu; got (3, 16) float16 on meta"),
-    "gptq_scales_nan": (from_gptq, dict(scales=with_bad_scale(GPTQ["scales"], torch.nan)), "scales: want finite values; got nan at [2, 5]"),
-    "gptq_scales_inf": (from_gptq, dict(scales=with_bad_scale(GPTQ["scales"], -torch.inf)), "scales: want finite values; got -inf at [2, 5]"),
-    "gptq_qzeros_shape": (from_gptq, dict(qzeros=GPTQ["qzeros"][:2]), "qzeros: want (3, 2) int32, strided, on cpu; got (2, 2) int32"),
-    "gptq_g_idx_shape": (from_gptq, dict(g_idx=G_IDX[1:]), "g_idx: want (96,) int32 or int64, strided, on cpu; got (95,) int32"),
-    "gptq_g_idx_dtype": (from_gptq, dict(g_idx=G_IDX.float()), "g_idx: want (96,) int32 or int64, strided, on cpu; got (96,) float32"),
+    "gptq_qweight_rank": (
+        from_gptq,
+        dict(qweight=G_IDX),
+        "qweight: want (K/8, N) int32, strided, on cpu; got (96,) int32",
+    ),
+    "gptq_qweight_dtype": (
+        from_gptq,
+        dict(qweight=GPTQ["qweight"].long()),
+        "qweight: want (K/8, N) int32, strided, on cpu; got (12, 16) int64",
+    ),
+    "gptq_qweight_empty": (
+        from_gptq,
+        dict(qweight=GPTQ["qweight"][:0]),
+        "qweight: want (K/8, N) int32, strided, on cpu; got (0, 16) int32",
+    ),
+    "gptq_qweight_columns": (
+        from_gptq,
+        dict(qweight=GPTQ["qweight"][:, 1:]),
+        "qweight: want (K/8, N) with N a multiple of 8; got (12, 15) int32",
+    ),
+    "gptq_scales_shape": (
+        from_gptq,
+        dict(scales=GPTQ["scales"].T),
+        f"scales: want (3, 16) {FLOATS}, strided, on cpu; got (16, 3) float16",
+    ),
+    "gptq_scales_dtype": (
+        from_gptq,
+        dict(scales=GPTQ["scales"].double()),
+        f"scales: want (3, 16) {FLOATS}, strided, on cpu; got (3, 16) float64",
+    ),
+    "gptq_scales_meta": (
+        from_gptq,
+        dict(scales=GPTQ["scales"].to("meta")),
+        f"scales: want (3, 16) {FLOATS}, strided, on cpu; got (3, 16) float16 on meta",
+    ),
+    "gptq_scales_nan": (
+        from_gptq,
+        dict(scales=with_bad_scale(GPTQ["scales"], torch.nan)),
+        "scales: want finite values; got nan at [2, 5]",
+    ),
+    "gptq_scales_inf": (
+        from_gptq,
+        dict(scales=with_bad_scale(GPTQ["scales"], -torch.inf)),
+        "scales: want finite values; got -inf at [2, 5]",
+    ),
+    "gptq_qzeros_shape": (
+        from_gptq,
+        dict(qzeros=GPTQ["qzeros"][:2]),
+        "qzeros: want (3, 2) int32, strided, on cpu; got (2, 2) int32",
+    ),
+    "gptq_g_idx_shape": (
+        from_gptq,
+        dict(g_idx=G_IDX[1:]),
+        "g_idx: want (96,) int32 or int64, strided, on cpu; got (95,) int32",
+    ),
+    "gptq_g_idx_dtype": (
+        from_gptq,
+        dict(g_idx=G_IDX.float()),
+        "g_idx: want (96,) int32 or int64, strided, on cpu; got (96,) float32",
+    ),
     "gptq_g_idx_high": (from_gptq, dict(g_idx=G_IDX + 1), "g_idx: want values in 0..2; got 3 at [64]"),
     "gptq_g_idx_low": (from_gptq, dict(g_idx=G_IDX - 1), "g_idx: want values in 0..2; got -1 at [0]"),
-    "gptq_g_idx_count": (from_gptq, dict(g_idx=TWICE), "g_idx: want 32 columns in every group (the last of 3 may have fewer); got 33 in group 0"),
-    "gptq_group_size": (from_gptq, dict(group_size=24), "group_size: want -1 or a positive multiple of 16 (32, 64, 128); got 24"),
+    "gptq_g_idx_count": (
+        from_gptq,
+        dict(g_idx=TWICE),
+        "g_idx: want 32 columns in every group (the last of 3 may have fewer); got 33 in group 0",
+    ),
+    "gptq_group_size": (
+        from_gptq,
+        dict(group_size=24),
+        "group_size: want -1 or a positive multiple of 16 (32, 64, 128); got 24",
+    ),
     "gptq_version": (from_gptq, dict(version=3), "version: want 1 or 2; got 3"),
     "gptq_symmetric": (from_gptq, dict(symmetric=True), "qzeros: want zero points of 8 (symmetric=True); got"),
     "gptq_symmetric_type": (from_gptq, dict(symmetric=1), "symmetric: want True, False or None; got 1"),
-    "awq_qweight": (from_awq, dict(qweight=GPTQ["scales"]), "qweight: want (K, N/8) int32, strided, on cpu; got (3, 16) float16"),
-    "awq_qzeros": (from_awq, dict(qzeros=AWQ["qzeros"][:1]), "qzeros: want (3, 2) int32, strided, on cpu; got (1, 2) int32"),
-    "awq_scales": (from_awq, dict(scales=AWQ["scales"][:, :8]), f"scales: want (3, 16) {FLOATS}, strided, on cpu; got (3, 8) float16"),
-    "awq_scales_nan": (from_awq, dict(scales=with_bad_scale(AWQ["scales"], torch.inf)), "scales: want finite values; got inf at [2, 5]"),
+    "awq_qweight": (
+        from_awq,
+        dict(qweight=GPTQ["scales"]),
+        "qweight: want (K, N/8) int32, strided, on cpu; got (3, 16) float16",
+    ),
+    "awq_qzeros": (
+        from_awq,
+        dict(qzeros=AWQ["qzeros"][:1]),
+        "qzeros: want (3, 2) int32, strided, on cpu; got (1, 2) int32",
+    ),
+    "awq_scales": (
+        from_awq,
+        dict(scales=AWQ["scales"][:, :8]),
+        f"scales: want (3, 16) {FLOATS}, strided, on cpu; got (3, 8) float16",
+    ),
+    "awq_scales_nan": (
+        from_awq,
+        dict(scales=with_bad_scale(AWQ["scales"], torch.inf)),
+        "scales: want finite values; got inf at [2, 5]",
+    ),
     "ct_shape_type": (from_compressed_tensors, dict(weight_shape=[16, 96]), "weight_shape: want a tensor; got list"),
-    "ct_shape_size": (from_compressed_tensors, dict(weight_shape=torch.tensor([16])), "weight_shape: want (2,) int32 or int64, strided, on cpu; got (1,) int64"),
-    "ct_shape_values": (from_compressed_tensors, dict(weight_shape=torch.tensor([16, 97])), "weight_shape: want N, K with weight_packed (N, ceil(K/8)); got [16, 97] for (16, 12)"),
-    "ct_scale": (from_compressed_tensors, dict(weight_scale=COMPRESSED["weight_scale"][:, :1]), f"weight_scale: want (16, 3) {FLOATS}, strided, on cpu; got (16, 1) float16"),
-    "ct_zero_point": (from_compressed_tensors, dict(weight_zero_point=COMPRESSED["weight_zero_point"].T), "weight_zero_point: want (2, 3) int32, strided, on cpu; got (3, 2) int32"),
-    "ct_g_idx": (from_compressed_tensors, dict(weight_g_idx=G_IDX - G_IDX - 1), "weight_g_idx: want values in 0..2; got -1 at [0]"),
+    "ct_shape_size": (
+        from_compressed_tensors,
+        dict(weight_shape=torch.tensor([16])),
+        "weight_shape: want (2,) int32 or int64, strided, on cpu; got (1,) int64",
+    ),
+    "ct_shape_values": (
+        from_compressed_tensors,
+        dict(weight_shape=torch.tensor([16, 97])),
+        "weight_shape: want N, K with weight_packed (N, ceil(K/8)); got [16, 97] for (16, 12)",
+    ),
+    "ct_scale": (
+        from_compressed_tensors,
+        dict(weight_scale=COMPRESSED["weight_scale"][:, :1]),
+        f"weight_scale: want (16, 3) {FLOATS}, strided, on cpu; got (16, 1) float16",
+    ),
+    "ct_zero_point": (
+        from_compressed_tensors,
+        dict(weight_zero_point=COMPRESSED["weight_zero_point"].T),
+        "weight_zero_point: want (2, 3) int32, strided, on cpu; got (3, 2) int32",
+    ),
+    "ct_g_idx": (
+        from_compressed_tensors,
+        dict(weight_g_idx=G_IDX - G_IDX - 1),
+        "weight_g_idx: want values in 0..2; got -1 at [0]",
+    ),
 }
 GOOD = {from_gptq: GPTQ, from_awq: AWQ, from_compressed_tensors: COMPRESSED}
 ALL_ZERO = Int4Weight.pack(_q, _s, torch.zeros_like(_z), group_size=32)
 ALL_SIXTEEN = Int4Weight.pack(_q, _s, torch.full_like(_z, 16), group_size=32)
 ODD = make_inputs(1, 15, 97, group_size=32, symmetric=True)[1]
 EXPORT_ERRORS: dict[str, tuple[Any, Any, dict[str, Any], str]] = {
-    "gptq_dense": (to_gptq, torch.ones(2), {}, "weight: want a plain Int4Weight (export the experts of a stack one by one); got (2,) float32"),
-    "gptq_stack": (to_gptq, Int4Weight.stack([SYMMETRIC]), {}, "weight: want a plain Int4Weight (export the experts of a stack one by one); got Int4Weight(1 x 16"),
+    "gptq_dense": (
+        to_gptq,
+        torch.ones(2),
+        {},
+        "weight: want a plain Int4Weight (export the experts of a stack one by one); got (2,) float32",
+    ),
+    "gptq_stack": (
+        to_gptq,
+        Int4Weight.stack([SYMMETRIC]),
+        {},
+        "weight: want a plain Int4Weight (export the experts of a stack one by one); got Int4Weight(1 x 16",
+    ),
     "gptq_version": (to_gptq, SYMMETRIC, dict(version="1"), "version: want 1 or 2; got 1"),
     "gptq_rows": (to_gptq, ODD, {}, "weight: want out_features a multiple of 8; got 15"),
     "gptq_columns": (to_gptq, ODD.slice_out(0, 8), {}, "weight: want in_features a multiple of 8; got 97"),
-    "gptq_v1_zero": (to_gptq, ALL_ZERO, {}, "weight: want zero points in 1..16, which the format can hold; got 0 at [n, group] = [0, 0]"),
-    "gptq_v2_sixteen": (to_gptq, ALL_SIXTEEN, dict(version=2), "weight: want zero points in 0..15, which the format can hold; got 16 at [n, group] = [0, 0]"),
-    "gptq_slice": (to_gptq, SYMMETRIC.slice_in(16, 96), {}, "weight: want a weight that starts at a group (first_k a multiple of 32); got first_k 16"),
+    "gptq_v1_zero": (
+        to_gptq,
+        ALL_ZERO,
+        {},
+        "weight: want zero points in 1..16, which the format can hold; got 0 at [n, group] = [0, 0]",
+    ),
+    "gptq_v2_sixteen": (
+        to_gptq,
+        ALL_SIXTEEN,
+        dict(version=2),
+        "weight: want zero points in 0..15, which the format can hold; got 16 at [n, group] = [0, 0]",
+    ),
+    "gptq_slice": (
+        to_gptq,
+        SYMMETRIC.slice_in(16, 96),
+        {},
+        "weight: want a weight that starts at a group (first_k a multiple of 32); got first_k 16",
+    ),
     "awq_rows": (to_awq, ODD, {}, "weight: want out_features a multiple of 8; got 15"),
-    "awq_act_order": (to_awq, ORDERED, {}, "weight: want no act-order: the format has no g_idx; got an act-order weight"),
-    "awq_sixteen": (to_awq, ALL_SIXTEEN, {}, "weight: want zero points in 0..15, which the format can hold; got 16 at [n, group] = [0, 0]"),
-    "ct_sixteen": (to_compressed_tensors, ALL_SIXTEEN, {}, "weight: want zero points in 0..15, which the format can hold; got 16 at"),
-    "ct_slice": (to_compressed_tensors, SYMMETRIC.slice_in(48, 96), {}, "weight: want a weight that starts at a group (first_k a multiple of 32); got first_k 48"),
+    "awq_act_order": (
+        to_awq,
+        ORDERED,
+        {},
+        "weight: want no act-order: the format has no g_idx; got an act-order weight",
+    ),
+    "awq_sixteen": (
+        to_awq,
+        ALL_SIXTEEN,
+        {},
+        "weight: want zero points in 0..15, which the format can hold; got 16 at [n, group] = [0, 0]",
+    ),
+    "ct_sixteen": (
+        to_compressed_tensors,
+        ALL_SIXTEEN,
+        {},
+        "weight: want zero points in 0..15, which the format can hold; got 16 at",
+    ),
+    "ct_slice": (
+        to_compressed_tensors,
+        SYMMETRIC.slice_in(48, 96),
+        {},
+        "weight: want a weight that starts at a group (first_k a multiple of 32); got first_k 48",
+    ),
 }
 AUTOROUND_ERRORS: dict[str, tuple[Any, Any, str]] = {
     "tensors": ([], {}, "tensors: want a mapping; got list"),
@@ -326,12 +473,28 @@ AUTOROUND_ERRORS: dict[str, tuple[Any, Any, str]] = {
     "bits_float": ({}, dict(bits=4.0), "quantization_config['bits']: want 4; got 4.0"),
     "data_type": ({}, dict(data_type="nv_fp4"), "quantization_config['data_type']: want 'int' or None; got nv_fp4"),
     "act_bits": ({}, dict(act_bits=8), "quantization_config['act_bits']: want None or 16 or 32; got 8"),
-    "quant_method": ({}, dict(quant_method="gguf"), "quantization_config['quant_method']: want 'auto-round' or 'gptq' or 'awq'; got gguf"),
-    "packing_format": ({}, dict(packing_format="auto_round:llm_compressor"), "quantization_config['packing_format']: want 'auto_round:auto_gptq' or"),
+    "quant_method": (
+        {},
+        dict(quant_method="gguf"),
+        "quantization_config['quant_method']: want 'auto-round' or 'gptq' or 'awq'; got gguf",
+    ),
+    "packing_format": (
+        {},
+        dict(packing_format="auto_round:llm_compressor"),
+        "quantization_config['packing_format']: want 'auto_round:auto_gptq' or",
+    ),
     "sym": ({}, dict(sym=None), "quantization_config['sym']: want True or False; got None"),
     "missing": ({}, {}, "qweight: want a tensor; got None"),
-    "group_size": (dict(qweight=G_IDX, qzeros=G_IDX, scales=G_IDX), dict(group_size=[128, 128]), "group_size: want -1 or a positive multiple of 16 (32, 64, 128); got list"),
-    "awq_g_idx": ({**AWQ, "g_idx": G_IDX}, dict(packing_format="auto_round:auto_awq"), "g_idx: want no g_idx: AWQ has no act-order; got (96,) int32"),
+    "group_size": (
+        dict(qweight=G_IDX, qzeros=G_IDX, scales=G_IDX),
+        dict(group_size=[128, 128]),
+        "group_size: want -1 or a positive multiple of 16 (32, 64, 128); got list",
+    ),
+    "awq_g_idx": (
+        {**AWQ, "g_idx": G_IDX},
+        dict(packing_format="auto_round:auto_awq"),
+        "g_idx: want no g_idx: AWQ has no act-order; got (96,) int32",
+    ),
 }
 
 

@@ -1,4 +1,4 @@
-"""The NEON kernels on a machine of another architecture: cross-compiled, run by QEMU, compared with a product in double.
+"""The NEON kernels on a machine of another architecture: cross-compiled, run by QEMU, held against a double product.
 
 On AArch64 itself test_int4.py covers them. Elsewhere: apt-get install g++-aarch64-linux-gnu qemu-user.
 """
@@ -14,7 +14,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 COMPILER, EMULATOR = "aarch64-linux-gnu-g++", "qemu-aarch64"
-FLAGS = "-std=c++20 -O2 -fopenmp -ffp-contract=off -fno-tree-reassoc -DM3_NEON -Icsrc".split()
+FLAGS = ["-std=c++20", "-O2", "-fopenmp", "-ffp-contract=off", "-fno-tree-reassoc", "-DM3_NEON", "-Icsrc"]
 ISA_FLAGS = ["-march=armv8.2-a+dotprod+fp16"]  # as in setup.py
 SOURCES = {
     "csrc/int4/gemm_cpu.cpp": [],

@@ -1,4 +1,4 @@
-"""Int4Weight: the layout of csrc/int4/layout.h, packing, slices, stacks, persistence, and every error of its contract."""
+"""Int4Weight: the layout of csrc/int4/layout.h, packing, slices, stacks, persistence, and every documented error."""
 
 from __future__ import annotations
 
@@ -25,7 +25,9 @@ def random_weight(n: int, k: int, group_size: int = 64, **kwargs: object) -> Int
 
 def same(a: Int4Weight, b: Int4Weight) -> bool:
     fields = [(getattr(a, f.name), getattr(b, f.name)) for f in dataclasses.fields(a)]
-    return all(torch.equal(x, y) if isinstance(x, Tensor) and isinstance(y, Tensor) else x is y or x == y for x, y in fields)
+    return all(
+        torch.equal(x, y) if isinstance(x, Tensor) and isinstance(y, Tensor) else x is y or x == y for x, y in fields
+    )
 
 
 @st.composite
@@ -64,7 +66,10 @@ def test_groups_are_in_position_order() -> None:
     values = torch.arange(70 * 3).reshape(70, 3)
     packed = pack_groups(values)
     read = torch.tensor(
-        [[int(packed[n // 64, g, 32 * (n >> 3 & 1) + 4 * (n & 7) + (n % 64 >> 4)]) for g in range(3)] for n in range(70)]
+        [
+            [int(packed[n // 64, g, 32 * (n >> 3 & 1) + 4 * (n & 7) + (n % 64 >> 4)]) for g in range(3)]
+            for n in range(70)
+        ]
     )
     assert torch.equal(read, values)
 
@@ -167,7 +172,9 @@ def test_folding_act_order_into_the_producer() -> None:
     direct = (x @ int4_dequantize(producer, torch.float32).T) @ int4_dequantize(consumer, torch.float32).T
     folded = producer.select_out(consumer.perm)
     hidden = x @ int4_dequantize(folded, torch.float32).T
-    assert torch.allclose(hidden @ int4_dequantize(consumer.without_perm(), torch.float32).T, direct, rtol=1e-5, atol=1e-5)
+    assert torch.allclose(
+        hidden @ int4_dequantize(consumer.without_perm(), torch.float32).T, direct, rtol=1e-5, atol=1e-5
+    )
 
 
 def test_whole_tiles_are_views() -> None:
@@ -198,7 +205,11 @@ def test_facts_of_a_weight() -> None:
 
 
 # -- errors -----------------------------------------------------------------------------------------------------------
-Q, S, Z = torch.zeros(4, 40, dtype=torch.uint8), torch.ones(4, 2, dtype=torch.float16), torch.zeros(4, 2, dtype=torch.uint8)
+Q, S, Z = (
+    torch.zeros(4, 40, dtype=torch.uint8),
+    torch.ones(4, 2, dtype=torch.float16),
+    torch.zeros(4, 2, dtype=torch.uint8),
+)
 W = Int4Weight.pack(Q, S, Z, group_size=32)
 STACK = Int4Weight.stack([W, W])
 ORDERED = dataclasses.replace(W, perm=torch.arange(40, dtype=torch.int32))
@@ -212,7 +223,10 @@ PACK_ERRORS = {
         dict(group_size=20),
         "Int4Weight.pack: group_size: want -1 or a positive multiple of 16 (32, 64, 128); got 20",
     ),
-    "scales_shape": (dict(scales=S[:, :1]), "Int4Weight.pack: scales: want (4, 2) float16, bfloat16 or float32; got (4, 1) float16"),
+    "scales_shape": (
+        dict(scales=S[:, :1]),
+        "Int4Weight.pack: scales: want (4, 2) float16, bfloat16 or float32; got (4, 1) float16",
+    ),
     "scales_dtype": (
         dict(scales=S.double()),
         "Int4Weight.pack: scales: want (4, 2) float16, bfloat16 or float32; got (4, 2) float64",
@@ -228,14 +242,27 @@ PACK_ERRORS = {
 FIELD_ERRORS = {
     "out_features": (dict(out_features=0), "Int4Weight: out_features: want an int in 1 .. 2**31 - 1; got 0"),
     "in_features": (dict(in_features=True), "Int4Weight: in_features: want an int in 1 .. 2**31 - 1; got True"),
-    "first_k": (dict(first_k=8), "Int4Weight: first_k: want a multiple of 16, >= 0; got 8"),
-    "qweight": (dict(qweight=W.qweight[:, :2]), "Int4Weight: qweight: want (1, 3, 128) int32 on cpu; got (1, 2, 128) int32"),
-    "scales": (dict(scales=None), "Int4Weight: scales: want (1, 2, 64) float16 or bfloat16 or float32 on cpu; got None"),
+    "first_k": (dict(first_k=8), "Int4Weight: first_k: want a multiple of 16 in 0 .. 2**31 - 1; got 8"),
+    "qweight": (
+        dict(qweight=W.qweight[:, :2]),
+        "Int4Weight: qweight: want (1, 3, 128) int32 on cpu; got (1, 2, 128) int32",
+    ),
+    "qweight_sparse": (
+        dict(qweight=W.qweight.to_sparse()),
+        "Int4Weight: qweight: want (1, 3, 128) int32 on cpu; got (1, 3, 128) int32 sparse_coo",
+    ),
+    "scales": (
+        dict(scales=None),
+        "Int4Weight: scales: want (1, 2, 64) float16 or bfloat16 or float32 on cpu; got None",
+    ),
     "zeros": (dict(zeros=FIELDS["scales"]), "Int4Weight: zeros: want (1, 2, 64) uint8 on cpu; got (1, 2, 64) float16"),
     "perm": (dict(perm=torch.arange(40)), "Int4Weight: perm: want (40,) int32 on cpu; got (40,) int64"),
 }
 METHOD_ERRORS = {
-    "slice_out": (lambda: W.slice_out(3, 3), "Int4Weight.slice_out: start, stop: want 0 <= start < stop <= 4; got (3, 3)"),
+    "slice_out": (
+        lambda: W.slice_out(3, 3),
+        "Int4Weight.slice_out: start, stop: want 0 <= start < stop <= 4; got (3, 3)",
+    ),
     "slice_in_start": (lambda: W.slice_in(8, 40), "Int4Weight.slice_in: start: want a multiple of 16; got 8"),
     "slice_in_act_order": (lambda: ORDERED.slice_in(0, 16), "Int4Weight.slice_in: self: want no act-order permutation"),
     "select_out": (
@@ -244,13 +271,22 @@ METHOD_ERRORS = {
     ),
     "select_out_dtype": (
         lambda: W.select_out(torch.tensor([0.5])),
-        "Int4Weight.select_out: rows: want (R,) integers, not empty; got (1,) float32",
+        "Int4Weight.select_out: rows: want (R,) int32 or int64, not empty; got (1,) float32",
     ),
-    "stack_nothing": (lambda: Int4Weight.stack([]), "Int4Weight.stack: weights: want one or more plain Int4Weight; got []"),
+    "stack_nothing": (
+        lambda: Int4Weight.stack([]),
+        "Int4Weight.stack: weights: want one or more plain Int4Weight; got []",
+    ),
     "stack_unlike": (
         lambda: Int4Weight.stack([W, ORDERED]),
-        "Int4Weight.stack: weights[1]: want like weights[0], Int4Weight(4 x 40, group 32, asymmetric, torch.float16 scales)",
+        "Int4Weight.stack: weights[1]: want like weights[0], Int4Weight(4 x 40, group 32, asymmetric",
     ),
+    "stack_one": (
+        lambda: Int4Weight.stack(W),
+        "Int4Weight.stack: weights: want a list of plain Int4Weight; got Int4Weight",
+    ),  # type: ignore[arg-type]
+    "expert_type": (lambda: STACK.expert("1"), "Int4Weight.expert: index: want 0 <= index < 2; got 1"),  # type: ignore[arg-type]
+    "expert_of_plain": (lambda: W.expert(0), "Int4Weight.expert: index: want 0 <= index < 0; got 0"),
     "expert": (lambda: STACK.expert(2), "Int4Weight.expert: index: want 0 <= index < 2; got 2"),
     "slice_experts": (lambda: W.slice_experts(0, 1), "start, stop: want 0 <= start < stop <= 0; got (0, 1)"),
     "state_missing": (
