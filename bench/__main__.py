@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import os
 import sys
 from pathlib import Path
 
@@ -37,6 +38,9 @@ def parser() -> argparse.ArgumentParser:
     gemm.add_argument("--rounds", type=int, default=5, help="at least this many (default: 5)")
     gemm.add_argument("--asymmetric", action="store_true", help="weights with zero points")
     gemm.add_argument("--memory", type=float, default=6.0, help="GB that the copies of a case may take (default: 6)")
+    gemm.add_argument(
+        "--malloc-huge-pages", action="store_true", help="let glibc put every library's memory in huge pages"
+    )
     gemm.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     gemm.add_argument("--out", type=Path, help=f"JSON lines to add to (default: {record.RESULTS.name}/int4.jsonl)")
 
@@ -95,6 +99,9 @@ def run_int4(arguments: argparse.Namespace) -> int:
 def main() -> int:
     arguments = parser().parse_args()
     if arguments.command == "int4":
+        if arguments.malloc_huge_pages and not record.malloc_huge_pages():
+            environment = {**os.environ, "GLIBC_TUNABLES": record.HUGE_MALLOC}  # read when a process starts
+            os.execve(sys.executable, [sys.executable, "-m", "bench", *sys.argv[1:]], environment)
         return run_int4(arguments)
     if arguments.command == "roofline":
         for threads in arguments.threads:

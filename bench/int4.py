@@ -22,6 +22,7 @@ from bench.record import Row
 from bench.workloads import Experts, Linear, Problem, make_problem
 from m3kernels.int4 import Int4Weight, int4_dequantize, int4_gemm, int4_moe, reference
 from m3kernels.int4.reference import ACTIVATION_ERROR, make_inputs
+from m3kernels.int4.types import in_huge_pages
 
 COMPUTES = {"exact": "fp32", "int16": "int16", "int8": "int8"}  # activations -> operands of the inner product
 OURS = tuple(f"m3_{mode}" for mode in COMPUTES)
@@ -226,6 +227,7 @@ def rows(
     place = {
         "device": device,
         "case_threads": threads,
+        "malloc_huge_pages": record.malloc_huge_pages(),
         "commit": commit,
         "dirty": dirty,
         "machine": record.machine(device),
@@ -289,7 +291,8 @@ class MoeProblem:
     def stacks(self, copy: int) -> tuple[Int4Weight, Int4Weight]:
         def rolled(weight: Int4Weight) -> Int4Weight:
             names = ("qweight", "scales")
-            return dataclasses.replace(weight, **{name: getattr(weight, name).roll(copy, 0) for name in names})
+            tensors = {name: in_huge_pages(getattr(weight, name).roll(copy, 0)) for name in names}
+            return dataclasses.replace(weight, **tensors)
 
         return rolled(self.w13), rolled(self.w2)
 

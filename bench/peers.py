@@ -8,7 +8,9 @@ call's fixed cost is shared as in a model.
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
+import os
 from typing import Any
 
 import torch
@@ -252,7 +254,18 @@ class OpenVino(PeerArm):
 
 
 # -- auto-round-lib ---------------------------------------------------------------------------------------------------
-ARK_THREADS: list[int] = []  # the count auto_round_kernel was first imported with; with fewer its results are wrong
+ARK_THREADS: list[int] = []  # the count that auto_round_kernel was first imported with
+
+
+def import_ark(threads: int) -> None:
+    """Import auto_round_kernel: OMP_NUM_THREADS fixes its thread count; with fewer in torch its results are wrong."""
+    if not ARK_THREADS:
+        ARK_THREADS.append(threads)
+        os.environ["OMP_NUM_THREADS"] = str(threads)
+        torch.set_num_threads(threads)
+        importlib.import_module("auto_round_kernel")
+    if ARK_THREADS[0] != threads:
+        raise UnavailableError(f"auto_round_kernel keeps the {ARK_THREADS[0]} thread(s) it was imported with")
 
 
 class Ark(PeerArm):
@@ -260,11 +273,7 @@ class Ark(PeerArm):
 
     def __init__(self, problem: Problem, rotation: Rotation, threads: int, *, compute: str) -> None:
         need("auto_round_kernel")
-        if not ARK_THREADS:
-            ARK_THREADS.append(threads)
-            torch.set_num_threads(threads)
-        if ARK_THREADS[0] != threads:
-            raise UnavailableError(f"auto_round_kernel keeps the {ARK_THREADS[0]} thread(s) it was imported with")
+        import_ark(threads)
         import auto_round_kernel
 
         self.computes, self.lossy = compute, compute == "int8"

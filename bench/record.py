@@ -23,6 +23,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = Path(__file__).resolve().parent / "results"
 PEERS = ("torch", "triton", "onnxruntime", "openvino", "llama-cpp-python", "auto-round-lib", "gemlite")
+HUGE_MALLOC = "glibc.malloc.hugetlb=1"
 TIMED = ("median_s", "p20_s", "p80_s", "gmacs", "gbytes_s", "ratios")
 
 
@@ -46,6 +47,7 @@ class Row:
     device: str
     threads: int
     case_threads: int  # of the arms around this one; only "name@1t" runs on fewer
+    malloc_huge_pages: bool = False  # glibc.malloc.hugetlb: every library's weights in huge pages, not only ours
     gate: str  # "passed", "failed", or "absent: why"
     error: float | None = None
     tolerance: float | None = None
@@ -87,18 +89,9 @@ class Row:
     @property
     def key(self) -> tuple[object, ...]:
         """Rows of one key measure the same thing; the last one counts."""
-        cpu = self.machine.get("gpu") if self.device == "cuda" else self.machine.get("cpu")
-        return (
-            cpu,
-            self.op,
-            self.shape,
-            self.group_size,
-            self.symmetric,
-            self.device,
-            self.case_threads,
-            self.m,
-            self.arm,
-        )
+        place = self.machine.get("gpu") if self.device == "cuda" else self.machine.get("cpu")
+        case = (self.op, self.shape, self.group_size, self.symmetric, self.device, self.case_threads, self.m)
+        return (place, self.malloc_huge_pages, *case, self.arm)
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self), allow_nan=False)
@@ -142,11 +135,15 @@ def git(*arguments: str) -> str:
 
 @functools.cache
 def commit() -> tuple[str, bool]:
-    """(hash, whether files other than results and documents differ from it); ("unknown", True) outside a repository."""
-    if not (ROOT / ".git").exists():
+    """(hash, whether files other than results and documents differ from it).
+
+    Where git cannot tell (a copy without .git), the hash is M3_COMMIT or "unknown", and the files count as changed.
+    """
+    try:
+        changed = git("status", "--porcelain", "--", ".", ":!bench/results", ":!docs")
+        return git("rev-parse", "--short=12", "HEAD"), bool(changed)
+    except (FileNotFoundError, subprocess.CalledProcessError):
         return os.environ.get("M3_COMMIT", "unknown"), True
-    changed = git("status", "--porcelain", "--", ".", ":!bench/results", ":!docs")
-    return git("rev-parse", "--short=12", "HEAD"), bool(changed)
 
 
 def cpu_model() -> str:
@@ -186,6 +183,11 @@ def machine(device: str = "cpu") -> dict[str, object]:
         facts["gpu"] = torch.cuda.get_device_name()
         facts["cuda"] = torch.version.cuda
     return facts
+
+
+def malloc_huge_pages() -> bool:
+    """Whether this process runs with glibc asking for huge pages in malloc."""
+    return HUGE_MALLOC in os.environ.get("GLIBC_TUNABLES", "")
 
 
 def now() -> str:

@@ -43,7 +43,7 @@ def case_table(rows: Sequence[Row]) -> str:
         faster = "" if over is None else f"{over[0]:.2f}"
         lines.append(
             (
-                row.arm if row.isa is None else f"{row.arm} ({row.isa})",
+                f"{row.arm} ({note})" if (note := row.isa or row.launch) else row.arm,
                 f"{time_text(row.median_s)} ({row.p20_s * 1e3:.3f} - {row.p80_s * 1e3:.3f})",
                 f"{row.gmacs:.1f}",
                 f"{row.gbytes_s:.1f}",
@@ -180,12 +180,13 @@ visits each arm once, in shuffled order, and each visit takes the next of severa
 weights come from memory and not from cache. Times are medians over rounds, with the 20th and 80th percentile; ratios
 are medians of the ratios within a round. An arm has a time only if its error passed its gate: relative RMS error
 against fp64, at most 1e-5 for exact arms, 5e-5 for int16 activations, 8e-3 for int8 activations, 1e-2 for bf16; twice
-that for a layer of experts. GB/s counts the bytes of the INT4 weight with its scales, the same for every arm; "of
-read" compares it with the read bandwidth of the machine, measured between the arms of the same rounds (on a GPU: with
-the bandwidth of a copy); "of peak" compares multiply-accumulates with the measured peak for the operands of that
-arm's inner product (fp32, bf16, int16 or int8). "Over m3_int16" (on a GPU m3_exact): how many times as fast as our
-default mode this arm is. x and the result are fp32, except in bf16 arms, whose conversions are not timed; on a GPU
-everything is bf16.
+that for a layer of experts. Our weights lie in huge pages, where Int4Weight.pack puts them; other libraries place
+theirs as they do (with `--malloc-huge-pages` also there). GB/s counts the bytes of the INT4 weight with its scales,
+the same for every arm; "of read" compares it with the read bandwidth of the machine, measured between the arms of the
+same rounds (on a GPU: with the bandwidth of a copy); "of peak" compares multiply-accumulates with the measured peak
+for the operands of that arm's inner product (fp32, bf16, int16 or int8). "Over m3_int16" (on a GPU m3_exact): how
+many times as fast as our default mode this arm is. x and the result are fp32, except in bf16 arms, whose conversions
+are not timed; on a GPU everything is bf16.
 
 Arms: `m3_*` ours by activation mode (`@isa`: a forced instruction set; `@1t`: one thread); `ort_aL` ONNX Runtime
 MatMulNBits, accuracy level L, blocks of the group size (`_b32`: of 32); `ov` OpenVINO (`_int8`: dynamic quantisation
@@ -284,19 +285,20 @@ def machine_section(rows: Sequence[Row], out: Path) -> str:
     last = max(rows, key=lambda row: row.date)
     commits = ", ".join(sorted({row.commit + (" (with changes)" if row.dirty else "") for row in rows}))
     parts = [f"## {machine_key(last)[1]}\n", f"{machine_text(last)}. Commit {commits}; last run {last.date}.\n"]
-    lines = acceptance(row for row in rows if row.device == "cpu" and row.symmetric)
+    lines = acceptance(row for row in rows if row.device == "cpu" and row.symmetric and not row.malloc_huge_pages)
     if lines:
         parts.append(f"### Promises\n{acceptance_table(lines)}")
     slug = "".join(letter if letter.isalnum() else "-" for letter in machine_key(last)[1].lower()).strip("-")
-    for (op, shape, symmetric), grouped in groupby(sorted(rows, key=shape_key), key=shape_key):
+    for (op, shape, asymmetric, huge), grouped in groupby(sorted(rows, key=shape_key), key=shape_key):
         members = list(grouped)
-        kind = "" if symmetric else ", with zero points"
+        kind = ", with zero points" if asymmetric else ""
         first = members[0]
         layer = "" if first.experts is None else f", {first.experts} experts, top {first.topk}"
+        kind += ", all memory in huge pages" if huge else ""
         parts.append(f"### {op} {shape}{kind}\n\nK = {first.k}, N = {first.n}, group {first.group_size}{layer}.\n")
         drawn = [row for row in timed(members) if not row.arm.endswith("@1t")]
         if drawn:
-            stem = f"{op}-{shape}{'' if symmetric else '-asymmetric'}-{slug}"
+            stem = f"{op}-{shape}{'-asymmetric' if asymmetric else ''}{'-huge-pages' if huge else ''}-{slug}"
             plot(drawn, out.parent / out.stem / stem)
             parts.append(f"![time against M]({out.stem}/{stem}.png) ([SVG]({out.stem}/{stem}.svg))\n")
         for (_, _, threads, m), case in cases(members):
@@ -305,5 +307,5 @@ def machine_section(rows: Sequence[Row], out: Path) -> str:
     return "\n".join(parts)
 
 
-def shape_key(row: Row) -> tuple[str, str, bool]:
-    return row.op, row.shape, row.symmetric
+def shape_key(row: Row) -> tuple[str, str, bool, bool]:
+    return row.op, row.shape, not row.symmetric, row.malloc_huge_pages

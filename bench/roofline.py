@@ -21,6 +21,8 @@ from pathlib import Path
 
 import torch
 
+from m3kernels.int4.types import in_huge_pages
+
 SOURCE = Path(__file__).with_name("machine_ceilings.c")
 BUFFER_BYTES = 1 << 30  # far beyond any cache, so that a window is cold when its turn comes again
 WINDOW_BYTES = 32 << 20  # read at a time
@@ -63,8 +65,8 @@ def library() -> ctypes.CDLL | None:
 
 @functools.cache
 def buffer() -> torch.Tensor:
-    """1 GiB, written once so that every page is real."""
-    return torch.ones(BUFFER_BYTES // 8, dtype=torch.int64)
+    """1 GiB, written once so that every page is real; in huge pages, as packed weights are."""
+    return in_huge_pages(torch.ones(BUFFER_BYTES // 8, dtype=torch.int64))
 
 
 class ReadProbe:

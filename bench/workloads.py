@@ -14,7 +14,7 @@ from torch import Tensor
 
 from m3kernels.int4 import Int4Weight, int4_dequantize
 from m3kernels.int4.reference import make_inputs
-from m3kernels.int4.types import TILE_N
+from m3kernels.int4.types import TILE_N, in_huge_pages
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -124,8 +124,10 @@ class Problem:
         return self.weight.nbytes
 
     def packed(self, copy: int) -> Int4Weight:
+        """Copy i as Int4Weight, its tensors placed in memory as Int4Weight.pack places them."""
+
         def rolled(tensor: Tensor | None) -> Tensor | None:
-            return None if tensor is None else tensor.roll(copy, 0)
+            return None if tensor is None else in_huge_pages(tensor.roll(copy, 0))
 
         tensors = {name: rolled(getattr(self.weight, name)) for name in ("qweight", "scales", "zeros")}
         return dataclasses.replace(self.weight, **tensors)

@@ -48,7 +48,9 @@ class Checkpoint:
             raise refuse("checkpoint", f"{INDEX}: weight_map", "an object of tensor name to file name", where)
         for name, file in where.items():
             if not isinstance(file, str) or Path(file).name != file or not file.endswith(".safetensors"):
-                raise refuse("checkpoint", f"{INDEX}: weight_map[{name!r}]", "a *.safetensors file of this folder", repr(file))
+                raise refuse(
+                    "checkpoint", f"{INDEX}: weight_map[{name!r}]", "a *.safetensors file of this folder", repr(file)
+                )
             if name not in self._open(file).keys():  # noqa: SIM118  (a safetensors handle is not a mapping)
                 raise refuse("checkpoint", f"{file}: {name}", f"a tensor, as {INDEX} says", "none of that name")
         self._where = where
@@ -61,7 +63,9 @@ class Checkpoint:
             try:
                 self._files[file] = safe_open(path, framework="pt")
             except (SafetensorError, OSError) as error:
-                raise refuse("checkpoint", str(path), "a safetensors file", f"{path.stat().st_size} bytes: {error}") from error
+                raise refuse(
+                    "checkpoint", str(path), "a safetensors file", f"{path.stat().st_size} bytes: {error}"
+                ) from error
         return self._files[file]
 
     @property

@@ -45,8 +45,12 @@ class Method(enum.StrEnum):
 
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 Model = Annotated[str, typer.Argument(help=f"A checkpoint folder, {MODEL}, or owner/name on the Hugging Face hub.")]
-Threads = Annotated[int | None, typer.Option("--threads", min=1, help="Threads of torch and the kernels; default: all cores.")]
-GroupSize = Annotated[int, typer.Option("--group-size", help="Columns that share a scale: 32, 64, 128, ... or -1 for a whole row.")]
+Threads = Annotated[
+    int | None, typer.Option("--threads", min=1, help="Threads of torch and the kernels; default: all cores.")
+]
+GroupSize = Annotated[
+    int, typer.Option("--group-size", help="Columns that share a scale: 32, 64, 128, ... or -1 for a whole row.")
+]
 
 
 def one_line_errors(command: Callable[..., None]) -> Callable[..., None]:
@@ -62,7 +66,9 @@ def one_line_errors(command: Callable[..., None]) -> Callable[..., None]:
         except (ValueError, OSError, FetchError, BackendError) as error:
             if debug:
                 raise
-            errors.print("error: " + " ".join(str(error).split()), style="red", markup=False, highlight=False, soft_wrap=True)
+            errors.print(
+                "error: " + " ".join(str(error).split()), style="red", markup=False, highlight=False, soft_wrap=True
+            )
             raise typer.Exit(1) from error
         except KeyboardInterrupt as error:
             raise typer.Exit(130) from error
@@ -75,8 +81,14 @@ class Bar:
 
     def __init__(self, what: str) -> None:
         self.what = what
-        columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-        self.progress = Progress(*columns, console=errors, transient=True)
+        columns = (
+            SpinnerColumn(),
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+        )
+        self.progress = Progress(*columns, console=errors, transient=True, disable=not errors.is_terminal)
         self.task: TaskID | None = None
 
     def __enter__(self) -> Bar:
@@ -165,8 +177,8 @@ def quickstart(
     int4 = [rounded(full, config) for config in configs]
     with Bar("measuring") as bar:
         rows = compare(full, int4, tokenizer, bar.step)
-    names = ["bf16 weights, fp32 compute", f"INT4 nearest, group {group_size}", f"INT4 least error, group {group_size}"]
-    table = Table(title=f"{model}: before and after INT4")
+    names = ["bf16", "INT4 nearest", "INT4 least error"]
+    table = Table(title=f"{model} before and after INT4, group {group_size}")
     for column in ("weights", "linears MB", "of bf16", "rest MB", "perplexity", "tokens/s"):
         table.add_column(column, justify="left" if column == "weights" else "right")
     for name, row in zip(names, rows, strict=True):
@@ -181,16 +193,17 @@ def quickstart(
         )
     console.print(table)
     console.print(
-        "linears: q, k, v, o, gate, up, down of every layer, with scales and padding. rest: embedding (tied to the head) "
-        "and norms, not quantised, counted in bf16. perplexity: on the text in m3/data, written for this purpose. "
+        "linears: q, k, v, o, gate, up, down of every layer, with scales and padding. rest: embedding (tied to the "
+        "head) and norms, not quantised, counted in bf16. perplexity: on the text in m3/data, written for this purpose. "
         "tokens/s: one sequence, greedy, after 64 tokens.",
         style="dim",
         highlight=False,
     )
     console.print(f"\n[bold]{question}[/bold]\n", highlight=False)
-    say(tokenizer.stream(generate(int4[-1], prompt_tokens(tokenizer, question, None, False), Sampling(max_tokens=ANSWER_TOKENS))))
+    prompt = prompt_tokens(tokenizer, question, None, False)
+    say(tokenizer.stream(generate(int4[-1], prompt, Sampling(max_tokens=ANSWER_TOKENS))))
     console.print(
-        f"\nThe answer of a 135M-parameter model: a demonstration, not medical advice. {time.monotonic() - started:.0f} s in all.",
+        f"\nThe answer of a very small model: a demonstration, not medical advice. {time.monotonic() - started:.0f} s.",
         style="dim",
         highlight=False,
     )
@@ -200,9 +213,9 @@ def quickstart(
 @one_line_errors
 def quantize(
     model: Model,
-    out: Annotated[Path, typer.Argument(help="Folder to write: GPTQ form, read by m3, vLLM, and transformers with gptqmodel.")],
+    out: Annotated[Path, typer.Argument(help="Folder to write (GPTQ form, for m3, vLLM, gptqmodel).")],
     group_size: GroupSize = GROUP_SIZE,
-    method: Annotated[Method, typer.Option("--method", help="minmax: plain nearest; mse: range of least error.")] = Method.mse,
+    method: Annotated[Method, typer.Option("--method", help="minmax: plain; mse: least error.")] = Method.mse,
     asymmetric: Annotated[bool, typer.Option("--asymmetric", help="Keep a zero point for every group.")] = False,
     head: Annotated[bool, typer.Option("--head", help="Quantise the output head too.")] = False,
     threads: Threads = None,
@@ -221,8 +234,8 @@ def quantize(
     export_model(int4, out, folder)
     size = sizes(int4)
     console.print(
-        f"{out}: linears {size.linears_bf16 / MB:.1f} MB in bf16 -> {size.linears / MB:.1f} MB ({100 * size.ratio:.1f}%); "
-        f"the rest {size.rest_bf16 / MB:.1f} MB",
+        f"{out}: linears {size.linears_bf16 / MB:.1f} MB in bf16 -> {size.linears / MB:.1f} MB "
+        f"({100 * size.ratio:.1f}%); the rest {size.rest_bf16 / MB:.1f} MB",
         highlight=False,
         soft_wrap=True,
     )
@@ -243,10 +256,10 @@ def generate_text(
     model: Model,
     prompt: Annotated[str, typer.Option("--prompt", "-p", help="What to say to the model.")],
     system: Annotated[str | None, typer.Option("--system", help="System message of the chat template.")] = None,
-    raw: Annotated[bool, typer.Option("--raw", help="Continue the prompt as it is, without the chat template.")] = False,
+    raw: Annotated[bool, typer.Option("--raw", help="No chat template: continue the prompt.")] = False,
     max_tokens: Annotated[int, typer.Option("--max-tokens", min=1)] = 256,
     temperature: Annotated[float, typer.Option("--temperature", min=0.0, help="0 is greedy.")] = 0.0,
-    top_p: Annotated[float, typer.Option("--top-p", help="Keep the likeliest tokens that hold this much, 0 < p <= 1.")] = 1.0,
+    top_p: Annotated[float, typer.Option("--top-p", help="Keep the likeliest tokens that hold p.")] = 1.0,
     seed: Annotated[int, typer.Option("--seed")] = 0,
     threads: Threads = None,
     debug: Debug = False,
@@ -274,6 +287,7 @@ def doctor(debug: Debug = False) -> None:
     for name, entry in BUILT_IN.items():
         here = (built_in_path(name) / "config.json").is_file()
         wheel = (cache_dir() / "wheels" / entry.wheel).is_file()
-        state = "ready" if here else "downloaded, not converted yet" if wheel else f"not fetched ({entry.nbytes / MB:.0f} MB from PyPI)"
+        absent = "downloaded, not converted yet" if wheel else f"not fetched ({entry.nbytes / MB:.0f} MB from PyPI)"
+        state = "ready" if here else absent
         table.add_row(name, f"{state}; {entry.license}")
     console.print(table)

@@ -1,6 +1,6 @@
 """``python -m m3kernels``: what was built, what this machine can run, which room serves each op and why not another.
 
-Nothing here starts CUDA: rooms of the cuda device are asked with tensors that have a device but no memory.
+Each op is asked with the arguments of a small example call. Rooms of cuda are asked only where there is a device.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from m3kernels import __version__, dispatch
 
 DEVICES = ("cpu", "cuda")
+NO_CUDA = "no CUDA device here"
 
 
 class Service(NamedTuple):
@@ -134,17 +134,14 @@ def calls(family: str) -> list[tuple[str, tuple[Any, ...]]]:
 
 
 def service(family: str, op: str, args: tuple[Any, ...], device: str) -> Service:
-    if device != "cpu":
-        with FakeTensorMode():
-            args = tuple(without_memory(arg, device) if isinstance(arg, Tensor) else arg for arg in args)
-    reasons = dispatch.explain(f"m3kernels.{family}", op, *args)
+    package = f"m3kernels.{family}"
+    if device == "cuda" and not torch.cuda.is_available():
+        reasons = [(room.name, room.absent or NO_CUDA) for room in dispatch.rooms(package, op, device)]
+    else:
+        reasons = dispatch.explain(package, op, *(arg.to(device) if isinstance(arg, Tensor) else arg for arg in args))
     served = next((index for index, (_, why) in enumerate(reasons) if not why), len(reasons))
     room = reasons[served][0] if served < len(reasons) else ""
     return Service(op, device, room, tuple(reasons[:served]))
-
-
-def without_memory(tensor: Tensor, device: str) -> Tensor:
-    return torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
 
 
 # -- the report -------------------------------------------------------------------------------------------------------
@@ -153,8 +150,6 @@ def report() -> str:
     found = facts()
     width = max(len(subject) for subject, _ in found)
     lines = [f"{subject:<{width}}  {finding}" for subject, finding in found]
-    if not torch.cuda.is_available():
-        lines += ["", "No CUDA device here: rows of cuda say what would serve on a machine that has one."]
     lines += ["", f"{'op':<24}{'device':<8}{'served by':<11}not by"]
     for op, device, room, others in services():
         reasons = "; ".join(f"{name}: {why}" for name, why in others)

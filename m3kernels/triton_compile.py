@@ -1,17 +1,19 @@
 """Compile Triton kernels for GPUs that this machine need not have, and read what they cost from the machine code.
 
-    python -m m3kernels.triton_compile m3kernels.int4._triton sm_90 gfx942    one JSON object: {target: {case: cost}}
+    python -m m3kernels.triton_compile m3kernels.int4._triton sm_90 gfx942    JSON: {target: {case: cost}}
 
-A module of kernels offers ``compile_cases(target)``: the configurations that are launched, each with its argument types. The
-interpreter (TRITON_INTERPRET=1) replaces kernels at import, so compile in a process of its own. Registers, stack and
-local memory come from ``cuobjdump -res-usage`` (NVIDIA) or the kernel's metadata (AMD); shared memory from Triton;
-matrix instructions are counted in the disassembly. The toolchain's own binaries are used: no CUDA or ROCm installation.
+A module of kernels offers ``compile_cases(target)``: the configurations that are launched, each with its argument
+types. The interpreter (TRITON_INTERPRET=1) replaces kernels at import, so compile in a process of its own. Registers,
+stack and local memory come from ``cuobjdump -res-usage`` (NVIDIA) or the kernel's metadata (AMD); shared memory from
+Triton; matrix instructions are counted in the disassembly. Triton's own binaries are used: no CUDA or ROCm is needed.
+The output is also the form of a committed budget, such as tests/kernels/int4_triton_budget.json.
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib
+import importlib.metadata
 import json
 import re
 import subprocess
@@ -117,13 +119,12 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--cases", default="", help="only cases whose name contains this")
     options = parser.parse_args(arguments)
     cases_for = importlib.import_module(options.module).compile_cases
-    costs = {
-        target: {
-            case.name: compile_case(case, target)._asdict() for case in cases_for(target) if options.cases in case.name
-        }
-        for target in options.targets
-    }
+    costs: dict[str, Any] = {"triton": importlib.metadata.version("triton")}
+    for target in options.targets:
+        cases = [case for case in cases_for(target) if options.cases in case.name]
+        costs[target] = {case.name: compile_case(case, target)._asdict() for case in cases}
     json.dump(costs, sys.stdout, indent=1)
+    sys.stdout.write("\n")
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 struct Avx2 {
   static constexpr int kLanes = 8, kDirectAcc = 8, kWidenTiles = 2;
+  static constexpr bool kRawLow = false;
   static constexpr int panel_rows(Mode mode) { return mode == Mode::kInt8 ? 4 : 6; }
   static constexpr int panel_vectors(Mode) { return 1; }
   using I = __m256i;
@@ -33,6 +34,7 @@ struct Avx2 {
   static inline F fma(F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }
   static inline F mul(F a, F b) { return _mm256_mul_ps(a, b); }
   static inline I sub(I a, I b) { return _mm256_sub_epi32(a, b); }
+  template <int bits> static inline I shift_left(I a) { return _mm256_slli_epi32(a, bits); }
   static inline I multiply(I a, int32_t b) { return _mm256_mullo_epi32(a, _mm256_set1_epi32(b)); }
   static inline I multiply16(I a, int32_t b) { return _mm256_madd_epi16(a, _mm256_set1_epi32(b & 0xFFFF)); }
   static inline I dot8(I acc16, I w, I x) { return _mm256_add_epi16(acc16, _mm256_maddubs_epi16(w, x)); }

@@ -14,6 +14,7 @@ namespace {
 
 struct Avx512Vnni : Avx512 {
   static constexpr int kWidenTiles = 0;
+  static constexpr bool kRawLow = true;
   static constexpr int panel_rows(Mode mode) { return mode == Mode::kExact ? 12 : 6; }
   static inline I dot8(I acc, I w, I x) { return _mm512_dpbusd_epi32(acc, w, x); }
   static inline I dot16(I acc, I w, I x) { return _mm512_dpwssd_epi32(acc, w, x); }

@@ -12,6 +12,7 @@ namespace {
 
 struct AvxVnni : Avx2 {
   static constexpr int kWidenTiles = 0;
+  static constexpr bool kRawLow = true;
   static constexpr int panel_rows(Mode) { return 6; }
   static inline I dot8(I acc, I w, I x) { return _mm256_dpbusd_avx_epi32(acc, w, x); }
   static inline I dot16(I acc, I w, I x) { return _mm256_dpwssd_avx_epi32(acc, w, x); }

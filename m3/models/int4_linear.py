@@ -137,7 +137,9 @@ def concat_out(weights: Sequence[Int4Weight]) -> Int4Weight:
             first_k=first.first_k,
         )
     if first.first_k:
-        raise refuse("concat_out", "weights", "whole tiles (N a multiple of 64) for a slice along K", f"{list(weights)}")
+        raise refuse(
+            "concat_out", "weights", "whole tiles (N a multiple of 64) for a slice along K", f"{list(weights)}"
+        )
     parts = [weight.unpack() for weight in weights]
     q, scales, zeros = (torch.cat(tensors, dim=-2) for tensors in zip(*parts, strict=True))
     return Int4Weight.pack(q, scales, None if first.symmetric else zeros, group_size=first.group_size, perm=first.perm)

@@ -75,6 +75,7 @@ class _Loader:
         embedding = self.dense(EMBEDDING, (config.vocab_size, config.hidden_size))
         norm = self.norm(NORM, config.hidden_size)
         packed = any(name.startswith(f"{HEAD}.") and name != f"{HEAD}.weight" for name in self.source.names)
+        head: nn.Module
         if config.tie_word_embeddings and not packed:
             head = dense_linear(embedding, None)
         else:
@@ -90,7 +91,8 @@ class _Loader:
         hidden = config.hidden_size
         norms = None
         if config.qk_norm:
-            norms = tuple(self.norm(f"{prefix}self_attn.{name}_norm.weight", config.head_dim) for name in ("q", "k"))
+            q_norm, k_norm = (self.norm(f"{prefix}self_attn.{name}_norm.weight", config.head_dim) for name in "qk")
+            norms = (q_norm, k_norm)
         qkv = self.fused(prefix, attention_parts(config), hidden)
         o = self.linear(f"{prefix}self_attn.o_proj", hidden, config.num_heads * config.head_dim)
         mlp: Mlp | Moe
@@ -180,7 +182,9 @@ class _Loader:
             raise ValueError(f"checkpoint: {self.source.file_of(f'{name}.qweight')}: {name}: {error}") from error
         if (weight.out_features, weight.in_features) != (rows, columns):
             got = f"({weight.out_features}, {weight.in_features})"
-            raise refuse("checkpoint", f"{self.source.file_of(f'{name}.qweight')}: {name}", f"a weight ({rows}, {columns})", got)
+            raise refuse(
+                "checkpoint", f"{self.source.file_of(f'{name}.qweight')}: {name}", f"a weight ({rows}, {columns})", got
+            )
         return weight
 
     def experts(self, prefix: str) -> nn.Module:
@@ -269,13 +273,19 @@ def _compressed_tensors_group_size(found: Mapping[str, Any]) -> int:
     if found.get("format") != "pack-quantized":
         raise refuse("config.json", f"{where}: format", "'pack-quantized'", f"{found.get('format')!r}"[:200])
     groups = found.get("config_groups")
-    weights = [group.get("weights") for group in groups.values() if isinstance(group, dict)] if isinstance(groups, dict) else []
-    if not weights or not all(isinstance(weight, dict) for weight in weights):
+    found_weights = [
+        group.get("weights") if isinstance(group, dict) else None
+        for group in (groups.values() if isinstance(groups, dict) else ())
+    ]
+    weights = [weight for weight in found_weights if isinstance(weight, dict)]
+    if not weights or len(weights) != len(found_weights):
         raise refuse("config.json", f"{where}: config_groups", "one or more objects with weights", f"{groups!r}"[:200])
     sizes = set()
     for weight in weights:
         if weight.get("num_bits") != 4 or weight.get("type", "int") != "int":
-            raise refuse("config.json", f"{where}: config_groups: weights", "num_bits 4, type 'int'", f"{weight!r}"[:200])
+            raise refuse(
+                "config.json", f"{where}: config_groups: weights", "num_bits 4, type 'int'", f"{weight!r}"[:200]
+            )
         size = -1 if weight.get("strategy") == "channel" else weight.get("group_size")
         sizes.add(size if isinstance(size, int) else None)
     if len(sizes) != 1 or None in sizes:

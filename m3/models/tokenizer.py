@@ -34,7 +34,9 @@ class Tokenizer:
         except Exception as error:  # tokenizers raises bare Exception
             raise refuse("tokenizer", str(path), "a tokenizer of the tokenizers library", f"{error}"[:200]) from error
         settings = read_json(folder / SETTINGS) if (folder / SETTINGS).is_file() else {}
-        self.special = {key: _content(settings.get(key)) for key in ("bos_token", "eos_token", "pad_token", "unk_token")}
+        self.special = {
+            key: _content(settings.get(key)) for key in ("bos_token", "eos_token", "pad_token", "unk_token")
+        }
         template = settings.get("chat_template")
         if (folder / TEMPLATE).is_file():
             template = (folder / TEMPLATE).read_text(encoding="utf-8")
@@ -64,7 +66,9 @@ class Tokenizer:
             if piece:
                 yield piece
 
-    def chat(self, messages: Sequence[dict[str, str]], *, add_generation_prompt: bool = True, **variables: Any) -> list[int]:
+    def chat(
+        self, messages: Sequence[dict[str, str]], *, add_generation_prompt: bool = True, **variables: Any
+    ) -> list[int]:
         """Token ids of a conversation of {"role", "content"} in the model's own template."""
         if self.template is None:
             raise refuse("tokenizer", "chat_template", "a model with a chat template", "none: use a plain prompt")
@@ -76,7 +80,9 @@ class Tokenizer:
                 messages=list(messages), add_generation_prompt=add_generation_prompt, **special, **variables
             )
         except jinja2.TemplateError as error:
-            raise refuse("tokenizer", "chat_template", "a template that renders these messages", f"{error}"[:200]) from error
+            raise refuse(
+                "tokenizer", "chat_template", "a template that renders these messages", f"{error}"[:200]
+            ) from error
         return self.encode(text, special_tokens=False)
 
 

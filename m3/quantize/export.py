@@ -78,7 +78,11 @@ class _Exporter:
 
     def _version(self) -> int:
         """GPTQ v1, which everyone reads, unless a zero point of 0 needs v2."""
-        return 2 if any(weight.zeros is not None and bool((weight.unpack()[2] == 0).any()) for weight in self.weights) else 1
+        return (
+            2
+            if any(weight.zeros is not None and bool((weight.unpack()[2] == 0).any()) for weight in self.weights)
+            else 1
+        )
 
     def quantization_config(self) -> dict[str, Any]:
         group_sizes = {weight.group_size for weight in self.weights}
@@ -100,7 +104,7 @@ class _Exporter:
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         model, config = self.model, self.model.config
         yield EMBEDDING, self.dense(model.embedding)
-        for index, layer in enumerate(model.layers):
+        for index, layer in enumerate(model.blocks):
             prefix = LAYER.format(index)
             yield f"{prefix}input_layernorm.weight", self.dense(layer.attention_norm.weight)
             yield f"{prefix}post_attention_layernorm.weight", self.dense(layer.mlp_norm.weight)
@@ -117,7 +121,7 @@ class _Exporter:
                 yield from self.linear(prefix, mlp_parts(config), mlp.gate_up)
                 yield from self.linear(prefix, [("mlp.down_proj", config.hidden_size)], mlp.down)
         yield NORM, self.dense(model.norm.weight)
-        if isinstance(model.head, Int4Linear) or model.head.weight.data_ptr() != model.embedding.data_ptr():
+        if not (isinstance(model.head, nn.Linear) and model.head.weight.data_ptr() == model.embedding.data_ptr()):
             yield from self.linear("", [(HEAD, config.vocab_size)], model.head)
 
     def dense(self, tensor: Tensor) -> Tensor:
@@ -133,8 +137,8 @@ class _Exporter:
         for name, rows in parts:
             if isinstance(module, Int4Linear):
                 yield from self.packed(prefix + name, module.weight.int4, start, rows)
-            else:
-                yield f"{prefix}{name}.weight", self.dense(module.weight[start : start + rows])  # type: ignore[index]
+            elif isinstance(module, nn.Linear):
+                yield f"{prefix}{name}.weight", self.dense(module.weight[start : start + rows])
             if isinstance(bias, Tensor):
                 yield f"{prefix}{name}.bias", self.dense(bias[start : start + rows])
             start += rows

@@ -1,4 +1,4 @@
-"""Quantise a Decoder's linears by rounding to the nearest grid point, the grid from min-max or searched for least error.
+"""Quantise a Decoder's linears: round to the nearest grid point, the grid from min-max or searched for least error.
 
 Quantised: q, k, v, o, gate, up, down of every layer, and experts. Left out: embedding, norms, the router of a mixture
 of experts, and the head unless asked for.
@@ -79,9 +79,9 @@ class _Rounder:
 
     def model(self, model: Decoder, progress: Callable[[int, int], None]) -> Decoder:
         layers = []
-        for index, layer in enumerate(model.layers):
+        for index, layer in enumerate(model.blocks):
             layers.append(self.layer(model, layer))
-            progress(index + 1, len(model.layers))
+            progress(index + 1, len(model.blocks))
         head = self.linear(model.head) if self.config.head else model.head
         return Decoder(model.config, model.embedding, layers, model.norm, head).eval()
 
@@ -90,9 +90,12 @@ class _Rounder:
         q_norm, k_norm = attention.q_norm, attention.k_norm
         norms = (q_norm, k_norm) if isinstance(q_norm, RMSNorm) and isinstance(k_norm, RMSNorm) else None
         quantised = Attention(model.config, self.linear(attention.qkv), self.linear(attention.o), norms)
+        rounded: Mlp | Moe
         if isinstance(mlp, Moe):
-            return Layer(layer.attention_norm, quantised, layer.mlp_norm, Moe(model.config, mlp.router, self.experts(mlp.experts)))
-        return Layer(layer.attention_norm, quantised, layer.mlp_norm, Mlp(self.linear(mlp.gate_up), self.linear(mlp.down)))
+            rounded = Moe(model.config, mlp.router, self.experts(mlp.experts))
+        else:
+            rounded = Mlp(self.linear(mlp.gate_up), self.linear(mlp.down))
+        return Layer(layer.attention_norm, quantised, layer.mlp_norm, rounded)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -113,7 +116,7 @@ def sizes(model: Decoder) -> Sizes:
     """Count the bytes of a model; a dense model's linears count in bf16 whatever they are computed in."""
     linears = linears_bf16 = 0
     counted: set[int] = set()
-    for layer in model.layers:
+    for layer in model.blocks:
         for name, module in layer.named_modules():
             if isinstance(module, Int4Linear):
                 packed = [module.weight.int4]

@@ -1,25 +1,30 @@
 """INT4 GEMM, grouped GEMM, MoE and dequantise in Triton, for NVIDIA and AMD GPUs; interpreted on CPU tensors.
 
-    Y^T = W X^T,   y[m, n] = sum_s p_s[m, n] + bias[n],   p_s = sum over the K blocks b of split s, in order, of
-                   s[n, g(b)] * sum_{k in b} (u[n, k] - z[n, g(b)]) * x[m, k]
+    Y^T = W X^T,   y[m, n] = sum over the splits of K, in order, of p[m, n], + bias[n],
+    p[m, n] = sum over the blocks b of the split, in order, of s[n, g(b)] * sum_{k in b} (u[n, k] - z[n, g(b)]) * x[m, k]
 
 The packed tile is read as int32 words and never permuted. A program owns two tiles (128 rows of W): 64 words high, and
 each word holds row 8h + g of its 16-row sub-tile for h = 0, 1, so that a shift by ``8b + 4h`` gives a 64-row operand
-whose columns are k = 16*kt + 2t + (0, 8, 1, 9)[b]. The order of a contraction is free, so x is arranged to match, once,
-by ``_arrange_kernel`` (which also applies act-order and pads K with zeros). u - z is an integer of at most 5 bits: exact
-in fp16 and bf16, so operands carry no rounding of the weight and scales meet the fp32 accumulator (one block, one group).
+whose columns are k = 16*kt + 2t + (0, 8, 1, 9)[b]. The order of a contraction is free: ``_arrange_kernel`` brings x
+into that order once, applies act-order and pads K with zeros. Operands are integers of at most 5 bits, exact in fp16 and
+bf16: the weight is not rounded, and scales meet the fp32 accumulator, one block of K at a time (a block lies in one
+group). Unpacking is elementwise, so it happens in the registers of the matrix operand. To keep it so with 16-bit x, a
+zero z enters as ``sum (u - 8) * x + (8 - z) * sum x``, both in fp32; hence an infinite x may give nan instead of inf.
 
 Row-invariance. The block of K, the splits of K and the order in which blocks and splits are added depend on the shape
-of the weight alone. Split grids (few rows) leave fp32 partials that a second kernel adds in split order; the other
-grids (many rows) hold one accumulator per split in turn and add it to the total in the same order. The height of the
-weight operand is always 64, hence one kind of matrix instruction for every number of rows. Products and sums use
-explicit fma with contraction switched off. Nothing is atomic.
+of the weight and the dtype alone. Split grids (few rows) leave fp32 partials that a second kernel adds in split order;
+the other grids (many rows) accumulate one split after the other and add each to the total in the same order. The weight
+operand is 64 rows high for every number of tokens, hence one kind of matrix instruction. fma is written where it is
+meant and contraction is off. Nothing is atomic.
 
 Interpreted (TRITON_INTERPRET=1), bf16 is computed as fp32: the interpreter's own bf16 arithmetic is wrong.
 """
+# In kernels, `if SPLIT:` decides at compile time and the next `if` at run time; SIM300 takes COMPUTE for a constant.
+# ruff: noqa: SIM102, SIM300
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 import torch
@@ -48,7 +53,7 @@ class Tile(NamedTuple):
     num_stages: int
 
 
-# By compute dtype, smallest first; the largest that keeps its accumulators in registers on sm_90 ends each row.
+# By compute dtype, smallest first; each row ends with the largest whose accumulators stay in registers.
 TILES = {
     torch.float16: (Tile(16, 4, 4), Tile(32, 4, 3), Tile(64, 8, 3)),
     torch.bfloat16: (Tile(16, 4, 4), Tile(32, 4, 3), Tile(64, 8, 3)),
@@ -81,7 +86,7 @@ def plan(
     dtype: torch.dtype,
     experts: int | None = None,
 ) -> Plan:
-    """Largest block of K that no group boundary cuts, and splits enough to fill a GPU at one row; dtype: of operands."""
+    """Largest block of K that no group boundary cuts, and splits to fill a GPU at one row; dtype: of the operands."""
     block_k = next(
         size for size in BLOCK_K[dtype] if group_size == -1 or (group_size % size == 0 and first_k % size == 0)
     )
@@ -91,10 +96,24 @@ def plan(
     return Plan(block_k, k_blocks, ceil_div(k_blocks, splits))
 
 
-def tile(rows: int, dtype: torch.dtype) -> Tile:
+def tiles(dtype: torch.dtype, target: str) -> tuple[Tile, ...]:
+    """Tiles to choose from on "sm_80", "gfx942" and so on; mma.sync (sm_8x) spills with the one of 64 tokens."""
+    return tuple(choice for choice in TILES[dtype] if choice.block_m <= (32 if target.startswith("sm_8") else 64))
+
+
+def tile(rows: int, dtype: torch.dtype, target: str) -> Tile:
     """The smallest tile that holds ``rows`` tokens, or the largest there is."""
-    tiles = TILES[dtype]
-    return next((choice for choice in tiles if choice.block_m >= rows), tiles[-1])
+    choices = tiles(dtype, target)
+    return next((choice for choice in choices if choice.block_m >= rows), choices[-1])
+
+
+@functools.cache
+def target_of(device: torch.device) -> str:
+    """ "sm_90", "gfx942", or "cpu" for the interpreter."""
+    if device.type != "cuda":
+        return "cpu"
+    properties = torch.cuda.get_device_properties(device)
+    return properties.gcnArchName.partition(":")[0] if torch.version.hip else f"sm_{properties.major}{properties.minor}"
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -177,6 +196,7 @@ def _arrange_kernel(
         if row_expert is not None:
             table = perm + tl.load(row_expert + row).to(tl.int64) * in_features
         column = tl.load(table + k, mask=mask, other=0)
+        mask &= (column >= 0) & (column < in_features)
     source = row
     if row_index is not None:
         source = tl.load(row_index + row).to(tl.int64)
@@ -257,10 +277,10 @@ def _natural_rows(low, high, BLOCK_M: tl.constexpr):
 
 # Grid: one axis of (token tile, pair of weight tiles, split), split fastest, then GROUP_M token tiles.
 # A program owns 128 rows of W, BLOCK_M tokens and one split (SPLIT) or all of them. Reads: the tiles and scales of its
-# rows once per token tile, its tokens in contraction order. Writes: SPLIT: fp32 partials out[split, row, n];
-# otherwise out[row, n] in out's dtype, with bias. With ``offsets`` (experts + 1) the token tiles are those of the experts
-# in turn, found from ``offsets`` here: the grid has as many tiles as the worst case needs, the surplus returns.
-# ``row_index`` names the row of x for each row of out. Words of W are the register operand: 64 rows, any BLOCK_M.
+# rows once per token tile, its tokens in contraction order. Writes: SPLIT: fp32 partials out[split, row, n]; otherwise
+# out[row, n] in out's dtype, with bias. With ``offsets`` (experts + 1) token tiles are those of the experts in turn, found
+# from ``offsets`` here: the grid has as many tiles as the worst case needs, the surplus returns. ``row_index``
+# names the row of x for each row of out. The words of W are the register operand: 64 rows, whatever BLOCK_M.
 @triton.jit
 def _gemm_kernel(
     x,
@@ -375,11 +395,37 @@ def _gemm_kernel(
         scale_at = scale_row + group * 64
         sums_at = sum_at + tl.cast(block, tl.int64) * x_rows
         acc_low = _block(
-            acc_low, words, base_shift, xs_at, sums, sums_at, row_mask, scales, zeros, scale_at, tile_mask, BLOCK_M, BLOCK_K, COMPUTE
-        )  # fmt: skip
+            acc_low,
+            words,
+            base_shift,
+            xs_at,
+            sums,
+            sums_at,
+            row_mask,
+            scales,
+            zeros,
+            scale_at,
+            tile_mask,
+            BLOCK_M,
+            BLOCK_K,
+            COMPUTE,
+        )
         acc_high = _block(
-            acc_high, words, base_shift + 4, xs_at, sums, sums_at, row_mask, scales, zeros, scale_at + 32, tile_mask, BLOCK_M, BLOCK_K, COMPUTE
-        )  # fmt: skip
+            acc_high,
+            words,
+            base_shift + 4,
+            xs_at,
+            sums,
+            sums_at,
+            row_mask,
+            scales,
+            zeros,
+            scale_at + 32,
+            tile_mask,
+            BLOCK_M,
+            BLOCK_K,
+            COMPUTE,
+        )
         if not SPLIT:
             if (block + 1) % split_blocks == 0:
                 total_low += acc_low
@@ -444,6 +490,7 @@ def _silu_mul_kernel(
     if perm is not None:
         table = perm + tl.load(row_expert + row).to(tl.int64) * intermediate_size
         column = tl.load(table + k, mask=mask, other=0)
+        mask &= (column >= 0) & (column < intermediate_size)
     at = row * (2 * intermediate_size) + column
     stride = tl.cast(rows, tl.int64) * (2 * intermediate_size)
     gate = _sum_splits(partial, at, mask, stride, splits, COLUMNS)
@@ -468,7 +515,7 @@ def _combine_kernel(
         expert = tl.load(topk_ids + token * topk + slot)
         row = tl.load(slot_row + token * topk + slot)
         weight = tl.load(topk_weights + token * topk + slot)
-        mask = (n < hidden_size) & (expert >= 0) & (expert < experts)
+        mask = n < tl.where((expert >= 0) & (expert < experts), hidden_size, 0)
         term = _sum_splits(partial, row * hidden_size + n, mask, tl.cast(rows, tl.int64) * hidden_size, splits, COLUMNS)
         y = tl.where(mask, tl.fma(term, tl.broadcast_to(weight, (COLUMNS,)), y), y)
     tl.store(out + token * hidden_size + n, y.to(out.dtype.element_ty), mask=n < hidden_size)
@@ -547,7 +594,7 @@ class Weight(NamedTuple):
 
 
 class Operand(NamedTuple):
-    """x in the order in which a weight contracts it, (rows, padded_k), and its sums over blocks of K, (k_blocks, rows)."""
+    """x in the order in which a weight contracts it, (rows, padded_k), and its sums over blocks, (k_blocks, rows)."""
 
     x: Tensor
     sums: Tensor | None
@@ -562,9 +609,9 @@ class Operand(NamedTuple):
         return cls(x, torch.empty(cut.k_blocks, rows, dtype=torch.float32, device=device))
 
 
-def launch_options(choice: Tile, *, amd: bool) -> dict[str, Any]:
+def launch_options(choice: Tile, target: str) -> dict[str, Any]:
     """Options of a product. AMD: two stages, its blocks have 64 KiB of shared memory."""
-    stages = min(choice.num_stages, 2) if amd else choice.num_stages
+    stages = min(choice.num_stages, 2) if target.startswith("gfx") else choice.num_stages
     return {"num_warps": choice.num_warps, "num_stages": stages, "enable_fp_fusion": False}
 
 
@@ -599,15 +646,22 @@ def product(
     bias: Tensor | None = None,
     offsets: Tensor | None = None,
     row_index: Tensor | None = None,
+    choice: Tile | None = None,
+    split: bool | None = None,
 ) -> Tensor:
-    """(rows, N) of ``dtype``; or, with dtype None, fp32 partials (splits or 1, rows, N) for a kernel that adds them."""
+    """(rows, N) of ``dtype``; or, with dtype None, fp32 partials (splits or 1, rows, N) for a kernel that adds them.
+
+    ``choice`` and ``split`` (a grid over splits, or programs that go through all of them) do not change a bit of the
+    result; None: by the number of rows.
+    """
     cut, experts, out_features = weight.plan(operand.x.dtype), weight.experts or 0, weight.out_features
-    choice = tile(ceil_div(rows, experts) if experts else rows, operand.x.dtype)
+    target = target_of(operand.x.device)
+    choice = choice or tile(ceil_div(rows, experts) if experts else rows, operand.x.dtype, target)
     m_tiles = ceil_div(rows, choice.block_m)
     if experts:  # the worst case: every expert leaves one tile partly filled
         m_tiles = min(rows, rows // choice.block_m + experts)
     programs = m_tiles * ceil_div(out_features, PROGRAM_N)
-    split = cut.splits > 1 and programs < TARGET_PROGRAMS
+    split = cut.splits > 1 and (programs < TARGET_PROGRAMS if split is None else split)
     device = operand.x.device
     if split or dtype is None:
         out = torch.empty(cut.splits if split else 1, rows, out_features, dtype=torch.float32, device=device)
@@ -638,7 +692,7 @@ def product(
         GROUP_M=GROUP_M,
         SPLIT=split,
         COMPUTE=TL_DTYPE[operand.x.dtype],
-        **launch_options(choice, amd=torch.version.hip is not None),
+        **launch_options(choice, target),
     )
     if not split or dtype is None:
         return out
@@ -795,18 +849,19 @@ def int4_dequantize(
 # -- what is compiled without a GPU -----------------------------------------------------------------------------------
 def compile_cases(target: str) -> list[CompileCase]:
     """The launches that the compile test builds for a target: products by dtype, tile and block, other kernels once."""
+    half, single = tiles(torch.bfloat16, target), tiles(torch.float32, target)
     return [
-        product_case(target, torch.float16, 16, 128, split=True, symmetric=False),
-        product_case(target, torch.float16, 64, 128, split=False, symmetric=True),
-        product_case(target, torch.bfloat16, 16, 128, split=True, symmetric=True),
-        product_case(target, torch.bfloat16, 32, 64, split=True, symmetric=False),
-        product_case(target, torch.bfloat16, 64, 128, split=False, symmetric=False),
-        product_case(target, torch.bfloat16, 64, 32, split=False, symmetric=False),
-        product_case(target, torch.bfloat16, 16, 16, split=True, symmetric=True),
-        product_case(target, torch.bfloat16, 16, 128, split=True, symmetric=True, grouped=True),
-        product_case(target, torch.bfloat16, 64, 128, split=False, symmetric=False, grouped=True),
-        product_case(target, torch.float32, 16, 32, split=True, symmetric=False),
-        product_case(target, torch.float32, 32, 32, split=False, symmetric=False),
+        product_case(target, half[0], 128, split=True, symmetric=False, dtype=torch.float16),
+        product_case(target, half[-1], 128, split=False, symmetric=True, dtype=torch.float16),
+        product_case(target, half[0], 128, split=True, symmetric=True),
+        product_case(target, half[1], 64, split=True, symmetric=False),
+        product_case(target, half[-1], 128, split=False, symmetric=False),
+        product_case(target, half[-1], 32, split=False, symmetric=False),
+        product_case(target, half[0], 16, split=True, symmetric=True),
+        product_case(target, half[0], 128, split=True, symmetric=True, grouped=True),
+        product_case(target, half[-1], 128, split=False, symmetric=False, grouped=True),
+        product_case(target, single[0], 32, split=True, symmetric=False, dtype=torch.float32),
+        product_case(target, single[-1], 32, split=False, symmetric=False, dtype=torch.float32),
         other_case(
             "arrange",
             _arrange_kernel,
@@ -843,11 +898,17 @@ def compile_cases(target: str) -> list[CompileCase]:
 
 
 def product_case(
-    target: str, dtype: torch.dtype, block_m: int, block_k: int, *, split: bool, symmetric: bool, grouped: bool = False
+    target: str,
+    choice: Tile,
+    block_k: int,
+    *,
+    split: bool,
+    symmetric: bool,
+    grouped: bool = False,
+    dtype: torch.dtype = torch.bfloat16,
 ) -> CompileCase:
     """One launch of ``_gemm_kernel`` with fp16 scales."""
     name = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}[dtype]
-    choice = next(choice for choice in TILES[dtype] if choice.block_m == block_m)
     types = {
         "x": f"*{name}",
         "sums": None if symmetric or dtype == torch.float32 else "*fp32",
@@ -861,14 +922,16 @@ def product_case(
         "out_features": "i32:16",
     }
     integers = "rows x_rows m_tiles n_tiles k_tiles groups group_tiles first_tile experts k_blocks split_blocks splits"
-    constants = {"BLOCK_M": block_m, "BLOCK_K": block_k, "BLOCK_E": 128 if grouped else 1, "GROUP_M": GROUP_M}
-    kind = f"{'grouped' if grouped else 'dense'}_{name}_m{block_m}_k{block_k}"
+    constants = {"BLOCK_M": choice.block_m, "BLOCK_K": block_k, "BLOCK_E": 128 if grouped else 1, "GROUP_M": GROUP_M}
+    kind = f"{'grouped' if grouped else 'dense'}_{name}_m{choice.block_m}_k{block_k}"
     return CompileCase(
         name=f"{kind}{'_split' if split else ''}_{'symmetric' if symmetric else 'asymmetric'}",
         kernel=_gemm_kernel,
         signature={k: v for k, v in types.items() if v is not None} | dict.fromkeys(integers.split(), "i32"),
-        constants={k: v for k, v in types.items() if v is None} | constants | {"SPLIT": split, "COMPUTE": TL_DTYPE[dtype]},
-        options=launch_options(choice, amd=target.startswith("gfx")),
+        constants={k: v for k, v in types.items() if v is None}
+        | constants
+        | {"SPLIT": split, "COMPUTE": TL_DTYPE[dtype]},
+        options=launch_options(choice, target),
         matrix_units=dtype != torch.float32,
     )
 
@@ -876,4 +939,6 @@ def product_case(
 def other_case(name: str, kernel: Any, signature: str, **constants: Any) -> CompileCase:
     """One launch of an elementwise kernel; ``signature`` is "argument type, ..."."""
     types = dict(entry.split() for entry in signature.split(", "))
-    return CompileCase(name, kernel, types, constants | {"COLUMNS": COLUMNS}, {"num_warps": 4, "enable_fp_fusion": False})
+    return CompileCase(
+        name, kernel, types, constants | {"COLUMNS": COLUMNS}, {"num_warps": 4, "enable_fp_fusion": False}
+    )

@@ -48,7 +48,8 @@ def in_huge_pages(tensor: Tensor) -> Tensor:
     size = tensor.numel() * tensor.element_size()
     if not hasattr(mmap, "MADV_HUGEPAGE") or tensor.device.type != "cpu" or size < HUGE_PAGE:
         return tensor
-    memory = mmap.mmap(-1, ceil_div(size, HUGE_PAGE) * HUGE_PAGE + HUGE_PAGE)  # lives as long as the tensor
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+    memory = mmap.mmap(-1, ceil_div(size, HUGE_PAGE) * HUGE_PAGE + HUGE_PAGE, flags=flags)  # lives as long as the tensor
     memory.madvise(mmap.MADV_HUGEPAGE)
     offset = -torch.frombuffer(memory, dtype=torch.uint8).data_ptr() % HUGE_PAGE
     placed = torch.frombuffer(memory, dtype=tensor.dtype, count=tensor.numel(), offset=offset)

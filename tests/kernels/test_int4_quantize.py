@@ -1,4 +1,4 @@
-"""quantize_weight: against a scalar formula, bounds on the error, mse against minmax, hard magnitudes, every error."""
+"""quantize_weight: by hand, bounds on the error, the searches against minmax, hard magnitudes, every error."""
 
 from __future__ import annotations
 
@@ -16,19 +16,22 @@ from m3kernels.int4.reference import make_inputs
 from m3kernels.testing import relative_error
 
 SCALE_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-METHODS = ("minmax", "mse")
+METHODS = ("minmax", "mse", "weighted")
 quick = settings(max_examples=40, deadline=None)
 every_scale_dtype = pytest.mark.parametrize("scale_dtype", SCALE_DTYPES, ids=str)
 every_method = pytest.mark.parametrize("method", METHODS)
 either_symmetry = pytest.mark.parametrize("symmetric", (True, False), ids=("symmetric", "asymmetric"))
 
 
-def group_errors(weight: Tensor, quantized: Int4Weight) -> Tensor:
-    """(N, G) fp64: sum of squares over each group."""
-    dense = int4_dequantize(quantized, torch.float32).double()
+def group_errors(weight: Tensor, quantized: Int4Weight, weighted: bool = False) -> Tensor:
+    """(N, G) fp64: sum of squares over each group, weighted by w^2 + mean w^2 if asked."""
     size = weight.shape[1] if quantized.group_size == -1 else quantized.group_size
-    parts = (weight.double() - dense).square().split(size, dim=1)
-    return torch.stack([part.sum(1) for part in parts], dim=1)
+    dense = int4_dequantize(quantized, torch.float32).double().split(size, dim=1)
+    sums = []
+    for w, other in zip(weight.double().split(size, dim=1), dense, strict=True):
+        importance = w.square() + w.square().mean(1, keepdim=True) if weighted else torch.ones_like(w)
+        sums.append((importance * (w - other).square()).sum(1))
+    return torch.stack(sums, dim=1)
 
 
 def spiky(n: int, k: int, seed: int = 0) -> Tensor:
@@ -72,7 +75,10 @@ def test_mse_by_hand_uses_the_sixteenth_value() -> None:
 
 
 @every_scale_dtype
-@pytest.mark.parametrize(("method", "symmetric"), (("minmax", False), ("mse", False), ("mse", True)))
+@pytest.mark.parametrize(
+    ("method", "symmetric"),
+    (("minmax", False), ("mse", False), ("weighted", False), ("mse", True), ("weighted", True)),
+)
 def test_a_weight_on_the_grid_is_kept(scale_dtype: torch.dtype, method: str, symmetric: bool) -> None:
     q, scales, zeros = make_inputs(1, 40, 200, group_size=64, symmetric=symmetric, scale_dtype=scale_dtype)[1].unpack()
     q[:, ::64], q[:, 1::64] = 0, 15  # both ends of every group
@@ -115,42 +121,48 @@ def test_minmax_rounds_to_the_nearest_point(
     k=st.integers(1, 200),
     group_size=st.sampled_from((-1, 16, 48, 128)),
     symmetric=st.booleans(),
+    weighted=st.booleans(),
     scale_dtype=st.sampled_from(SCALE_DTYPES),
     exponent=st.integers(-6, 4),
     seed=st.integers(0, 10**6),
 )
-def test_mse_is_never_worse_than_minmax(
-    n: int, k: int, group_size: int, symmetric: bool, scale_dtype: torch.dtype, exponent: int, seed: int
+def test_a_search_is_never_worse_than_minmax(
+    n: int, k: int, group_size: int, symmetric: bool, weighted: bool, scale_dtype: torch.dtype, exponent: int, seed: int
 ) -> None:
     w = spiky(n, k, seed) * 10.0**exponent
     kwargs: dict[str, Any] = dict(group_size=group_size, symmetric=symmetric, scale_dtype=scale_dtype)
-    minmax, mse = (group_errors(w, quantize_weight(w, method=method, **kwargs)) for method in METHODS)
-    assert (mse <= minmax * (1 + 1e-12)).all()
+    methods = ("minmax", "weighted" if weighted else "mse")
+    minmax, found = (group_errors(w, quantize_weight(w, method=method, **kwargs), weighted) for method in methods)
+    assert (found <= minmax * (1 + 1e-12)).all()
 
 
 @either_symmetry
-def test_mse_is_close_to_the_best_of_a_fine_grid(symmetric: bool) -> None:
-    w = spiky(24, 64)
-    mse = group_errors(
-        w, quantize_weight(w, group_size=64, symmetric=symmetric, method="mse", scale_dtype=torch.float32)
-    )
+@pytest.mark.parametrize("method", ("mse", "weighted"))
+def test_a_search_comes_close_to_the_best_of_a_fine_grid(method: str, symmetric: bool) -> None:
+    w, weighted = spiky(24, 64), method == "weighted"
+    quantized = quantize_weight(w, group_size=64, symmetric=symmetric, method=method, scale_dtype=torch.float32)
     best = torch.full((24, 1), torch.inf, dtype=torch.float64)
+    importance = w.double().square() + w.double().square().mean(1, keepdim=True) if weighted else 1.0
     for zero in (8,) if symmetric else range(1, 16):
         for size in torch.linspace(0.4, 1.4, 301).tolist():
             for sign in (1, -1):
                 s = sign * size * w.abs().amax(1, keepdim=True).double() / 7.5 * (1 if symmetric else 0.7)
                 points = torch.clamp(torch.round(w.double() / s), -zero, 15 - zero) * s
-                best = torch.minimum(best, (w.double() - points).square().sum(1, keepdim=True))
-    assert mse.sum() <= 1.02 * best.sum()
+                best = torch.minimum(best, (importance * (w.double() - points).square()).sum(1, keepdim=True))
+    assert group_errors(w, quantized, weighted).sum() <= 1.02 * best.sum()
 
 
-@pytest.mark.parametrize(("symmetric", "ratio"), ((True, 0.85), (False, 0.95)))
-def test_mse_lowers_the_error_of_real_looking_weights(symmetric: bool, ratio: float) -> None:
-    w = spiky(64, 576)
-    minmax, mse = (
-        group_errors(w, quantize_weight(w, group_size=64, symmetric=symmetric, method=m)).sum() for m in METHODS
+@pytest.mark.parametrize(
+    ("method", "symmetric", "ratio"),
+    (("mse", True, 0.85), ("mse", False, 0.95), ("weighted", True, 0.75), ("weighted", False, 0.95)),
+)
+def test_a_search_lowers_the_error_of_real_looking_weights(method: str, symmetric: bool, ratio: float) -> None:
+    w, weighted = spiky(64, 576), method == "weighted"
+    minmax, found = (
+        group_errors(w, quantize_weight(w, group_size=64, symmetric=symmetric, method=m), weighted).sum()
+        for m in ("minmax", method)
     )
-    assert mse < ratio * minmax
+    assert found < ratio * minmax
 
 
 @every_method
@@ -259,7 +271,7 @@ ERRORS: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "group_size": (dict(group_size=33), "group_size: want -1 or a positive multiple of 16 (32, 64, 128); got 33"),
     "symmetric": (dict(symmetric=None), "symmetric: want True or False; got None"),
-    "method": (dict(method="gptq"), "method: want 'minmax' or 'mse'; got gptq"),
+    "method": (dict(method="gptq"), "method: want 'minmax' or 'mse' or 'weighted'; got gptq"),
     "scale_dtype": (
         dict(scale_dtype=torch.float64),
         "scale_dtype: want torch.float16, torch.bfloat16 or torch.float32; got torch.float64",
