@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Callable, Iterable, Sequence
 from itertools import groupby
 from pathlib import Path
@@ -233,6 +234,8 @@ def plot(rows: Sequence[Row], stem: Path) -> list[Path]:
                 axis.plot(*zip(*bounds, strict=True), color="black", linestyle=dash, label=label)
         title = "GPU" if rows[0].device == "cuda" else f"{count} thread(s)"
         axis.set(xscale="log", yscale="log", xlabel="M (rows of x)", title=title)
+        axis.set_xticks(sorted({row.m for row in panel}), labels=[str(m) for m in sorted({row.m for row in panel})])
+        axis.minorticks_off()
         axis.grid(True, which="both", alpha=0.25)
     axes[0][0].set_ylabel("seconds per product (median)")
     axes[0][-1].legend(fontsize=7, loc="upper left", bbox_to_anchor=(1.01, 1))
@@ -249,14 +252,16 @@ def plot(rows: Sequence[Row], stem: Path) -> list[Path]:
 
 
 def lower_bounds(rows: Sequence[Row], computes: str) -> list[tuple[int, float]]:
-    """[(m, seconds)]: the longer of reading the INT4 weight once and multiplying at the peak for those operands."""
+    """[(m, seconds)]: the longer of reading the INT4 weight once and multiplying at the peak for those operands.
+
+    Of each ceiling the best measurement among the rows counts.
+    """
+    peak = max((row.peak_gmacs or 0.0 for row in rows if row.computes == computes), default=0.0)
+    read = max((row.read_gbytes_s or 0.0 for row in rows), default=0.0)
     bounds = []
-    for m in sorted({row.m for row in rows}):
-        members = [row for row in rows if row.m == m]
-        peak = next((row.peak_gmacs for row in members if row.computes == computes and row.peak_gmacs), None)
-        one = members[0]
-        if peak is not None and one.gmacs and one.median_s and one.weight_bytes and one.read_gbytes_s:
-            bounds.append((m, max(one.weight_bytes / one.read_gbytes_s / 1e9, one.gmacs * one.median_s / peak)))
+    for one in {row.m: row for row in sorted(rows, key=lambda row: row.m)}.values():
+        if peak and read and one.weight_bytes and one.gmacs and one.median_s:
+            bounds.append((one.m, max(one.weight_bytes / read / 1e9, one.gmacs * one.median_s / peak)))
     return bounds
 
 
@@ -288,7 +293,7 @@ def machine_section(rows: Sequence[Row], out: Path) -> str:
     lines = acceptance(row for row in rows if row.device == "cpu" and row.symmetric and not row.malloc_huge_pages)
     if lines:
         parts.append(f"### Promises\n{acceptance_table(lines)}")
-    slug = "".join(letter if letter.isalnum() else "-" for letter in machine_key(last)[1].lower()).strip("-")
+    slug = re.sub(r"[^a-z0-9]+", "-", machine_key(last)[1].lower()).strip("-")
     for (op, shape, asymmetric, huge), grouped in groupby(sorted(rows, key=shape_key), key=shape_key):
         members = list(grouped)
         kind = ", with zero points" if asymmetric else ""

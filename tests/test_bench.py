@@ -6,13 +6,14 @@ import dataclasses
 import functools
 import json
 import math
+import os
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bench import ggml, harness, int4, record, report, roofline, workloads
+from bench import cuda, ggml, harness, int4, record, report, roofline, workloads
 from bench.harness import Arm, Gate, Rotation, UnavailableError
 from bench.workloads import Experts, Linear, make_problem
 from m3kernels.int4 import int4_dequantize
@@ -41,6 +42,16 @@ class Exact(Arm):
 
     def output(self, copy: int) -> torch.Tensor:
         return self.outputs[copy].float()
+
+
+@pytest.fixture(autouse=True)
+def process_settings():
+    """Arms set thread counts; each test leaves them, and the environment, as it found them."""
+    threads, environment = torch.get_num_threads(), dict(os.environ)
+    yield
+    torch.set_num_threads(threads)
+    os.environ.clear()
+    os.environ.update(environment)
 
 
 @pytest.fixture(scope="module")
@@ -316,6 +327,23 @@ def test_every_arm_computes_the_experts(name):
     assert problem.touched_bytes(1) * 5 == 2 * (problem.w13.nbytes + problem.w2.nbytes)
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here")
+def test_without_a_gpu_the_gpu_bench_says_so():
+    with pytest.raises(RuntimeError, match="bench int4 --device cuda: torch sees no GPU"):
+        cuda.plan(ms=None, arms=None, seconds=1.0, min_rounds=1)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")
+@pytest.mark.parametrize("shape", [TINY, Experts(name="few", experts=4, hidden=128, intermediate=64, topk=2)], ids=str)
+def test_gpu_rows(shape):
+    plan = cuda.plan(ms=(1, 5), arms=None, seconds=0.0, min_rounds=1)
+    rows = list(cuda.run(shape, plan, lambda text: None))
+    ours = [row for row in rows if row.arm == "m3_exact"]
+    assert [(row.m, row.gate, row.device) for row in ours] == [(1, "passed", "cuda"), (5, "passed", "cuda")]
+    assert all(row.median_s > 0 and row.launch in ("graph", "eager") for row in ours)
+
+
 def test_unknown_arms_are_refused():
     for name in ("nope", "torch_fp32@avx2"):
         with pytest.raises(ValueError, match=f"bench int4: arms: want names of .*; got '{name}'"):
@@ -368,13 +396,11 @@ def test_without_a_compiler_torch_reads(small_ceilings, monkeypatch):
     assert ceilings.peaks == {}
 
 
-def test_a_linear_gives_a_row_per_arm_and_m(small_ceilings, monkeypatch):
-    threads = torch.get_num_threads()
+def test_a_linear_gives_a_row_per_arm_and_m(small_ceilings):
     plan = int4.Plan(
         ms=(1, 3), threads=(1, 2), arms=("m3_exact", "m3_int8", "torch_fp32"), seconds=0.0, scaling=True, min_rounds=2
     )
     rows = list(int4.run(TINY, plan, lambda text: None))
-    torch.set_num_threads(threads)
     alone = {"m3_exact", "m3_int8", "torch_fp32"}
     both = {*alone, "m3_exact@1t", "m3_int8@1t"}
     assert {(row.case_threads, row.m, row.arm) for row in rows} == {
@@ -392,11 +418,9 @@ def test_a_linear_gives_a_row_per_arm_and_m(small_ceilings, monkeypatch):
 
 
 def test_experts_give_a_row_per_arm_and_m(small_ceilings):
-    threads = torch.get_num_threads()
     shape = Experts(name="few", experts=4, hidden=64, intermediate=64, topk=2, group_size=32)
     plan = int4.Plan(ms=(2,), threads=(1,), seconds=0.0, min_rounds=2, limit_bytes=4 * 3 * 4 * 64 * 64 - 1)
     rows = list(int4.run(shape, plan, lambda text: None))
-    torch.set_num_threads(threads)
     gates = {row.arm: row.gate for row in rows}
     assert gates.pop("torch_fp32") == "absent: its weights take 0 GB, more than the limit"
     assert gates == dict.fromkeys(("m3_int8", "m3_int16", "m3_exact", "torch_bf16"), "passed")

@@ -1,4 +1,4 @@
-"""``python -m m3kernels``: the report tells of every op on every device, and does not fail where a part is missing.
+"""``python -m m3kernels``: the report tells of every op on every device, and does not fail where a part is missing."""
 
 from __future__ import annotations
 

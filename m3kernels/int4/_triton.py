@@ -1,13 +1,13 @@
 """INT4 GEMM, grouped GEMM, MoE and dequantise in Triton, for NVIDIA and AMD GPUs; interpreted on CPU tensors.
 
     Y^T = W X^T,   y[m, n] = sum over the splits of K, in order, of p[m, n], + bias[n],
-    p[m, n] = sum over the blocks b of the split, in order, of s[n, g(b)] * sum_{k in b} (u[n, k] - z[n, g(b)]) * x[m, k]
+    p[m, n] = sum over the blocks b of a split, in order, of s[n, g(b)] * sum_{k in b} (u[n, k] - z[n, g(b)]) * x[m, k]
 
 The packed tile is read as int32 words and never permuted. A program owns two tiles (128 rows of W): 64 words high, and
 each word holds row 8h + g of its 16-row sub-tile for h = 0, 1, so that a shift by ``8b + 4h`` gives a 64-row operand
 whose columns are k = 16*kt + 2t + (0, 8, 1, 9)[b]. The order of a contraction is free: ``_arrange_kernel`` brings x
-into that order once, applies act-order and pads K with zeros. Operands are integers of at most 5 bits, exact in fp16 and
-bf16: the weight is not rounded, and scales meet the fp32 accumulator, one block of K at a time (a block lies in one
+into that order once, applies act-order and pads K with zeros. Operands are integers of at most 5 bits, exact in fp16
+and bf16: the weight is not rounded, and scales meet the fp32 accumulator, one block of K at a time (a block lies in one
 group). Unpacking is elementwise, so it happens in the registers of the matrix operand. To keep it so with 16-bit x, a
 zero z enters as ``sum (u - 8) * x + (8 - z) * sum x``, both in fp32; hence an infinite x may give nan instead of inf.
 
@@ -24,7 +24,6 @@ Interpreted (TRITON_INTERPRET=1), bf16 is computed as fp32: the interpreter's ow
 
 from __future__ import annotations
 
-import functools
 from typing import Any, NamedTuple
 
 import torch
@@ -53,10 +52,11 @@ class Tile(NamedTuple):
     num_stages: int
 
 
-# By compute dtype, smallest first; each row ends with the largest whose accumulators stay in registers.
+# By compute dtype, smallest first; each row ends with the largest whose accumulators stay in registers. Eight warps
+# would need an operand of 128 rows: on 64, Triton's wgmma layout lets both warp groups compute the same.
 TILES = {
-    torch.float16: (Tile(16, 4, 4), Tile(32, 4, 3), Tile(64, 8, 3)),
-    torch.bfloat16: (Tile(16, 4, 4), Tile(32, 4, 3), Tile(64, 8, 3)),
+    torch.float16: (Tile(16, 4, 4), Tile(32, 4, 3)),
+    torch.bfloat16: (Tile(16, 4, 4), Tile(32, 4, 3)),
     torch.float32: (Tile(16, 4, 2), Tile(32, 8, 2)),
 }
 BLOCK_K = {torch.float16: (128, 64, 32, 16), torch.bfloat16: (128, 64, 32, 16), torch.float32: (32, 16)}  # same reason
@@ -96,24 +96,9 @@ def plan(
     return Plan(block_k, k_blocks, ceil_div(k_blocks, splits))
 
 
-def tiles(dtype: torch.dtype, target: str) -> tuple[Tile, ...]:
-    """Tiles to choose from on "sm_80", "gfx942" and so on; mma.sync (sm_8x) spills with the one of 64 tokens."""
-    return tuple(choice for choice in TILES[dtype] if choice.block_m <= (32 if target.startswith("sm_8") else 64))
-
-
-def tile(rows: int, dtype: torch.dtype, target: str) -> Tile:
+def tile(rows: int, dtype: torch.dtype) -> Tile:
     """The smallest tile that holds ``rows`` tokens, or the largest there is."""
-    choices = tiles(dtype, target)
-    return next((choice for choice in choices if choice.block_m >= rows), choices[-1])
-
-
-@functools.cache
-def target_of(device: torch.device) -> str:
-    """ "sm_90", "gfx942", or "cpu" for the interpreter."""
-    if device.type != "cuda":
-        return "cpu"
-    properties = torch.cuda.get_device_properties(device)
-    return properties.gcnArchName.partition(":")[0] if torch.version.hip else f"sm_{properties.major}{properties.minor}"
+    return next((choice for choice in TILES[dtype] if choice.block_m >= rows), TILES[dtype][-1])
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -278,9 +263,9 @@ def _natural_rows(low, high, BLOCK_M: tl.constexpr):
 # Grid: one axis of (token tile, pair of weight tiles, split), split fastest, then GROUP_M token tiles.
 # A program owns 128 rows of W, BLOCK_M tokens and one split (SPLIT) or all of them. Reads: the tiles and scales of its
 # rows once per token tile, its tokens in contraction order. Writes: SPLIT: fp32 partials out[split, row, n]; otherwise
-# out[row, n] in out's dtype, with bias. With ``offsets`` (experts + 1) token tiles are those of the experts in turn, found
-# from ``offsets`` here: the grid has as many tiles as the worst case needs, the surplus returns. ``row_index``
-# names the row of x for each row of out. The words of W are the register operand: 64 rows, whatever BLOCK_M.
+# out[row, n] in out's dtype, with bias. With ``offsets`` (experts + 1) the tiles are those of the experts in turn,
+# found from ``offsets`` here: the grid has as many tiles as the worst case needs, the surplus returns.
+# ``row_index`` names the row of x for each row of out. Words of W are the register operand: 64 rows, any BLOCK_M.
 @triton.jit
 def _gemm_kernel(
     x,
@@ -609,10 +594,12 @@ class Operand(NamedTuple):
         return cls(x, torch.empty(cut.k_blocks, rows, dtype=torch.float32, device=device))
 
 
-def launch_options(choice: Tile, target: str) -> dict[str, Any]:
-    """Options of a product. AMD: two stages, its blocks have 64 KiB of shared memory."""
-    stages = min(choice.num_stages, 2) if target.startswith("gfx") else choice.num_stages
-    return {"num_warps": choice.num_warps, "num_stages": stages, "enable_fp_fusion": False}
+def launch_options(choice: Tile, *, amd: bool) -> dict[str, Any]:
+    """Options of a product. AMD: two stages for 64 KiB of shared memory, and one shape of MFMA for every tile."""
+    options = {"num_warps": choice.num_warps, "num_stages": choice.num_stages, "enable_fp_fusion": False}
+    if amd:
+        options |= {"num_stages": min(choice.num_stages, 2), "matrix_instr_nonkdim": 16}
+    return options
 
 
 def arrange(x: Tensor, weight: Weight, row_index: Tensor | None = None, row_expert: Tensor | None = None) -> Operand:
@@ -655,8 +642,7 @@ def product(
     result; None: by the number of rows.
     """
     cut, experts, out_features = weight.plan(operand.x.dtype), weight.experts or 0, weight.out_features
-    target = target_of(operand.x.device)
-    choice = choice or tile(ceil_div(rows, experts) if experts else rows, operand.x.dtype, target)
+    choice = choice or tile(ceil_div(rows, experts) if experts else rows, operand.x.dtype)
     m_tiles = ceil_div(rows, choice.block_m)
     if experts:  # the worst case: every expert leaves one tile partly filled
         m_tiles = min(rows, rows // choice.block_m + experts)
@@ -692,7 +678,7 @@ def product(
         GROUP_M=GROUP_M,
         SPLIT=split,
         COMPUTE=TL_DTYPE[operand.x.dtype],
-        **launch_options(choice, target),
+        **launch_options(choice, amd=torch.version.hip is not None),
     )
     if not split or dtype is None:
         return out
@@ -849,7 +835,7 @@ def int4_dequantize(
 # -- what is compiled without a GPU -----------------------------------------------------------------------------------
 def compile_cases(target: str) -> list[CompileCase]:
     """The launches that the compile test builds for a target: products by dtype, tile and block, other kernels once."""
-    half, single = tiles(torch.bfloat16, target), tiles(torch.float32, target)
+    half, single = TILES[torch.bfloat16], TILES[torch.float32]
     return [
         product_case(target, half[0], 128, split=True, symmetric=False, dtype=torch.float16),
         product_case(target, half[-1], 128, split=False, symmetric=True, dtype=torch.float16),
@@ -931,7 +917,7 @@ def product_case(
         constants={k: v for k, v in types.items() if v is None}
         | constants
         | {"SPLIT": split, "COMPUTE": TL_DTYPE[dtype]},
-        options=launch_options(choice, target),
+        options=launch_options(choice, amd=target.startswith("gfx")),
         matrix_units=dtype != torch.float32,
     )
 

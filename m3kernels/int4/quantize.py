@@ -122,7 +122,7 @@ def searched_range(
 def quantize_groups(
     w: Tensor, columns: int, symmetric: bool, method: str, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """w (R, G, g) fp32, of which ``columns`` are no padding -> (q (R, G, g) uint8, scales (R, G), zeros (R, G) uint8)."""
+    """w (R, G, g) fp32, ``columns`` of G g not padding -> (q (R, G, g) uint8, scales (R, G), zeros (R, G) uint8)."""
     unit = minmax_range(w, symmetric)
     scales = storable(unit, dtype)
     zeros = minmax_zeros(w, scales, symmetric)

@@ -366,8 +366,8 @@ class Int4Weight:
     def from_state_dict(cls, state: Mapping[str, Tensor], prefix: str = "") -> Int4Weight:
         """Inverse of state_dict. Raises ValueError naming the entry that is missing or malformed."""
         for name in ("meta", "qweight", "scales"):
-            if not isinstance(state.get(prefix + name), Tensor):
-                raise refuse("Int4Weight.from_state_dict", prefix + name, "a tensor", state.get(prefix + name))
+            if not is_strided(state.get(prefix + name)):
+                raise refuse("Int4Weight.from_state_dict", prefix + name, "a strided tensor", state.get(prefix + name))
         meta = state[prefix + "meta"]
         if not has_data(meta) or tuple(meta.shape) != (4,) or meta.dtype != torch.int64:
             raise refuse("Int4Weight.from_state_dict", prefix + "meta", "(4,) int64", meta)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from m3kernels import BackendError
+from m3kernels.checks import describe
 from m3kernels.int4 import (
     Int4Weight,
     from_autoround,
@@ -275,9 +276,9 @@ def test_malformed_calls(backend: str, seed: int) -> None:
         try:
             result = outcome(function, changed)
         except Exception as error:
-            raise AssertionError(
-                f"seed {seed}, case {case}: {name}({changed}) raised {type(error).__name__}: {error}"
-            ) from error
+            what = {key: describe(value) for key, value in changed.items() if value is not arguments[key]}
+            message = f"seed {seed}, case {case}: {name} with {what} raised {type(error).__name__}: {error}"
+            raise AssertionError(message) from error
         refused += result is None
         if harmless:
             assert result is not None and bitwise_equal(result, expected[name]), f"seed {seed}, case {case}: {name}"

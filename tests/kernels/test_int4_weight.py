@@ -291,7 +291,7 @@ METHOD_ERRORS = {
     "slice_experts": (lambda: W.slice_experts(0, 1), "start, stop: want 0 <= start < stop <= 0; got (0, 1)"),
     "state_missing": (
         lambda: Int4Weight.from_state_dict({"meta": torch.zeros(4)}, ""),
-        "Int4Weight.from_state_dict: qweight: want a tensor; got None",
+        "Int4Weight.from_state_dict: qweight: want a strided tensor; got None",
     ),
     "state_meta": (
         lambda: Int4Weight.from_state_dict({**W.state_dict(), "meta": torch.zeros(3)}),
