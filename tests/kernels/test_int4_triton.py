@@ -152,6 +152,7 @@ def test_gemm_is_row_invariant(backend: str, dtype: torch.dtype) -> None:
     assert bitwise_equal(int4_gemm(neighbours, weight)[50:], y[5:20])
 
 
+@pytest.mark.filterwarnings("ignore:invalid value encountered in matmul")
 @in_triton
 @half_and_single
 @pytest.mark.parametrize("value", (torch.nan, torch.inf))
@@ -379,7 +380,7 @@ def test_compiles_within_its_budget(costs: dict[str, dict[str, dict[str, int]]],
         assert {name: cost[name] for name in budget if cost[name] > budget[name]} == {}
 
 
-@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("target", ("sm_80", "sm_90", "gfx942"))
 def test_nothing_spills(costs: dict[str, dict[str, dict[str, int]]], target: str) -> None:
     assert {case: cost["spills"] for case, cost in costs[target].items() if cost["spills"]} == {}
 
