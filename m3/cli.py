@@ -194,7 +194,7 @@ def quickstart(
     console.print(table)
     console.print(
         "linears: q, k, v, o, gate, up, down of every layer, with scales and padding. rest: embedding (tied to the "
-        "head) and norms, not quantised, counted in bf16. perplexity: on the text in m3/data, written for this purpose. "
+        "head) and norms, not quantised, counted in bf16. perplexity: on the text in m3/data, our own. "
         "tokens/s: one sequence, greedy, after 64 tokens.",
         style="dim",
         highlight=False,

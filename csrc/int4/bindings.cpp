@@ -48,7 +48,7 @@ Weights weights_of(const char* op, const WeightTuple& tuple) {
 }
 
 Mode mode_of(const char* op, int mode) {
-  check(mode >= 0 && mode < kModes, op, "activations", "0 (exact), 1 (int16) or 2 (int8)", mode);
+  check(mode >= 0 && mode <= int(Mode::kInt8), op, "activations", "0 (exact), 1 (int16) or 2 (int8)", mode);
   return Mode(mode);
 }
 

@@ -194,11 +194,11 @@ void run(const Weights& w, const Rows& rows, const std::vector<Block>& blocks, M
   const auto num_blocks = (int64_t)blocks.size();
   const int64_t k_tiles = w.k_tiles(), n_tiles = w.n_tiles(), groups = w.groups(), columns = k_tiles * kTileK;
   // 4096-byte row strides would map the rows of a step onto one set of L1
-  const int64_t stride = k_tiles * words_per_tile(mode) + 16;
+  const int64_t plane = k_tiles * words_per_tile(mode) + 16, stride = plane * planes_of(mode), cells = num_blocks * planes_of(mode);
   thread_local Scratch x_memory, scale_memory, sum_memory;
   int32_t* x = x_memory.get<int32_t>(count * stride);
-  float* x_scale = scale_memory.get<float>(count * num_blocks);
-  int32_t* x_sum = sum_memory.get<int32_t>(count * num_blocks);
+  float* x_scale = scale_memory.get<float>(count * cells);
+  int32_t* x_sum = sum_memory.get<int32_t>(count * cells);
   std::vector<uint8_t> good(count, 1);
 
   std::vector<Task> tasks;
@@ -222,7 +222,8 @@ void run(const Weights& w, const Rows& rows, const std::vector<Block>& blocks, M
     const int64_t row = only ? (*only)[i] : i;
     const int32_t* perm = w.perm ? w.perm + (expert_of.empty() ? 0 : expert_of[i]) * w.k : nullptr;
     read_row(rows, w, perm, row, buffer);
-    good[i] = isa.pack_row(mode, buffer, blocks.data(), (int)num_blocks, x + i * stride, x_scale + i * num_blocks, x_sum + i * num_blocks);
+    good[i] = isa.pack_row(mode, buffer, blocks.data(), (int)num_blocks, x + i * stride, plane, x_scale + i * cells,
+                           x_sum + i * cells);
   };
   const auto multiply = [&](int64_t index, float* c, void* panel) {
     const Task& task = tasks[index / n_tiles];
@@ -235,9 +236,9 @@ void run(const Weights& w, const Rows& rows, const std::vector<Block>& blocks, M
     a.blocks = blocks.data();
     a.num_blocks = (int)num_blocks;
     a.x = x + task.row * stride;
-    a.x_stride = stride;
-    a.x_scale = x_scale + task.row * num_blocks;
-    a.x_sum = x_sum + task.row * num_blocks;
+    a.x_stride = plane;
+    a.x_scale = x_scale + task.row * cells;
+    a.x_sum = x_sum + task.row * cells;
     a.rows = task.rows;
     a.c = c;
     a.panel = panel;
@@ -308,6 +309,7 @@ void gemm(const char* op, const Weights& w, const Rows& rows, Mode mode, int thr
     check(rows.offsets[e] >= 0 && rows.offsets[e] <= rows.offsets[e + 1], op, "offsets", "ascending values", rows.offsets[e + 1]);
   const std::vector<Block> blocks = blocks_of(w);
   std::vector<int64_t> exact_rows, none;
+  if (mode == Mode::kExact && kernels().tile[int(Mode::kInt24)]) mode = Mode::kInt24;
   run(w, rows, blocks, mode, threads, nullptr, exact_rows);
   if (!exact_rows.empty()) run(w, rows, blocks, Mode::kExact, threads, &exact_rows, none);
 }

@@ -62,7 +62,23 @@ inline float horizontal_max(__m256 a) {
   return _mm_cvtss_f32(_mm_max_ss(s, _mm_movehdup_ps(s)));
 }
 
-bool pack_row(Mode mode, const float* x, const Block* blocks, int num_blocks, int32_t* packed, float* scale, int32_t* sum) {
+inline __m128i to_bytes(__m256i low, __m256i high) {  // columns 0-7, 8-15 of a k-tile -> bytes in stored order
+  __m256i q = _mm256_packs_epi32(low, high);  // 0-3, 8-11 | 4-7, 12-15
+  q = _mm256_packs_epi16(q, q);
+  const __m128i pairs = _mm_unpacklo_epi64(_mm256_castsi256_si128(q), _mm256_extracti128_si256(q, 1));
+  return _mm_shuffle_epi8(pairs, _mm_setr_epi8(0, 4, 1, 5, 2, 6, 3, 7, 8, 12, 9, 13, 10, 14, 11, 15));
+}
+
+inline __m256i low_byte(__m256i q) { return _mm256_srai_epi32(_mm256_slli_epi32(q, 24), 24); }  // as a signed digit
+
+inline int32_t horizontal_sum(__m256i a) {
+  __m128i s = _mm_add_epi32(_mm256_castsi256_si128(a), _mm256_extracti128_si256(a, 1));
+  s = _mm_add_epi32(s, _mm_shuffle_epi32(s, 0x4E));
+  return _mm_cvtsi128_si32(_mm_add_epi32(s, _mm_shuffle_epi32(s, 0xB1)));
+}
+
+bool pack_row(Mode mode, const float* x, const Block* blocks, int num_blocks, int32_t* packed, int64_t plane_stride, float* scale,
+              int32_t* sum) {
   const __m256 absolute = _mm256_castsi256_ps(_mm256_set1_epi32(0x7FFFFFFF));
   bool good = true;
   for (int block = 0; block < num_blocks; block++) {
@@ -89,25 +105,22 @@ bool pack_row(Mode mode, const float* x, const Block* blocks, int num_blocks, in
     good = good && can_round(mode, top, horizontal_sum(totals), b.columns);
     const __m256 inverse = _mm256_set1_ps(top > 0.0f && good ? limit / top : 0.0f);
     scale[block] = top / limit;
-    __m256i q_sum = _mm256_setzero_si256();
-    for (int i = 0; i < b.tiles; i++, in += kTileK) {
-      const __m256i low = _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_loadu_ps(in), inverse));
-      const __m256i high = _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_loadu_ps(in + 8), inverse));
-      q_sum = _mm256_add_epi32(q_sum, _mm256_add_epi32(low, high));
-      __m256i q = _mm256_packs_epi32(low, high);  // 0-3, 8-11 | 4-7, 12-15
-      if (mode == Mode::kInt16) {
-        _mm256_storeu_si256((__m256i*)out, _mm256_shuffle_epi32(q, 0xD8));
-        out += 8;
-      } else {
-        q = _mm256_packs_epi16(q, q);
-        const __m128i pairs = _mm_unpacklo_epi64(_mm256_castsi256_si128(q), _mm256_extracti128_si256(q, 1));
-        _mm_storeu_si128((__m128i*)out, _mm_shuffle_epi8(pairs, _mm_setr_epi8(0, 4, 1, 5, 2, 6, 3, 7, 8, 12, 9, 13, 10, 14, 11, 15)));
-        out += 4;
+    __m256i sums[3] = {};
+    for (int i = 0; i < b.tiles; i++, in += kTileK, out += words_per_tile(mode)) {
+      __m256i low = _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_loadu_ps(in), inverse));
+      __m256i high = _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_loadu_ps(in + 8), inverse));
+      for (int plane = planes_of(mode) - 1; plane > 0; plane--) {  // the last digit first
+        const __m256i low_digit = low_byte(low), high_digit = low_byte(high);
+        sums[plane] = _mm256_add_epi32(sums[plane], _mm256_add_epi32(low_digit, high_digit));
+        _mm_storeu_si128((__m128i*)(out + plane * plane_stride), to_bytes(low_digit, high_digit));
+        low = _mm256_srai_epi32(_mm256_sub_epi32(low, low_digit), 8);
+        high = _mm256_srai_epi32(_mm256_sub_epi32(high, high_digit), 8);
       }
+      sums[0] = _mm256_add_epi32(sums[0], _mm256_add_epi32(low, high));
+      if (mode == Mode::kInt16) _mm256_storeu_si256((__m256i*)out, _mm256_shuffle_epi32(_mm256_packs_epi32(low, high), 0xD8));
+      else _mm_storeu_si128((__m128i*)out, to_bytes(low, high));
     }
-    __m128i s = _mm_add_epi32(_mm256_castsi256_si128(q_sum), _mm256_extracti128_si256(q_sum, 1));
-    s = _mm_add_epi32(s, _mm_shuffle_epi32(s, 0x4E));
-    sum[block] = _mm_cvtsi128_si32(_mm_add_epi32(s, _mm_shuffle_epi32(s, 0xB1)));
+    for (int plane = 0; plane < planes_of(mode); plane++) sum[plane * num_blocks + block] = horizontal_sum(sums[plane]);
   }
   return good;
 }

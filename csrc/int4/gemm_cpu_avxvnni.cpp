@@ -13,7 +13,7 @@ namespace {
 struct AvxVnni : Avx2 {
   static constexpr int kWidenTiles = 0;
   static constexpr bool kRawLow = true;
-  static constexpr int panel_rows(Mode) { return 6; }
+  static constexpr int panel_rows(Mode mode) { return mode == Mode::kInt24 ? 2 : 6; }
   static inline I dot8(I acc, I w, I x) { return _mm256_dpbusd_avx_epi32(acc, w, x); }
   static inline I dot16(I acc, I w, I x) { return _mm256_dpwssd_avx_epi32(acc, w, x); }
 };
@@ -21,6 +21,6 @@ struct AvxVnni : Avx2 {
 }  // namespace
 
 extern const Kernels kAvxVnniKernels = {
-    "avxvnni", pack_row, {tile<AvxVnni, Mode::kExact>, tile<AvxVnni, Mode::kInt16>, tile<AvxVnni, Mode::kInt8>}, to_row_order, silu_mul};
+    "avxvnni", pack_row, {tile<AvxVnni, Mode::kExact>, tile<AvxVnni, Mode::kInt16>, tile<AvxVnni, Mode::kInt8>, tile<AvxVnni, Mode::kInt24>}, to_row_order, silu_mul};
 
 }  // namespace m3::int4

@@ -5,6 +5,7 @@
 //   int8     acc32[row, n] += sum_4 u * q8    (vpdpbusd, or vpmaddubsw: 8 products of 15 * 127 * 2 stay inside int16)
 //   int16    acc32[row, n] += sum_2 u * q16   (vpdpwssd or vpmaddwd)
 //   exact    acc[row, n]    = fma(float(u - zero), x, acc), k in stored order
+// (int24: three int8 planes of a row are three rows here, added up at the end of the block)
 // and at the end of a block c[row, n] += acc * scale_w, or (acc - zero * sum(q)) * scale_w * scale_x. Few rows take the nibbles apart in registers
 // (Direct); more rows share a panel that was taken apart once into L1 (Panel). Per row both perform the same operations in the
 // same order, so a row's result does not depend on how many rows there are.
@@ -16,7 +17,7 @@
 
 constexpr int kPrefetchBytes = 4096;  // ahead of the hardware's stream, which stops at a page
 constexpr int kGroupsAhead = 4;
-constexpr int kExpand[kModes] = {4, 2, 1};  // operands that one word yields per nibble half: 4 bytes, 2 pairs, 1 quadruple
+constexpr int kExpand[kModes] = {4, 2, 1, 1};  // operands that one word yields per nibble half: 4 bytes, 2 pairs, 1 quadruple
 
 template <class S, Mode kMode>
 struct Acc {
@@ -35,7 +36,7 @@ struct Acc<S, Mode::kExact> {
 template <class S, Mode kMode, int e, bool kRaw>
 static inline __attribute__((always_inline)) void operands(typename S::I w, const float (*base)[kTileN], int v, typename Acc<S, kMode>::X& low,
                                                            typename Acc<S, kMode>::X& high) {
-  if constexpr (kMode == Mode::kInt8) {
+  if constexpr (kMode == Mode::kInt8 || kMode == Mode::kInt24) {
     low = kRaw ? w : S::template nibbles<0>(w, 0x0F0F0F0F);
     high = S::template nibbles<4>(w, 0x0F0F0F0F);
   } else if constexpr (kMode == Mode::kInt16) {
@@ -52,7 +53,7 @@ static inline __attribute__((always_inline)) void operands(typename S::I w, cons
 template <class S, Mode kMode>
 static inline __attribute__((always_inline)) typename Acc<S, kMode>::T multiply_add(typename Acc<S, kMode>::T acc, typename Acc<S, kMode>::X w,
                                                      typename Acc<S, kMode>::X x) {
-  if constexpr (kMode == Mode::kInt8) return S::dot8(acc, w, x);
+  if constexpr (kMode == Mode::kInt8 || kMode == Mode::kInt24) return S::dot8(acc, w, x);
   else if constexpr (kMode == Mode::kInt16) return S::dot16(acc, w, x);
   else return S::fma(w, x, acc);
 }
@@ -133,25 +134,26 @@ static inline __attribute__((always_inline)) void tile_steps(const uint8_t* tile
 template <class S, Mode kMode, int kRows, int kVectors, bool kPanel>
 static inline __attribute__((always_inline)) void micro(const uint8_t* tiles, const int32_t* panel, int num_tiles, int v0, const BlockScale& scale, const TileArgs& a, int64_t row, int block, bool first) {
   using T = typename Acc<S, kMode>::T;
-  const int32_t* x = a.x + row * a.x_stride + (int64_t)a.blocks[block].tile * words_per_tile(kMode);
-  T acc[kRows][kVectors][2];
+  constexpr int kPlanes = planes_of(kMode), kAll = kRows * kPlanes;
+  const int32_t* x = a.x + row * kPlanes * a.x_stride + (int64_t)a.blocks[block].tile * words_per_tile(kMode);
+  T acc[kAll][kVectors][2];
 #pragma GCC unroll 16
-  for (int r = 0; r < kRows; r++)
+  for (int r = 0; r < kAll; r++)
 #pragma GCC unroll 8
     for (int v = 0; v < kVectors; v++) acc[r][v][0] = acc[r][v][1] = S::zero(T{});
-  if constexpr (kMode == Mode::kInt8 && S::kWidenTiles > 0) {
+  if constexpr (kExpand[int(kMode)] == 1 && S::kWidenTiles > 0) {
     for (int tile = 0; tile < num_tiles; tile += S::kWidenTiles) {
-      T narrow[kRows][kVectors][2];
+      T narrow[kAll][kVectors][2];
 #pragma GCC unroll 16
-      for (int r = 0; r < kRows; r++)
+      for (int r = 0; r < kAll; r++)
 #pragma GCC unroll 8
         for (int v = 0; v < kVectors; v++) narrow[r][v][0] = narrow[r][v][1] = S::zero(T{});
       const int stop = num_tiles - tile < S::kWidenTiles ? num_tiles - tile : S::kWidenTiles;
 #pragma GCC unroll 1
       for (int i = 0; i < stop; i++, tiles += kTileBytes, x += words_per_tile(kMode))
-        tile_steps<S, kMode, kRows, kVectors, kPanel, 0>(tiles, scale.base, v0, panel, x, a.x_stride, narrow);
+        tile_steps<S, kMode, kAll, kVectors, kPanel, 0>(tiles, scale.base, v0, panel, x, a.x_stride, narrow);
 #pragma GCC unroll 16
-      for (int r = 0; r < kRows; r++)
+      for (int r = 0; r < kAll; r++)
 #pragma GCC unroll 8
         for (int v = 0; v < kVectors; v++)
           for (int h = 0; h < 2; h++) acc[r][v][h] = S::widen(acc[r][v][h], narrow[r][v][h]);
@@ -159,17 +161,17 @@ static inline __attribute__((always_inline)) void micro(const uint8_t* tiles, co
   } else {
 #pragma GCC unroll 1
     for (int tile = 0; tile < num_tiles; tile++, tiles += kTileBytes, x += words_per_tile(kMode))
-      tile_steps<S, kMode, kRows, kVectors, kPanel, 0>(tiles, scale.base, v0, panel, x, a.x_stride, acc);
+      tile_steps<S, kMode, kAll, kVectors, kPanel, 0>(tiles, scale.base, v0, panel, x, a.x_stride, acc);
   }
-  if constexpr (kMode == Mode::kInt8 && !kPanel && S::kRawLow) {
+  if constexpr (kExpand[int(kMode)] == 1 && !kPanel && S::kRawLow) {
 #pragma GCC unroll 16
-    for (int r = 0; r < kRows; r++)
+    for (int r = 0; r < kAll; r++)
 #pragma GCC unroll 8
       for (int v = 0; v < kVectors; v++) acc[r][v][0] = S::sub(acc[r][v][0], S::template shift_left<4>(acc[r][v][1]));
   }
 #pragma GCC unroll 16
   for (int r = 0; r < kRows; r++) {
-    const int64_t cell = (row + r) * a.num_blocks + block;
+    const int64_t cell = (row + r) * kPlanes * a.num_blocks + block;
 #pragma GCC unroll 8
     for (int v = 0; v < kVectors; v++)
 #pragma GCC unroll 2
@@ -182,9 +184,15 @@ static inline __attribute__((always_inline)) void micro(const uint8_t* tiles, co
           S::store(c, S::fma(acc[r][v][h], s, old));
         } else {
           const auto z = S::load((const typename S::I*)(scale.zeros + position));
-          const int32_t sum = a.x_sum[cell];  // at most 128 * 127 for int8: a 16-bit multiplier will do
-          const auto centred = S::sub(acc[r][v][h], kMode == Mode::kInt8 ? S::multiply16(z, sum) : S::multiply(z, sum));
-          S::store(c, S::fma(S::to_float(centred), S::mul(s, S::splat(a.x_scale[cell])), old));
+          typename S::F total;
+#pragma GCC unroll 4
+          for (int plane = 0; plane < kPlanes; plane++) {
+            const int32_t sum = a.x_sum[cell + plane * a.num_blocks];  // of bytes: at most 2^14, a 16-bit multiplier will do
+            const auto product = kMode == Mode::kInt16 ? S::multiply(z, sum) : S::multiply16(z, sum);
+            const auto centred = S::to_float(S::sub(acc[r * kPlanes + plane][v][h], product));
+            total = plane ? S::fma(total, S::splat(256.0f), centred) : centred;
+          }
+          S::store(c, S::fma(total, S::mul(s, S::splat(a.x_scale[cell])), old));
         }
       }
   }
@@ -219,7 +227,7 @@ static inline __attribute__((always_inline)) void unpack_steps(const uint8_t* ti
 
 template <class S, Mode kMode, int kRows>
 static __attribute__((noinline)) void direct(const uint8_t* tiles, int num_tiles, const BlockScale& scale, const TileArgs& a, int64_t row, int block, bool first) {
-  constexpr int kAll = 32 / S::kLanes, fit = S::kDirectAcc / (2 * kRows);
+  constexpr int kAll = 32 / S::kLanes, fit = S::kDirectAcc / (2 * kRows * planes_of(kMode));
   constexpr int kVectors = fit >= kAll ? kAll : fit >= 4 ? 4 : fit >= 2 ? 2 : 1;
 #pragma GCC unroll 1
   for (int v0 = 0; v0 < kAll; v0 += kVectors)
@@ -306,11 +314,14 @@ static inline void load_scales_scalar(const void* scales, Type type, int64_t off
                                    : half_to_float(((const uint16_t*)scales)[offset + i]);
 }
 
-constexpr float kLimit[kModes] = {0.0f, 32767.0f, 127.0f};
-constexpr float kOutlierRatio = 1024.0f, kSmallestMax = 1e-30f;  // reference.py: rows_to_compute_exactly
+constexpr float kLimit[kModes] = {0.0f, 32767.0f, 127.0f, 127 * 65536.0f};  // int24: the first digit stays a byte
+// max|x| over the mean of the others, beyond which a row is not rounded; reference.py states the rule and the value for int16
+constexpr float kOutlierRatio[kModes] = {0.0f, 1024.0f, 0.0f, 16.0f};
+constexpr float kSmallestMax = 1e-30f;
 
 // The rule of reference.py: can this block be rounded?
 static inline bool can_round(Mode mode, float top, float total, int columns) {
   if (!(total <= 3.4028234e38f) || (top > 0.0f && top < kSmallestMax)) return false;
-  return mode != Mode::kInt16 || !(top * (float)(columns - 1) > kOutlierRatio * (total - top));
+  const float ratio = kOutlierRatio[int(mode)];
+  return ratio == 0.0f || !(top * (float)(columns - 1) > ratio * (total - top));
 }

@@ -63,7 +63,7 @@ struct Neon {
   }
 };
 
-bool pack_row(Mode mode, const float* x, const Block* blocks, int num_blocks, int32_t* packed, float* scale, int32_t* sum) {
+bool pack_row(Mode mode, const float* x, const Block* blocks, int num_blocks, int32_t* packed, int64_t, float* scale, int32_t* sum) {
   bool good = true;
   for (int block = 0; block < num_blocks; block++) {
     const Block& b = blocks[block];
@@ -155,6 +155,6 @@ void silu_mul(float* gate, const float* up, int64_t count) {
 }  // namespace
 
 extern const Kernels kNeonKernels = {
-    "neon", pack_row, {tile<Neon, Mode::kExact>, tile<Neon, Mode::kInt16>, tile<Neon, Mode::kInt8>}, to_row_order, silu_mul};
+    "neon", pack_row, {tile<Neon, Mode::kExact>, tile<Neon, Mode::kInt16>, tile<Neon, Mode::kInt8>, nullptr}, to_row_order, silu_mul};
 
 }  // namespace m3::int4

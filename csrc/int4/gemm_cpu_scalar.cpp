@@ -60,7 +60,7 @@ struct Scalar {
   static void load_scales(const void* scales, Type type, int64_t offset, float* out) { load_scales_scalar(scales, type, offset, out); }
 };
 
-bool pack_row(Mode mode, const float* x, const Block* blocks, int num_blocks, int32_t* packed, float* scale, int32_t* sum) {
+bool pack_row(Mode mode, const float* x, const Block* blocks, int num_blocks, int32_t* packed, int64_t, float* scale, int32_t* sum) {
   bool good = true;
   for (int block = 0; block < num_blocks; block++) {
     const Block& b = blocks[block];
@@ -113,6 +113,6 @@ void silu_mul(float* gate, const float* up, int64_t count) {
 }  // namespace
 
 extern const Kernels kScalarKernels = {
-    "scalar", pack_row, {tile<Scalar, Mode::kExact>, tile<Scalar, Mode::kInt16>, tile<Scalar, Mode::kInt8>}, to_row_order, silu_mul};
+    "scalar", pack_row, {tile<Scalar, Mode::kExact>, tile<Scalar, Mode::kInt16>, tile<Scalar, Mode::kInt8>, nullptr}, to_row_order, silu_mul};
 
 }  // namespace m3::int4

@@ -76,9 +76,9 @@ def test_weights_equal_what_is_stored_bitwise(exported, suffix):
     tensors = load_file(folder / SINGLE)
     ours = our_weights(folder, torch.float32)
     assert len(ours) == 7 * LAYERS
-    assert {name: torch.equal(w, torch.from_numpy(dequantise(tensors, name))) for name, w in ours.items()} == dict.fromkeys(
-        ours, True
-    )
+    assert {
+        name: torch.equal(w, torch.from_numpy(dequantise(tensors, name))) for name, w in ours.items()
+    } == dict.fromkeys(ours, True)
 
 
 def test_weights_equal_those_of_its_own_kernel_bitwise(exported):
@@ -94,7 +94,9 @@ def test_logits_equal_its_dequantised_model(exported):
     from transformers import AutoConfig, LlamaForCausalLM
 
     tensors = load_file(exported / SINGLE)
-    state = {name: value.float() for name, value in tensors.items() if value.is_floating_point() and "scales" not in name}
+    state = {
+        name: value.float() for name, value in tensors.items() if value.is_floating_point() and "scales" not in name
+    }
     for name in [key.removesuffix(".qweight") for key in tensors if key.endswith(".qweight")]:
         state[f"{name}.weight"] = torch.from_numpy(dequantise(tensors, name))
     config = AutoConfig.from_pretrained(exported)

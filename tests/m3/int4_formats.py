@@ -24,7 +24,9 @@ def pack_along(values: np.ndarray, axis: int, order: tuple[int, ...] = tuple(ran
 class Layer:
     """Random INT4 contents of one linear, and what they mean: ``weight`` (N, K) fp32."""
 
-    def __init__(self, rows: int, columns: int, *, symmetric: bool, g_idx: np.ndarray, random: np.random.Generator) -> None:
+    def __init__(
+        self, rows: int, columns: int, *, symmetric: bool, g_idx: np.ndarray, random: np.random.Generator
+    ) -> None:
         groups = -(-columns // GROUP)
         self.q = random.integers(0, 16, (rows, columns))
         self.zeros = np.full((rows, groups), 8) if symmetric else random.integers(1, 16, (rows, groups))

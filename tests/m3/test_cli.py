@@ -106,4 +106,6 @@ def test_generate_uses_the_chat_template_unless_raw(folder):
     settings = {"chat_template": "{% for m in messages %}{{ m.role }}{{ m.content }}{% endfor %}"}
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
     chat = run("generate", folder, "-p", "pain", "--system", "be kind", "--max-tokens", 8)
-    assert chat == run("generate", folder, "-p", "systembekinduserpain".replace("bekind", "be kind"), "--raw", "--max-tokens", 8)
+    assert chat == run(
+        "generate", folder, "-p", "systembekinduserpain".replace("bekind", "be kind"), "--raw", "--max-tokens", 8
+    )

@@ -20,7 +20,9 @@ def make_wheel(folder: Path) -> WheelModel:
     with zipfile.ZipFile(folder / NAME, "w") as archive:
         archive.writestr("m3_test_model/model.gguf", b"not a model")
         archive.writestr(f"{info}/METADATA", "Metadata-Version: 2.1\nName: m3-test-model\nVersion: 1.0\n")
-        archive.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        archive.writestr(
+            f"{info}/WHEEL", "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
+        )
         archive.writestr(f"{info}/RECORD", "")
     data = (folder / NAME).read_bytes()
     return WheelModel(
@@ -107,7 +109,9 @@ def test_a_folder_without_config_is_refused(tmp_path):
 
 
 def test_an_unknown_name_lists_the_known_ones():
-    with pytest.raises(FetchError, match="no folder 'nothing' and no built-in model of that name; built in: SmolLM2-135M"):
+    with pytest.raises(
+        FetchError, match="no folder 'nothing' and no built-in model of that name; built in: SmolLM2-135M"
+    ):
         resolve("nothing")
 
 

@@ -43,7 +43,9 @@ def test_state_dict_brings_group_size_and_symmetry_along(symmetric, act_order):
 
 def test_state_dict_of_another_size_is_refused():
     small, large = (Int4Linear(make_inputs(1, n, 64)[1]) for n in (64, 72))
-    with pytest.raises(ValueError, match=r"weight.meta: want experts, out, in = \(None, 64, 64\); got \(None, 72, 64\)"):
+    with pytest.raises(
+        ValueError, match=r"weight.meta: want experts, out, in = \(None, 64, 64\); got \(None, 72, 64\)"
+    ):
         small.load_state_dict(large.state_dict())
 
 
@@ -73,9 +75,7 @@ def test_experts_equal_the_op():
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("act_order", [True, False])
 def test_concat_out_is_the_concatenation_of_outputs(rows, symmetric, act_order):
-    parts = [
-        make_inputs(1, n, 96, group_size=32, symmetric=symmetric, act_order=act_order, seed=7)[1] for n in rows
-    ]
+    parts = [make_inputs(1, n, 96, group_size=32, symmetric=symmetric, act_order=act_order, seed=7)[1] for n in rows]
     if act_order:
         perm = torch.randperm(96).int()
         parts = [Int4Weight(**{**vars(part), "perm": perm}) for part in parts]

@@ -101,7 +101,9 @@ def test_export_writes_what_others_read(tmp_path):
     assert tensors[f"{name}.qzeros"].eq(0x77777777).all()
     assert tensors["model.embed_tokens.weight"].dtype == torch.bfloat16
     q = np.stack([(tensors[f"{name}.qweight"].numpy().view(np.uint32) >> (4 * nibble)) & 15 for nibble in range(8)], 1)
-    values = (q.reshape(64, 48).T.astype(np.float32) - 8) * tensors[f"{name}.scales"].float().numpy().T.repeat(32, axis=1)
+    values = (q.reshape(64, 48).T.astype(np.float32) - 8) * tensors[f"{name}.scales"].float().numpy().T.repeat(
+        32, axis=1
+    )
     whole = int4_dequantize(int4.blocks[1].attention.qkv.weight.int4, torch.float32)
     assert np.array_equal(values, whole[96:144].numpy())
     assert (tmp_path / "int4" / "tokenizer.json").read_text() == "{}"
@@ -123,7 +125,9 @@ def test_a_quantised_head_is_written_and_read(tmp_path):
     make_checkpoint(tmp_path / "dense", "llama-tied")
     config_path = tmp_path / "dense" / "config.json"
     tensors = load_file(tmp_path / "dense" / SINGLE)
-    tensors["model.embed_tokens.weight"] = tensors["model.embed_tokens.weight"][:96].contiguous()  # GPTQ: multiples of 8
+    tensors["model.embed_tokens.weight"] = tensors["model.embed_tokens.weight"][
+        :96
+    ].contiguous()  # GPTQ: multiples of 8
     save_file(tensors, tmp_path / "dense" / SINGLE)
     config_path.write_text(json.dumps({**json.loads(config_path.read_text()), "vocab_size": 96}))
     int4 = quantize_model(load_model(tmp_path / "dense"), RoundConfig(group_size=32, head=True))
@@ -259,7 +263,9 @@ def test_experts_with_gate_and_up_in_different_orders_are_refused(tmp_path):
 
 def test_a_model_is_not_quantised_twice(llama):
     int4 = quantize_model(load_model(llama[0]), RoundConfig(group_size=32))
-    with pytest.raises(ValueError, match="quantize_model: model: want a model that is not quantised yet; got Int4Linear"):
+    with pytest.raises(
+        ValueError, match="quantize_model: model: want a model that is not quantised yet; got Int4Linear"
+    ):
         quantize_model(int4)
 
 

@@ -23,7 +23,16 @@ VALUES: tuple[Any, ...] = (
     *(None, True, False, 0, 1, -1, 2, 3, 7, 16, 64, 2**31, 2**63, -(2**40), 0.5, 1e300, float("nan")),
     *("", "4", "gptq", "gptq_v2", "awq", "x" * 300, [], [1], ["a"], {}, {"a": 1}, {"a": {"weights": {}}}, [[]]),
 )
-DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.int32, torch.int64, torch.uint8, torch.bool)
+DTYPES = (
+    torch.float32,
+    torch.float16,
+    torch.bfloat16,
+    torch.float64,
+    torch.int32,
+    torch.int64,
+    torch.uint8,
+    torch.bool,
+)
 KINDS = ("gptq-v1", "gptq-act-order", "awq", "compressed-tensors", "auto-round")
 
 

@@ -59,7 +59,9 @@ def test_a_template_file_wins(folder):
     assert tokenizer.decode(tokenizer.chat([{"role": "user", "content": "Hi"}])) == "Hi!"
 
 
-@pytest.mark.parametrize("template", ["{{ raise_exception('no system role') }}", "{% for %}", "{{ ''.__class__.mro() }}"])
+@pytest.mark.parametrize(
+    "template", ["{{ raise_exception('no system role') }}", "{% for %}", "{{ ''.__class__.mro() }}"]
+)
 def test_a_template_that_fails(folder, template):
     (folder / "chat_template.jinja").write_text(template)
     with pytest.raises(ValueError, match="tokenizer: chat_template: want a template that renders these messages"):

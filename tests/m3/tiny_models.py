@@ -59,4 +59,3 @@ def make_checkpoint(folder: Path, family: str) -> torch.nn.Module:
                 parameter.uniform_(0.5, 1.5)
     model.save_pretrained(folder)
     return model
-
