@@ -13,6 +13,7 @@ namespace {
 // 32 registers: 24 accumulators leave room for the operands of a step. sdot wants signed bytes; a nibble is one as it stands.
 struct Neon {
   static constexpr int kLanes = 4, kDirectAcc = 16, kWidenTiles = 0;
+  static constexpr bool kRawLow = false;  // sdot reads a byte above 127 as negative
   static constexpr int panel_rows(Mode) { return 6; }
   static constexpr int panel_vectors(Mode) { return 2; }
   using I = int32x4_t;
@@ -38,6 +39,7 @@ struct Neon {
     const I bits = vorrq_s32(vandq_s32(w, vdupq_n_s32(0xF << p)), vdupq_n_s32((127 + 23 - p) << 23));
     return vsubq_f32(vreinterpretq_f32_s32(bits), base);
   }
+  template <int bits> static inline I shift_left(I a) { return vshlq_n_s32(a, bits); }
   static inline F to_float(I a) { return vcvtq_f32_s32(a); }
   static inline I broadcast_i(const int32_t* p) { return vld1q_dup_s32(p); }
   static inline F broadcast_f(const float* p) { return vld1q_dup_f32(p); }

@@ -1,4 +1,4 @@
-"""The main job on the real model: fetch SmolLM2-135M-Instruct, make it INT4, compare, answer. One run of the real CLI."""
+"""The main job on the real model: fetch SmolLM2-135M-Instruct, make it INT4, compare, answer, by the real CLI."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ def test_logits_equal_transformers_reading_the_same_gguf(gguf_file, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("text", [*TEXTS, *mixed_text()], ids=lambda text: text[:12].strip())
 def test_tokens_equal_llama_cpp(folder, gguf_file, text):
-    """llama.cpp reads the same file with its own tokenizer, which cuts digits apart (transformers' GGUF one does not)."""
+    """llama.cpp reads the same file with its own tokenizer, which cuts digits apart."""
     llama_cpp = pytest.importorskip("llama_cpp", reason="needs llama-cpp-python")
     reader = llama_cpp.Llama(str(gguf_file), vocab_only=True, verbose=False)
     assert Tokenizer(folder).encode(text) == reader.tokenize(text.encode(), add_bos=False, special=True)

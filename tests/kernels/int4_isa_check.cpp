@@ -33,8 +33,9 @@ uint16_t half_bits(float value, Type type) {
 }
 
 // Error that rounding x may add (RMS over RMS), and fp32 accumulation: TOLERANCE and ACTIVATION_ERROR of reference.py.
-constexpr double kBound[kModes] = {2e-6, 5e-5, 8e-3};
-const char* const kModeNames[kModes] = {"exact", "int16", "int8"};
+constexpr int kPublicModes = 3;
+constexpr double kBound[kPublicModes] = {2e-6, 5e-5, 8e-3};
+const char* const kModeNames[kPublicModes] = {"exact", "int16", "int8"};
 
 struct Problem {
   std::vector<float> x;
@@ -112,7 +113,7 @@ int check_products(unsigned seed) {
   for (const Case& c : {Case{1, 64, 16, -1, false, false, Type::kF32}, Case{1, 1, 1, 32, true, false, Type::kF16},
                         Case{5, 70, 100, 32, true, false, Type::kF16}, Case{23, 129, 272, 128, false, false, Type::kBF16},
                         Case{4, 65, 144, -1, true, true, Type::kF32}, Case{13, 64, 200, 64, true, true, Type::kBF16}})
-    for (int mode = 0; mode < kModes; mode++)
+    for (int mode = 0; mode < kPublicModes; mode++)
       for (const std::string& isa : isas()) {
         const Problem p = make(c, seed);
         set_isa(isa);

@@ -79,7 +79,7 @@ QUANTIZATION: dict[str, dict[str, Any]] = {
 
 
 def rewrite(folder: Path, kind: str, model: torch.nn.Module) -> None:
-    """Make the dense checkpoint in ``folder`` an INT4 one, and give ``model`` (transformers) the weights it stands for."""
+    """Make the dense checkpoint in ``folder`` an INT4 one; give ``model`` (transformers) the weights it stands for."""
     random = np.random.default_rng(0)
     tensors = load_file(folder / "model.safetensors")
     for name in [key for key in tensors if key.endswith("_proj.weight")]:

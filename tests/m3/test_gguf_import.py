@@ -1,4 +1,4 @@
-"""Small GGUF files written here: q and k rows go back to halves, names and config to Hugging Face's, text to the same ids."""
+"""Small GGUF files written here: q and k rows go back to halves, names and config to Hugging Face's, text to ids."""
 
 from __future__ import annotations
 

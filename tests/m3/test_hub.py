@@ -117,5 +117,5 @@ def test_an_unknown_name_lists_the_known_ones():
 
 def test_an_unreachable_hub_says_so(monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(FetchError, match="nobody/nothing: the Hugging Face hub did not deliver it .*local checkpoint"):
+    with pytest.raises(FetchError, match=r"nobody/nothing: the Hugging Face hub did not deliver it .*local checkpoint"):
         resolve("nobody/nothing")

@@ -1,4 +1,4 @@
-"""Loading and writing checkpoints: every INT4 format against transformers with the dequantised weights, then mishaps."""
+"""Loading and writing checkpoints: every INT4 format against transformers with dequantised weights, then mishaps."""
 
 from __future__ import annotations
 
