@@ -1,8 +1,9 @@
 """Choose the room that serves a call. The folder is the registry: a backend is a file, nothing is listed elsewhere.
 
-A room is a module ``_cpu.py``, ``_triton.py``, ``_cuda.py`` or ``reference.py`` of a family. It holds functions named like
-the ops, with the ops' arguments (the first is a tensor, whose device decides), and ``unsupported(op, *args)``: "" if it can serve the call, else one sentence that
-says why not. ``M3KERNELS_BACKEND=reference`` or ``int4=triton,policy_loss=cpu`` forces a room by name.
+A room is a module ``_cpu.py``, ``_triton.py``, ``_cuda.py`` or ``reference.py`` of a family. It holds functions named
+like the ops, with the ops' arguments (the first is a tensor, whose device decides), and ``unsupported(op, *args)``: ""
+if it can serve the call, else one sentence that says why not.
+``M3KERNELS_BACKEND=reference`` or ``int4=triton,policy_loss=cpu`` forces a room by name.
 """
 
 from __future__ import annotations

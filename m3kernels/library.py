@@ -1,7 +1,8 @@
 """One torch.library namespace for every op of the package, declared the cheap way (about 3 us a call).
 
-Plain eager calls go straight to the room. Behind a kernel that has just streamed megabytes the dispatcher's own code is
-cold: it costs 35 us a call, 3 % of a 4096 x 4096 product of one row. Tracing, compiling and tensor subclasses see the op.
+Plain eager calls go straight to the room. Behind a kernel that has just streamed megabytes the dispatcher's own code
+is cold: it costs 35 us a call, 3 % of a 4096 x 4096 product of one row. Tracing, compiling and tensor subclasses see
+the op.
 """
 
 from __future__ import annotations
@@ -25,8 +26,8 @@ def define(
 ) -> Callable[..., Any]:
     """Declare op ``m3kernels::<name>``; its kernel is whichever room of ``package`` can serve the call.
 
-    Returns a function of the op's arguments: the op, or in plain eager mode the room itself. Autograd is registered only
-    where ``backward`` is given (it costs 10 us a call), and such an op is always called as one.
+    Returns a function of the op's arguments: the op, or in plain eager mode the room itself. Autograd is registered
+    only where ``backward`` is given (it costs 10 us a call), and such an op is always called as one.
     """
     name = schema.partition("(")[0]
     LIB.define(schema)

@@ -35,7 +35,14 @@ def _type(tensor: Tensor) -> int:
 
 
 def _weight(
-    qweight: Tensor, scales: Tensor, zeros: Tensor | None, perm: Tensor | None, n: int, k: int, group_size: int, first_k: int
+    qweight: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    perm: Tensor | None,
+    n: int,
+    k: int,
+    group_size: int,
+    first_k: int,
 ) -> tuple[Any, ...]:
     experts = qweight.shape[0] if qweight.ndim == 4 else 1
     spans = (_span(qweight, torch.int32), _span(scales), _span(zeros, torch.uint8), _span(perm, torch.int32))

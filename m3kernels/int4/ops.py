@@ -6,6 +6,7 @@ neighbour and every thread count. Weights are never materialised. Formulas: refe
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import torch
@@ -73,7 +74,7 @@ def int4_grouped_gemm(x: Tensor, weight: Int4Weight, offsets: Tensor, *, activat
         raise refuse(op, "offsets", f"({size},) int32 or int64 on {x.device}", offsets)
     if offsets.device.type == "cpu" and not torch.compiler.is_compiling():  # compiled, the room checks them
         bounds = offsets.tolist()
-        if bounds[0] != 0 or bounds[-1] != len(x) or any(a > b for a, b in zip(bounds, bounds[1:], strict=False)):
+        if bounds[0] != 0 or bounds[-1] != len(x) or any(a > b for a, b in itertools.pairwise(bounds)):
             raise refuse(op, "offsets", f"0 = offsets[0] <= ... <= offsets[-1] = {len(x)}", f"{bounds[:8]}")
     return _grouped_gemm(x.contiguous(), offsets.to(torch.int64).contiguous(), *flat(weight), activations)
 
@@ -172,7 +173,9 @@ def check_activations(op: str, activations: object) -> None:
 
 def check_no_grad(op: str, x: Tensor) -> None:
     if x.requires_grad and torch.is_grad_enabled():
-        raise refuse(op, "x", "no gradient (call under torch.no_grad(); only int4_gemm is differentiable)", "requires_grad")
+        raise refuse(
+            op, "x", "no gradient (call under torch.no_grad(); only int4_gemm is differentiable)", "requires_grad"
+        )
 
 
 # -- ops --------------------------------------------------------------------------------------------------------------
@@ -225,7 +228,8 @@ _moe = define(
     "int4_moe(Tensor x, Tensor topk_ids, Tensor topk_weights, "
     "Tensor w13_qweight, Tensor w13_scales, Tensor? w13_zeros, Tensor? w13_perm, "
     "Tensor w2_qweight, Tensor w2_scales, Tensor? w2_zeros, Tensor? w2_perm, "
-    "int hidden_size, int intermediate_size, int group_size, int w13_first_k, int w2_first_k, str activations) -> Tensor",
+    "int hidden_size, int intermediate_size, int group_size, int w13_first_k, int w2_first_k, "
+    "str activations) -> Tensor",
     fake=lambda x, *_: torch.empty_like(x),
 )
 _dequantize = define(

@@ -1,8 +1,8 @@
 """INT4 GEMM in plain torch, fp64: the contract that every other room is tested against.
 
-    exact:          y[m, n] = sum_k x[m, k] * (u[n, k] - z[n, g]) * s[n, g] + bias[n],      g = group(k)
-    int16, int8:    x is first rounded per row and activation block, q = rint(x * (L / max|x|)), L = 32767 or 127;
-                    y[m, n] = sum_b s[n, g(b)] * (max|x_b| / L) * sum_{k in b} q[m, k] * (u[n, k] - z[n, g(b)]) + bias[n]
+    exact:        y[m, n] = sum_k x[m, k] * (u[n, k] - z[n, g]) * s[n, g] + bias[n],      g = group(k)
+    int16, int8:  x is first rounded per row and activation block b: q = rint(x * (L / max|x_b|)), L = 32767 or 127;
+                  y[m, n] = sum_b s[n, g] * (max|x_b| / L) * sum_{k in b} q[m, k] * (u[n, k] - z[n, g]) + bias[n]
 
 An activation block is a run of whole 16-column tiles inside one group, at most 128 columns, counted from the start of
 the group (or of the weight). With act-order, x is gathered by ``perm`` first. A row that rounding would hurt (see
@@ -11,6 +11,8 @@ row-invariant.
 """
 
 from __future__ import annotations
+
+import itertools
 
 import torch
 from torch import Tensor
@@ -78,7 +80,7 @@ def activation_blocks(in_features: int, group_size: int, first_k: int = 0) -> li
 
 
 def rows_to_compute_exactly(x: Tensor, blocks: list[tuple[int, int, int]], activations: str) -> Tensor:
-    """(M,) bool: rows with a block that is not finite or too small to scale, or (int16) whose maximum dwarfs the rest."""
+    """(M,) bool: rows with a block that is not finite, too small to scale, or (int16) whose maximum dwarfs the rest."""
     bad = torch.zeros(x.shape[0], dtype=torch.bool, device=x.device)
     for start, stop, _ in blocks:
         block = x[:, start:stop].float().abs()
@@ -176,8 +178,8 @@ def int4_grouped_gemm(
     activations: str,
 ) -> Tensor:
     weight = weight_of(qweight, scales, zeros, perm, out_features, in_features, group_size, first_k)
-    bounds = offsets.tolist()
-    parts = [gemm64(x[a:b], weight.expert(e), activations) for e, (a, b) in enumerate(zip(bounds, bounds[1:], strict=False))]
+    bounds = itertools.pairwise(offsets.tolist())
+    parts = [gemm64(x[a:b], weight.expert(e), activations) for e, (a, b) in enumerate(bounds)]
     return torch.cat(parts).to(x.dtype)
 
 

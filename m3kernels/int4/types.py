@@ -49,7 +49,8 @@ def in_huge_pages(tensor: Tensor) -> Tensor:
     if not hasattr(mmap, "MADV_HUGEPAGE") or tensor.device.type != "cpu" or size < HUGE_PAGE:
         return tensor
     flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
-    memory = mmap.mmap(-1, ceil_div(size, HUGE_PAGE) * HUGE_PAGE + HUGE_PAGE, flags=flags)  # lives as long as the tensor
+    length = ceil_div(size, HUGE_PAGE) * HUGE_PAGE + HUGE_PAGE
+    memory = mmap.mmap(-1, length, flags=flags)  # lives as long as the tensor
     memory.madvise(mmap.MADV_HUGEPAGE)
     offset = -torch.frombuffer(memory, dtype=torch.uint8).data_ptr() % HUGE_PAGE
     placed = torch.frombuffer(memory, dtype=tensor.dtype, count=tensor.numel(), offset=offset)
@@ -293,11 +294,12 @@ class Int4Weight:
         )
 
     def select_out(self, rows: Tensor) -> Int4Weight:
-        """Rows ``rows`` (1-D integer tensor), in that order; repacks. Folds a consumer's act-order into its producer."""
+        """Rows ``rows`` (1-D integers), in that order; repacks. Folds a consumer's act-order into its producer."""
         if not has_data(rows) or rows.ndim != 1 or rows.dtype not in (torch.int32, torch.int64) or not len(rows):
             raise refuse("Int4Weight.select_out", "rows", "(R,) int32 or int64, not empty", rows)
         if rows.min() < 0 or rows.max() >= self.out_features:
-            raise refuse("Int4Weight.select_out", "rows", f"values in 0..{self.out_features - 1}", f"{rows.tolist()[:8]}")
+            want = f"values in 0..{self.out_features - 1}"
+            raise refuse("Int4Weight.select_out", "rows", want, f"{rows.tolist()[:8]}")
         q, scales, zeros = (tensor.index_select(-2, rows.to(self.device, torch.int64)) for tensor in self.unpack())
         return dataclasses.replace(
             self,
@@ -316,8 +318,10 @@ class Int4Weight:
         """E plain weights of one shape, group size, symmetry and dtype -> one stack of experts."""
         if not isinstance(weights, Sequence):
             raise refuse("Int4Weight.stack", "weights", "a list of plain Int4Weight", weights)
-        if not weights or any(not isinstance(weight, Int4Weight) or weight.num_experts is not None for weight in weights):
-            raise refuse("Int4Weight.stack", "weights", "one or more plain Int4Weight", f"{list(map(describe, weights))}")
+        plain = all(isinstance(weight, Int4Weight) and weight.num_experts is None for weight in weights)
+        if not weights or not plain:
+            got = f"{list(map(describe, weights))}"
+            raise refuse("Int4Weight.stack", "weights", "one or more plain Int4Weight", got)
         first = weights[0]
 
         def facts(weight: Int4Weight) -> tuple[object, ...]:
