@@ -41,6 +41,7 @@ class Method(enum.StrEnum):
 
     minmax = "minmax"
     mse = "mse"
+    weighted = "weighted"
 
 
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
@@ -173,11 +174,11 @@ def quickstart(
     set_threads(threads)
     started = time.monotonic()
     _, full, tokenizer = open_model(model)
-    configs = [RoundConfig(group_size=group_size, method=method) for method in (Method.minmax, Method.mse)]
+    configs = [RoundConfig(group_size=group_size, method=method) for method in (Method.minmax, Method.weighted)]
     int4 = [rounded(full, config) for config in configs]
     with Bar("measuring") as bar:
         rows = compare(full, int4, tokenizer, bar.step)
-    names = ["bf16", "INT4 nearest", "INT4 least error"]
+    names = ["bf16", "INT4 nearest", "INT4 searched"]
     table = Table(title=f"{model} before and after INT4, group {group_size}")
     for column in ("weights", "linears MB", "of bf16", "rest MB", "perplexity", "tokens/s"):
         table.add_column(column, justify="left" if column == "weights" else "right")
@@ -215,7 +216,8 @@ def quantize(
     model: Model,
     out: Annotated[Path, typer.Argument(help="Folder to write (GPTQ form, for m3, vLLM, gptqmodel).")],
     group_size: GroupSize = GROUP_SIZE,
-    method: Annotated[Method, typer.Option("--method", help="minmax: plain; mse: least error.")] = Method.mse,
+    method: Annotated[Method, typer.Option("--method", help="minmax: plain; mse, weighted: least squared error searched, weighted by w^2.")
+    ] = Method.weighted,
     asymmetric: Annotated[bool, typer.Option("--asymmetric", help="Keep a zero point for every group.")] = False,
     head: Annotated[bool, typer.Option("--head", help="Quantise the output head too.")] = False,
     threads: Threads = None,

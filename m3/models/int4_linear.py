@@ -75,7 +75,7 @@ class Int4Linear(nn.Module):
         *,
         group_size: int = 128,
         symmetric: bool = True,
-        method: str = "mse",
+        method: str = "weighted",
         scale_dtype: torch.dtype = torch.float16,
         activations: str = "auto",
     ) -> Int4Linear:

@@ -27,13 +27,14 @@ class RoundConfig:
     """How to round.
 
     group_size: columns that share a scale; -1 or a multiple of 16. 128 need not divide the width here, but vLLM wants
-        a divisor. symmetric: zero point 8. method: "minmax" (plain round-to-nearest) or "mse" (searched range).
+        a divisor. symmetric: zero point 8. method: "minmax" (plain round-to-nearest), "mse"
+        (searched for least squared error) or "weighted" (the same, large weights counting more: docs/log.md).
     head: quantise the output head too.
     """
 
     group_size: int = 128
     symmetric: bool = True
-    method: str = "mse"
+    method: str = "weighted"
     scale_dtype: torch.dtype = torch.float16
     head: bool = False
     activations: str = "auto"
