@@ -8,7 +8,6 @@ struct Avx2 {
   using I = __m256i;
   using F = __m256;
 
-  static inline void prefetch(const void* p) { _mm_prefetch((const char*)p, _MM_HINT_T0); }
   static inline void pin(I& a) { __asm__ volatile("" : "+x"(a)); }  // gcc otherwise reassociates integer sums and spills
   static inline void pin(F& a) { __asm__ volatile("" : "+x"(a)); }
   static inline I zero(I) { return _mm256_setzero_si256(); }

@@ -9,7 +9,6 @@ struct Avx512 {
   using I = __m512i;
   using F = __m512;
 
-  static inline void prefetch(const void* p) { _mm_prefetch((const char*)p, _MM_HINT_T0); }
   static inline void pin(I& a) { __asm__ volatile("" : "+v"(a)); }
   static inline void pin(F& a) { __asm__ volatile("" : "+v"(a)); }
   static inline I zero(I) { return _mm512_setzero_si512(); }

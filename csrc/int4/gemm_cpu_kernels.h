@@ -15,9 +15,18 @@
 // unsigned byte), and the
 // functions used below. words(row, v, t) undoes the tile's xor: vector v holds the words of positions kLanes*v ...
 
-constexpr int kPrefetchBytes = 4096;  // ahead of the hardware's stream, which stops at a page
+// W is streamed once. Far ahead into L2, near ahead into L1: a demand load that misses L1 would let the multiplications that
+// wait for it fill the scheduler, and memory stand idle while they run. Measured in docs/log.md.
+constexpr int kFarBytes = 16384, kNearBytes = 2048;
 constexpr int kGroupsAhead = 4;
 constexpr int kExpand[kModes] = {4, 2, 1, 1};  // operands that one word yields per nibble half: 4 bytes, 2 pairs, 1 quadruple
+
+static inline __attribute__((always_inline)) void prefetch_ahead(const uint8_t* w, int bytes) {
+  for (int line = 0; line < bytes; line += 64) {
+    __builtin_prefetch(w + line + kFarBytes, 0, 2);
+    __builtin_prefetch(w + line + kNearBytes, 0, 3);
+  }
+}
 
 template <class S, Mode kMode>
 struct Acc {
@@ -73,8 +82,9 @@ struct alignas(64) BlockScale {
   template <class S, Mode kMode>
   void load(const TileArgs& a, int64_t group, bool first) {
     const int64_t bytes = a.scale_type == Type::kF32 ? 4 * kTileN : 2 * kTileN;
-    for (int64_t line = 0; line < bytes; line += 64) S::prefetch((const char*)a.scales + (group + kGroupsAhead) * bytes + line);
-    if (a.zeros) S::prefetch(a.zeros + (group + kGroupsAhead) * kTileN);
+    for (int64_t line = 0; line < bytes; line += 64)
+      __builtin_prefetch((const char*)a.scales + (group + kGroupsAhead) * bytes + line, 0, 3);
+    if (a.zeros) __builtin_prefetch(a.zeros + (group + kGroupsAhead) * kTileN, 0, 3);
     S::load_scales(a.scales, a.scale_type, group * kTileN, scales);
     if (!a.zeros && !first) return;
     for (int i = 0; i < kTileN; i++) zeros[i] = a.zeros ? a.zeros[group * kTileN + i] : 8;
@@ -121,7 +131,7 @@ static inline __attribute__((always_inline)) void tile_steps(const uint8_t* tile
   if constexpr (t < 4) {
     typename S::I w[kVectors] = {};
     if constexpr (!kPanel) {
-      S::prefetch(tile + t * 128 + v0 * S::kLanes * 4 + kPrefetchBytes);
+      if (v0 == 0) prefetch_ahead(tile + t * 128, 128);
 #pragma GCC unroll 8
       for (int v = 0; v < kVectors; v++) w[v] = S::template words<t>(tile + t * 128, v0 + v);
     }
@@ -256,7 +266,7 @@ static void tile(const TileArgs& a) {
       default: break;
     }
     for (int i = 0; i < b.tiles; i++) {
-      for (int line = 0; line < kTileBytes; line += 64) S::prefetch(tiles + i * kTileBytes + line + kPrefetchBytes);
+      prefetch_ahead(tiles + i * kTileBytes, kTileBytes);
       unpack_steps<S, kMode, 0>(tiles + i * kTileBytes, scale.base, b.tiles, panel + i * 4 * kExpand[int(kMode)] * 2 * S::panel_vectors(kMode) * S::kLanes);
     }
     const int64_t block_words = (int64_t)b.tiles * 4 * kExpand[int(kMode)] * 2 * S::panel_vectors(kMode) * S::kLanes;

@@ -19,7 +19,6 @@ struct Neon {
   using I = int32x4_t;
   using F = float32x4_t;
 
-  static inline void prefetch(const void* p) { __builtin_prefetch(p); }
   static inline void pin(I& a) { __asm__ volatile("" : "+w"(a)); }
   static inline void pin(F& a) { __asm__ volatile("" : "+w"(a)); }
   static inline I zero(I) { return vdupq_n_s32(0); }

@@ -17,7 +17,6 @@ struct Scalar {
   struct I { int32_t v[4]; };
   struct F { float v[4]; };
 
-  static void prefetch(const void*) {}
   static void pin(I&) {}
   static void pin(F&) {}
   static I zero(I) { return {}; }
