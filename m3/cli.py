@@ -216,7 +216,8 @@ def quantize(
     model: Model,
     out: Annotated[Path, typer.Argument(help="Folder to write (GPTQ form, for m3, vLLM, gptqmodel).")],
     group_size: GroupSize = GROUP_SIZE,
-    method: Annotated[Method, typer.Option("--method", help="minmax: plain; mse, weighted: least squared error searched, weighted by w^2.")
+    method: Annotated[
+        Method, typer.Option("--method", help="minmax: plain; mse: least error; weighted: large weights first.")
     ] = Method.weighted,
     asymmetric: Annotated[bool, typer.Option("--asymmetric", help="Keep a zero point for every group.")] = False,
     head: Annotated[bool, typer.Option("--head", help="Quantise the output head too.")] = False,

@@ -1,4 +1,4 @@
-"""Native CPU room of the int4 family: AVX-512, AVX2, NEON or portable kernels, chosen when the extension loads."""
+"""Native CPU room of the int4 family: AVX-512, AVX2, NEON or portable kernels, chosen at the first call."""
 
 from __future__ import annotations
 
