@@ -95,31 +95,50 @@ static void* read_thread(void* argument) {
 #define KEEP(x) __asm__ volatile("" : "+v"(x));
 #define CHAINS(STEP) STEP(0) STEP(1) STEP(2) STEP(3) STEP(4) STEP(5) STEP(6) STEP(7) STEP(8) STEP(9) STEP(10) STEP(11)
 #define FINISH(i) KEEP(s##i)
-#define PEAK(function, isa, vector, empty, u_value, w_value, STEP) \
-  __attribute__((target(isa))) static void function(long iterations) { \
-    vector u = u_value, w = w_value;                               \
-    vector s0 = empty, s1 = empty, s2 = empty, s3 = empty, s4 = empty, s5 = empty; \
+#define PEAK(function, isa, vector, empty, u_value, w_value, STEP)                   \
+  __attribute__((target(isa))) static void function(long iterations) {               \
+    vector u = u_value, w = w_value;                                                 \
+    vector s0 = empty, s1 = empty, s2 = empty, s3 = empty, s4 = empty, s5 = empty;   \
     vector s6 = empty, s7 = empty, s8 = empty, s9 = empty, s10 = empty, s11 = empty; \
-    for (long r = 0; r < iterations; r++) {                        \
-      CHAINS(STEP)                                                 \
-    }                                                              \
-    CHAINS(FINISH)                                                 \
+    for (long r = 0; r < iterations; r++) {                                          \
+      CHAINS(STEP)                                                                   \
+    }                                                                                \
+    CHAINS(FINISH)                                                                   \
   }
 #define ZERO_PS_256 _mm256_setzero_ps()
 #define ZERO_256 _mm256_setzero_si256()
 #define ZERO_PS_512 _mm512_setzero_ps()
 #define ZERO_512 _mm512_setzero_si512()
-#define FMA_256(i) s##i = _mm256_fmadd_ps(s##i, u, w); KEEP(s##i)
-#define FMA_512(i) s##i = _mm512_fmadd_ps(s##i, u, w); KEEP(s##i)
-#define DPBF16_512(i) s##i = _mm512_dpbf16_ps(s##i, (__m512bh)u, (__m512bh)w); KEEP(s##i)
-#define MADD_256(i) KEEP(u) s##i = _mm256_add_epi32(s##i, _mm256_madd_epi16(u, w)); KEEP(s##i)
-#define DPWSSD_256(i) s##i = _mm256_dpwssd_avx_epi32(s##i, u, w); KEEP(s##i)
-#define DPWSSD_512(i) s##i = _mm512_dpwssd_epi32(s##i, u, w); KEEP(s##i)
-#define MADDUBS_256(i) \
-  KEEP(u) s##i = _mm256_add_epi32(s##i, _mm256_madd_epi16(_mm256_maddubs_epi16(u, w), w)); KEEP(s##i)
-#define MADDUBS_ADD16_256(i) KEEP(u) s##i = _mm256_add_epi16(s##i, _mm256_maddubs_epi16(u, w)); KEEP(s##i)
-#define DPBUSD_256(i) s##i = _mm256_dpbusd_avx_epi32(s##i, u, w); KEEP(s##i)
-#define DPBUSD_512(i) s##i = _mm512_dpbusd_epi32(s##i, u, w); KEEP(s##i)
+#define FMA_256(i)                    \
+  s##i = _mm256_fmadd_ps(s##i, u, w); \
+  KEEP(s##i)
+#define FMA_512(i)                    \
+  s##i = _mm512_fmadd_ps(s##i, u, w); \
+  KEEP(s##i)
+#define DPBF16_512(i)                                      \
+  s##i = _mm512_dpbf16_ps(s##i, (__m512bh)u, (__m512bh)w); \
+  KEEP(s##i)
+#define MADD_256(i)                                               \
+  KEEP(u) s##i = _mm256_add_epi32(s##i, _mm256_madd_epi16(u, w)); \
+  KEEP(s##i)
+#define DPWSSD_256(i)                         \
+  s##i = _mm256_dpwssd_avx_epi32(s##i, u, w); \
+  KEEP(s##i)
+#define DPWSSD_512(i)                     \
+  s##i = _mm512_dpwssd_epi32(s##i, u, w); \
+  KEEP(s##i)
+#define MADDUBS_256(i)                                                                     \
+  KEEP(u) s##i = _mm256_add_epi32(s##i, _mm256_madd_epi16(_mm256_maddubs_epi16(u, w), w)); \
+  KEEP(s##i)
+#define MADDUBS_ADD16_256(i)                                         \
+  KEEP(u) s##i = _mm256_add_epi16(s##i, _mm256_maddubs_epi16(u, w)); \
+  KEEP(s##i)
+#define DPBUSD_256(i)                         \
+  s##i = _mm256_dpbusd_avx_epi32(s##i, u, w); \
+  KEEP(s##i)
+#define DPBUSD_512(i)                     \
+  s##i = _mm512_dpbusd_epi32(s##i, u, w); \
+  KEEP(s##i)
 
 PEAK(fma_256, "avx2,fma", __m256, ZERO_PS_256, _mm256_set1_ps(0.999f), _mm256_set1_ps(0.001f), FMA_256)
 PEAK(fma_512, "avx512f", __m512, ZERO_PS_512, _mm512_set1_ps(0.999f), _mm512_set1_ps(0.001f), FMA_512)

@@ -6,7 +6,8 @@
 namespace py = pybind11;
 
 PYBIND11_MODULE(_cuda_ext, m) {
-  m.doc() = "CUDA kernels of m3kernels: they take pointers, sizes, strides and a stream; Python validates tensors first.";
+  m.doc() =
+      "CUDA kernels of m3kernels: they take pointers, sizes, strides and a stream; Python validates tensors first.";
   m.def(
       "build_info",
       [] {
@@ -27,6 +28,7 @@ PYBIND11_MODULE(_cuda_ext, m) {
         facts["devices"] = devices;
         return facts;
       },
-      "What was built and what the driver offers: archs, compiler, runtime, driver (CUDA versions, 0: no driver), problem "
+      "What was built and what the driver offers: archs, compiler, runtime, driver (CUDA versions, 0: no driver), "
+      "problem "
       "(\"\" if a device can be used) and devices.");
 }

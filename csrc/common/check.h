@@ -1,4 +1,5 @@
-// The C++ border's checks, worded as everywhere: "op: argument: want ...; got ...". pybind11 turns them into ValueError.
+// The C++ border's checks, worded as everywhere: "op: argument: want ...; got ...". pybind11 turns them into
+// ValueError.
 #pragma once
 #include <sstream>
 #include <stdexcept>

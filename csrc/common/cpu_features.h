@@ -1,5 +1,5 @@
-// What this CPU and its operating system can run, asked once at run time. Sources: Intel SDM vol. 2A (CPUID leaves 1, 7;
-// XGETBV), Linux asm/hwcap.h for AArch64. No dependencies.
+// What this CPU and its operating system can run, asked once at run time. Sources: Intel SDM vol. 2A (CPUID leaves 1,
+// 7; XGETBV), Linux asm/hwcap.h for AArch64. No dependencies.
 //
 // Everything is static (one copy per translation unit) on purpose: files are compiled with different ISA flags, and an
 // inline function shared between them could be linked in its AVX-512 form and run on a CPU without it.

@@ -1,4 +1,5 @@
-// Facts about the CUDA runtime and devices, without starting a context. Defined in cuda_info.cu, bound in bindings_cuda.cpp.
+// Facts about the CUDA runtime and devices, without starting a context. Defined in cuda_info.cu, bound in
+// bindings_cuda.cpp.
 #pragma once
 #include <string>
 #include <vector>
@@ -11,8 +12,8 @@ struct CudaDevice {
 };
 
 struct CudaInfo {
-  int runtime = 0;  // of the linked cudart: 13000 is 13.0
-  int driver = 0;   // newest CUDA that the installed driver serves; 0: no driver
+  int runtime = 0;      // of the linked cudart: 13000 is 13.0
+  int driver = 0;       // newest CUDA that the installed driver serves; 0: no driver
   std::string problem;  // why no device can be used; "" if one can
   std::vector<CudaDevice> devices;
 };

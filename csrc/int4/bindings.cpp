@@ -12,7 +12,9 @@ using namespace m3::int4;
 namespace {
 
 template <class T>
-T* at(uintptr_t address) { return reinterpret_cast<T*>(address); }
+T* at(uintptr_t address) {
+  return reinterpret_cast<T*>(address);
+}
 
 Type type_of(const char* op, const char* argument, int type) {
   check(type >= 0 && type <= 2, op, argument, "0 (fp32), 1 (bf16) or 2 (fp16)", type);
@@ -22,9 +24,11 @@ Type type_of(const char* op, const char* argument, int type) {
 using SpanTuple = std::tuple<uintptr_t, int64_t>;  // address and elements of a contiguous tensor; (0, 0) for None
 
 // (qweight, scales, zeros, perm as (address, elements), scale type, experts, N, K, group_size, first_k)
-using WeightTuple = std::tuple<SpanTuple, SpanTuple, SpanTuple, SpanTuple, int, int64_t, int64_t, int64_t, int64_t, int64_t>;
+using WeightTuple =
+    std::tuple<SpanTuple, SpanTuple, SpanTuple, SpanTuple, int, int64_t, int64_t, int64_t, int64_t, int64_t>;
 
-// The registered ops can be called without the public checks, so every size that memory safety rests on is checked here.
+// The registered ops can be called without the public checks, so every size that memory safety rests on is checked
+// here.
 void check_span(const char* op, const char* argument, const SpanTuple& span, int64_t count, bool optional) {
   const auto& [address, got] = span;
   if (optional && !address && !got) return;
@@ -34,11 +38,21 @@ void check_span(const char* op, const char* argument, const SpanTuple& span, int
 Weights weights_of(const char* op, const WeightTuple& tuple) {
   const auto& [tiles, scales, zeros, perm, type, experts, n, k, group_size, first_k] = tuple;
   constexpr int64_t most = INT32_MAX;
-  check(experts >= 1 && n >= 1 && k >= 1 && experts < most && n < most && k < most, op, "weight", "sizes in 1 .. 2**31 - 2", n);
-  check(group_size == -1 || (group_size > 0 && group_size % kTileK == 0), op, "group_size", "-1 or a positive multiple of 16", group_size);
+  check(experts >= 1 && n >= 1 && k >= 1 && experts < most && n < most && k < most, op, "weight",
+        "sizes in 1 .. 2**31 - 2", n);
+  check(group_size == -1 || (group_size > 0 && group_size % kTileK == 0), op, "group_size",
+        "-1 or a positive multiple of 16", group_size);
   check(first_k >= 0 && first_k < most && first_k % kTileK == 0, op, "first_k", "a multiple of 16, >= 0", first_k);
-  const Weights w{at<uint8_t>(std::get<0>(tiles)), at<void>(std::get<0>(scales)), at<uint8_t>(std::get<0>(zeros)),
-                  at<int32_t>(std::get<0>(perm)), type_of(op, "scales", type), experts, n, k, group_size, first_k};
+  const Weights w{at<uint8_t>(std::get<0>(tiles)),
+                  at<void>(std::get<0>(scales)),
+                  at<uint8_t>(std::get<0>(zeros)),
+                  at<int32_t>(std::get<0>(perm)),
+                  type_of(op, "scales", type),
+                  experts,
+                  n,
+                  k,
+                  group_size,
+                  first_k};
   const int64_t tile_rows = experts * w.n_tiles();
   check_span(op, "qweight", tiles, tile_rows * w.k_tiles() * kTileWords, false);
   check_span(op, "scales", scales, tile_rows * w.groups() * kTileN, false);
@@ -52,7 +66,8 @@ Mode mode_of(const char* op, int mode) {
   return Mode(mode);
 }
 
-void int4_gemm(SpanTuple x, int type, int64_t rows, const WeightTuple& weight, SpanTuple bias, uintptr_t y, int mode, int threads) {
+void int4_gemm(SpanTuple x, int type, int64_t rows, const WeightTuple& weight, SpanTuple bias, uintptr_t y, int mode,
+               int threads) {
   const char* op = "int4_gemm";
   const Weights w = weights_of(op, weight);
   check(w.experts == 1, op, "weight", "one weight, no experts", w.experts);
@@ -62,10 +77,12 @@ void int4_gemm(SpanTuple x, int type, int64_t rows, const WeightTuple& weight, S
   const Mode m = mode_of(op, mode);
   const int64_t offsets[2] = {0, rows};
   py::gil_scoped_release release;
-  gemm(op, w, {at<void>(std::get<0>(x)), t, w.k, at<void>(y), t, w.n, offsets, nullptr, at<void>(std::get<0>(bias))}, m, threads);
+  gemm(op, w, {at<void>(std::get<0>(x)), t, w.k, at<void>(y), t, w.n, offsets, nullptr, at<void>(std::get<0>(bias))}, m,
+       threads);
 }
 
-void int4_grouped_gemm(SpanTuple x, int type, int64_t rows, SpanTuple offsets, const WeightTuple& weight, uintptr_t y, int mode, int threads) {
+void int4_grouped_gemm(SpanTuple x, int type, int64_t rows, SpanTuple offsets, const WeightTuple& weight, uintptr_t y,
+                       int mode, int threads) {
   const char* op = "int4_grouped_gemm";
   const Weights w = weights_of(op, weight);
   check_span(op, "x", x, rows * w.k, false);
@@ -78,8 +95,8 @@ void int4_grouped_gemm(SpanTuple x, int type, int64_t rows, SpanTuple offsets, c
   gemm(op, w, {at<void>(std::get<0>(x)), t, w.k, at<void>(y), t, w.n, bounds, nullptr, nullptr}, m, threads);
 }
 
-void int4_moe(SpanTuple x, int type, int64_t tokens, int64_t top_k, SpanTuple ids, SpanTuple topk_weights, const WeightTuple& w13,
-              const WeightTuple& w2, uintptr_t y, int mode, int threads) {
+void int4_moe(SpanTuple x, int type, int64_t tokens, int64_t top_k, SpanTuple ids, SpanTuple topk_weights,
+              const WeightTuple& w13, const WeightTuple& w2, uintptr_t y, int mode, int threads) {
   const char* op = "int4_moe";
   const Weights first = weights_of(op, w13), second = weights_of(op, w2);
   check_span(op, "x", x, tokens * first.k, false);
@@ -88,8 +105,8 @@ void int4_moe(SpanTuple x, int type, int64_t tokens, int64_t top_k, SpanTuple id
   const Type t = type_of(op, "x", type);
   const Mode m = mode_of(op, mode);
   py::gil_scoped_release release;
-  moe(first, second, at<void>(std::get<0>(x)), t, tokens, top_k, at<int64_t>(std::get<0>(ids)), at<float>(std::get<0>(topk_weights)),
-      at<void>(y), m, threads);
+  moe(first, second, at<void>(std::get<0>(x)), t, tokens, top_k, at<int64_t>(std::get<0>(ids)),
+      at<float>(std::get<0>(topk_weights)), at<void>(y), m, threads);
 }
 
 py::dict build_info() {

@@ -1,7 +1,9 @@
-// The CPU driver: packs activations, cuts the product into tasks (expert, n-tile, run of rows) and lets threads draw them.
+// The CPU driver: packs activations, cuts the product into tasks (expert, n-tile, run of rows) and lets threads draw
+// them.
 //
-// One parallel region a product, on torch's OpenMP pool, with the thread count passed in. Tasks are drawn dynamically, so a
-// core that is shared with somebody else does not hold up the rest. No result depends on the threads or on the other rows.
+// One parallel region a product, on torch's OpenMP pool, with the thread count passed in. Tasks are drawn dynamically,
+// so a core that is shared with somebody else does not hold up the rest. No result depends on the threads or on the
+// other rows.
 #include "int4/gemm_cpu_driver.h"
 
 #include <algorithm>
@@ -18,14 +20,15 @@
 namespace m3::int4 {
 namespace {
 
-constexpr int64_t kRowsPerTask = 64;  // their c, their x of one block and the panel share L1
+constexpr int64_t kRowsPerTask = 64;      // their c, their x of one block and the panel share L1
 constexpr int64_t kSerialWork = 1 << 17;  // multiply-adds under which a second thread costs more than it brings
 
 struct Free {
   void operator()(void* p) const { std::free(p); }
 };
 
-// Scratch memory, 64-byte aligned. Large buffers stay with their thread between calls: fresh pages cost more than the copy.
+// Scratch memory, 64-byte aligned. Large buffers stay with their thread between calls: fresh pages cost more than the
+// copy.
 class Scratch {
  public:
   template <class T>
@@ -97,14 +100,15 @@ uint16_t to_f16(float f) {  // round to nearest even
 int64_t type_size(Type type) { return type == Type::kF32 ? 4 : 2; }
 
 void read_row(const Rows& rows, const Weights& w, const int32_t* perm, int64_t row, float* out) {
-  const char* x = static_cast<const char*>(rows.x) + (rows.x_rows ? rows.x_rows[row] : row) * rows.x_stride * type_size(rows.x_type);
+  const char* x = static_cast<const char*>(rows.x) +
+                  (rows.x_rows ? rows.x_rows[row] : row) * rows.x_stride * type_size(rows.x_type);
   if (perm) {
     for (int64_t i = 0; i < w.k; i++) out[i] = to_float(x, rows.x_type, perm[i]);
   } else if (rows.x_type == Type::kF32) {
     std::memcpy(out, x, w.k * 4);
   } else if (rows.x_type == Type::kBF16) {
     for (int64_t i = 0; i < w.k; i++) {
-      const uint32_t bits = (uint32_t) reinterpret_cast<const uint16_t*>(x)[i] << 16;
+      const uint32_t bits = (uint32_t)reinterpret_cast<const uint16_t*>(x)[i] << 16;
       std::memcpy(out + i, &bits, 4);
     }
   } else {
@@ -120,7 +124,8 @@ void write_row(const Rows& rows, const float* values, int64_t row, int64_t n0, i
     values = sum;
   }
   char* y = static_cast<char*>(rows.y) + (row * rows.y_stride + n0) * type_size(rows.y_type);
-  if (rows.y_type == Type::kF32) std::memcpy(y, values, count * 4);
+  if (rows.y_type == Type::kF32)
+    std::memcpy(y, values, count * 4);
   else if (rows.y_type == Type::kBF16)
     for (int64_t i = 0; i < count; i++) reinterpret_cast<uint16_t*>(y)[i] = to_bf16(values[i]);
   else
@@ -144,7 +149,8 @@ std::vector<Block> blocks_of(const Weights& w) {
 
 const Kernels* all_kernels(int i) {
 #if defined(__x86_64__)
-  static const Kernels* const table[] = {&kAvx512VnniKernels, &kAvx512Kernels, &kAvxVnniKernels, &kAvx2Kernels, &kScalarKernels};
+  static const Kernels* const table[] = {&kAvx512VnniKernels, &kAvx512Kernels, &kAvxVnniKernels, &kAvx2Kernels,
+                                         &kScalarKernels};
   return i < 5 ? table[i] : nullptr;
 #elif defined(__aarch64__) && defined(M3_NEON)
   static const Kernels* const table[] = {&kNeonKernels, &kScalarKernels};
@@ -186,15 +192,16 @@ struct Task {
 };
 
 // The product for the rows listed in `only` (sorted, inside offsets), or all rows when it is null.
-void run(const Weights& w, const Rows& rows, const std::vector<Block>& blocks, Mode mode, int threads, const std::vector<int64_t>* only,
-         std::vector<int64_t>& exact_rows) {
+void run(const Weights& w, const Rows& rows, const std::vector<Block>& blocks, Mode mode, int threads,
+         const std::vector<int64_t>* only, std::vector<int64_t>& exact_rows) {
   const Kernels& isa = kernels();
   const int64_t count = only ? (int64_t)only->size() : rows.offsets[w.experts];
   if (count == 0) return;
   const auto num_blocks = (int64_t)blocks.size();
   const int64_t k_tiles = w.k_tiles(), n_tiles = w.n_tiles(), groups = w.groups(), columns = k_tiles * kTileK;
   // 4096-byte row strides would map the rows of a step onto one set of L1
-  const int64_t plane = k_tiles * words_per_tile(mode) + 16, stride = plane * planes_of(mode), cells = num_blocks * planes_of(mode);
+  const int64_t plane = k_tiles * words_per_tile(mode) + 16, stride = plane * planes_of(mode),
+                cells = num_blocks * planes_of(mode);
   thread_local Scratch x_memory, scale_memory, sum_memory;
   int32_t* x = x_memory.get<int32_t>(count * stride);
   float* x_scale = scale_memory.get<float>(count * cells);
@@ -306,7 +313,8 @@ void gemm(const char* op, const Weights& w, const Rows& rows, Mode mode, int thr
   check_perm(op, w);
   check(threads >= 1 && threads <= 4096, op, "threads", "1..4096", threads);
   for (int64_t e = 0; e < w.experts; e++)
-    check(rows.offsets[e] >= 0 && rows.offsets[e] <= rows.offsets[e + 1], op, "offsets", "ascending values", rows.offsets[e + 1]);
+    check(rows.offsets[e] >= 0 && rows.offsets[e] <= rows.offsets[e + 1], op, "offsets", "ascending values",
+          rows.offsets[e + 1]);
   const std::vector<Block> blocks = blocks_of(w);
   std::vector<int64_t> exact_rows, none;
   if (mode == Mode::kExact && kernels().tile[int(Mode::kInt24)]) mode = Mode::kInt24;
@@ -314,8 +322,8 @@ void gemm(const char* op, const Weights& w, const Rows& rows, Mode mode, int thr
   if (!exact_rows.empty()) run(w, rows, blocks, Mode::kExact, threads, &exact_rows, none);
 }
 
-void moe(const Weights& w13, const Weights& w2, const void* x, Type type, int64_t tokens, int64_t top_k, const int64_t* ids,
-         const float* weights, void* y, Mode mode, int threads) {
+void moe(const Weights& w13, const Weights& w2, const void* x, Type type, int64_t tokens, int64_t top_k,
+         const int64_t* ids, const float* weights, void* y, Mode mode, int threads) {
   const char* op = "int4_moe";
   const int64_t hidden = w13.k, intermediate = w2.k, experts = w13.experts;
   check(w13.n == 2 * intermediate && w2.n == hidden && w2.experts == experts, op, "w2", "the transpose of w13", w2.n);
@@ -337,12 +345,15 @@ void moe(const Weights& w13, const Weights& w2, const void* x, Type type, int64_
     }
     float* up = up_memory.get<float>(pairs * 2 * intermediate);
     float* down = down_memory.get<float>(pairs * hidden);
-    gemm(op, w13, {x, type, hidden, up, Type::kF32, 2 * intermediate, offsets.data(), token_of.data(), nullptr}, mode, threads);
+    gemm(op, w13, {x, type, hidden, up, Type::kF32, 2 * intermediate, offsets.data(), token_of.data(), nullptr}, mode,
+         threads);
     const Kernels& isa = kernels();
     const int active = (double)pairs * (double)row_floats < (double)kSerialWork ? 1 : threads;
 #pragma omp parallel for num_threads(active) if (active > 1)
-    for (int64_t i = 0; i < pairs; i++) isa.silu_mul(up + i * 2 * intermediate, up + i * 2 * intermediate + intermediate, intermediate);
-    gemm(op, w2, {up, Type::kF32, 2 * intermediate, down, Type::kF32, hidden, offsets.data(), nullptr, nullptr}, mode, threads);
+    for (int64_t i = 0; i < pairs; i++)
+      isa.silu_mul(up + i * 2 * intermediate, up + i * 2 * intermediate + intermediate, intermediate);
+    gemm(op, w2, {up, Type::kF32, 2 * intermediate, down, Type::kF32, hidden, offsets.data(), nullptr, nullptr}, mode,
+         threads);
     const Rows out{nullptr, type, 0, y, type, hidden, nullptr, nullptr, nullptr};
 #pragma omp parallel for num_threads(active) if (active > 1)
     for (int64_t t = 0; t < count; t++) {

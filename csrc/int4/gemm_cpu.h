@@ -1,6 +1,6 @@
 // Interface between the driver (gemm_cpu.cpp, built for the base architecture) and the kernels of each instruction set
-// (gemm_cpu_<isa>.cpp, each built with its own flags). Plain structs and function pointers only: an inline function shared by
-// files with different flags could be merged by the linker into code that the running CPU lacks.
+// (gemm_cpu_<isa>.cpp, each built with its own flags). Plain structs and function pointers only: an inline function
+// shared by files with different flags could be merged by the linker into code that the running CPU lacks.
 #pragma once
 #include <cstdint>
 
@@ -8,9 +8,9 @@
 
 namespace m3::int4 {
 
-// What x becomes before the product. kInt24 is how kernels with an 8-bit dot product compute "exact": q = 65536 a + 256 b + c with
-// three signed bytes, three integer products, put together in fp32. Its step, 2^-23 of a block's maximum, is below the rounding
-// of an fp32 sum; rows with outliers, for which that would not hold, are computed in fp32 (kExact).
+// What x becomes before the product. kInt24 is how kernels with an 8-bit dot product compute "exact": q = 65536 a + 256
+// b + c with three signed bytes, three integer products, put together in fp32. Its step, 2^-23 of a block's maximum, is
+// below the rounding of an fp32 sum; rows with outliers, for which that would not hold, are computed in fp32 (kExact).
 enum class Mode : int { kExact = 0, kInt16 = 1, kInt8 = 2, kInt24 = 3 };
 enum class Type : int { kF32 = 0, kBF16 = 1, kF16 = 2 };
 
@@ -40,16 +40,17 @@ struct TileArgs {
   const float* x_scale;  // (rows * planes, num_blocks): value of one step, in plane 0; unused when exact
   const int32_t* x_sum;  // (rows * planes, num_blocks): sum of the packed integers; unused when exact
   int64_t rows;
-  float* c;      // (rows, 64) in position order; overwritten
-  void* panel;   // scratch of kPanelBytes
+  float* c;     // (rows, 64) in position order; overwritten
+  void* panel;  // scratch of kPanelBytes
 };
 constexpr int64_t kPanelBytes = kBlockTiles * kTileN * kTileK * 4;
 
 struct Kernels {
   const char* name;
-  // Packs one row of `16 * tiles` fp32 values (zero-padded). False: the row must be computed as kExact (mode is another).
-  bool (*pack_row)(Mode mode, const float* x, const Block* blocks, int num_blocks, int32_t* packed, int64_t plane_stride, float* scale,
-                   int32_t* sum);
+  // Packs one row of `16 * tiles` fp32 values (zero-padded). False: the row must be computed as kExact (mode is
+  // another).
+  bool (*pack_row)(Mode mode, const float* x, const Block* blocks, int num_blocks, int32_t* packed,
+                   int64_t plane_stride, float* scale, int32_t* sum);
   void (*tile[kModes])(const TileArgs& args);  // kInt24 may be null
   // c (64 values in position order) -> 64 values in row order.
   void (*to_row_order)(const float* c, float* row);

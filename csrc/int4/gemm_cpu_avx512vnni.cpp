@@ -22,12 +22,11 @@ struct Avx512Vnni : Avx512 {
 
 }  // namespace
 
-extern const Kernels kAvx512VnniKernels = {
-    "avx512vnni",
-    pack_row,
-    {tile<Avx512Vnni, Mode::kExact>, tile<Avx512Vnni, Mode::kInt16>, tile<Avx512Vnni, Mode::kInt8>,
-     tile<Avx512Vnni, Mode::kInt24>},
-    to_row_order,
-    silu_mul};
+extern const Kernels kAvx512VnniKernels = {"avx512vnni",
+                                           pack_row,
+                                           {tile<Avx512Vnni, Mode::kExact>, tile<Avx512Vnni, Mode::kInt16>,
+                                            tile<Avx512Vnni, Mode::kInt8>, tile<Avx512Vnni, Mode::kInt24>},
+                                           to_row_order,
+                                           silu_mul};
 
 }  // namespace m3::int4

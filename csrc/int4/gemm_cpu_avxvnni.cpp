@@ -21,6 +21,10 @@ struct AvxVnni : Avx2 {
 }  // namespace
 
 extern const Kernels kAvxVnniKernels = {
-    "avxvnni", pack_row, {tile<AvxVnni, Mode::kExact>, tile<AvxVnni, Mode::kInt16>, tile<AvxVnni, Mode::kInt8>, tile<AvxVnni, Mode::kInt24>}, to_row_order, silu_mul};
+    "avxvnni",
+    pack_row,
+    {tile<AvxVnni, Mode::kExact>, tile<AvxVnni, Mode::kInt16>, tile<AvxVnni, Mode::kInt8>, tile<AvxVnni, Mode::kInt24>},
+    to_row_order,
+    silu_mul};
 
 }  // namespace m3::int4

@@ -37,8 +37,8 @@ struct Rows {
 
 void gemm(const char* op, const Weights& weights, const Rows& rows, Mode mode, int threads);
 
-void moe(const Weights& w13, const Weights& w2, const void* x, Type type, int64_t tokens, int64_t top_k, const int64_t* ids,
-         const float* weights, void* y, Mode mode, int threads);
+void moe(const Weights& w13, const Weights& w2, const void* x, Type type, int64_t tokens, int64_t top_k,
+         const int64_t* ids, const float* weights, void* y, Mode mode, int threads);
 
 std::vector<std::string> isas();  // that this build and this CPU can run, best first
 std::string get_isa();

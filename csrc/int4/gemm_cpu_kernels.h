@@ -1,27 +1,30 @@
 // The CPU kernels, told once over a SIMD trait S. Included by each gemm_cpu_<isa>.cpp inside an anonymous namespace.
 //
-// Work of one call: one n-tile of W (64 rows, streamed once) times `rows` packed activation rows, block by block (a block is at
-// most 128 columns with one weight scale and one activation scale):
+// Work of one call: one n-tile of W (64 rows, streamed once) times `rows` packed activation rows, block by block (a
+// block is at most 128 columns with one weight scale and one activation scale):
 //   int8     acc32[row, n] += sum_4 u * q8    (vpdpbusd, or vpmaddubsw: 8 products of 15 * 127 * 2 stay inside int16)
 //   int16    acc32[row, n] += sum_2 u * q16   (vpdpwssd or vpmaddwd)
+//   int24    int8 three times: the planes of a row are three rows, added up at the end of the block
 //   exact    acc[row, n]    = fma(float(u - zero), x, acc), k in stored order
-// (int24: three int8 planes of a row are three rows here, added up at the end of the block)
-// and at the end of a block c[row, n] += acc * scale_w, or (acc - zero * sum(q)) * scale_w * scale_x. Few rows take the nibbles apart in registers
-// (Direct); more rows share a panel that was taken apart once into L1 (Panel). Per row both perform the same operations in the
-// same order, so a row's result does not depend on how many rows there are.
+// and at the end of a block c[row, n] += acc * scale_w, or (acc - zero * sum(q)) * scale_w * scale_x. Few rows take the
+// nibbles apart in registers (Direct); more rows share a panel that was taken apart once into L1 (Panel). Per row both
+// perform the same operations in the same order, so a row's result does not depend on how many rows there are.
 //
-// A trait offers: kLanes (words of a vector), I and F (vectors), kDirectAcc (accumulators that fit for Direct), panel_rows and
-// panel_vectors (register block of Panel), kWidenTiles (k-tiles after which a 16-bit accumulator must be widened; 0: dot8 accumulates in 32 bits), kRawLow (dot8 takes any
-// unsigned byte), and the
-// functions used below. words(row, v, t) undoes the tile's xor: vector v holds the words of positions kLanes*v ...
+// A trait offers: kLanes (words of a vector), I and F (vectors), kDirectAcc (accumulators that fit for Direct),
+// panel_rows and panel_vectors (register block of Panel), kWidenTiles (k-tiles after which a 16-bit accumulator must be
+// widened; 0: dot8 accumulates in 32 bits), kRawLow (dot8 takes any unsigned byte), and the functions used below.
+// words<t>(row, v) undoes the tile's xor: vector v holds the words of positions kLanes * v and on.
 
-// W is streamed once. Far ahead into L2, near ahead into L1: a demand load that misses L1 would let the multiplications that
-// wait for it fill the scheduler, and memory stand idle while they run. Measured in docs/log.md.
+#define M3_INLINE static inline __attribute__((always_inline))
+
+// W is streamed once. Far ahead into L2, near ahead into L1: a demand load that misses L1 would let the multiplications
+// that wait for it fill the scheduler, and memory stand idle while they run. Measured in docs/log.md.
 constexpr int kFarBytes = 16384, kNearBytes = 2048;
 constexpr int kGroupsAhead = 4;
-constexpr int kExpand[kModes] = {4, 2, 1, 1};  // operands that one word yields per nibble half: 4 bytes, 2 pairs, 1 quadruple
+constexpr int kExpand[kModes] = {4, 2, 1,
+                                 1};  // operands that one word yields per nibble half: 4 bytes, 2 pairs, 1 quadruple
 
-static inline __attribute__((always_inline)) void prefetch_ahead(const uint8_t* w, int bytes) {
+M3_INLINE void prefetch_ahead(const uint8_t* w, int bytes) {
   for (int line = 0; line < bytes; line += 64) {
     __builtin_prefetch(w + line + kFarBytes, 0, 2);
     __builtin_prefetch(w + line + kNearBytes, 0, 3);
@@ -39,12 +42,13 @@ struct Acc<S, Mode::kExact> {
   using X = typename S::F;
 };
 
-// The e-th operand of word vector v: both nibble halves. An exact operand is float(u - z): a nibble at bits p..p+3 of the mantissa
-// of 2^(23 - p) makes 2^(23 - p) + u, from which base[p / 4] = 2^(23 - p) + z is subtracted without rounding.
-// kRaw leaves the high half in the low int8 operand, low + 16 high: one instruction less, undone once a block.
+// The e-th operand of word vector v: both nibble halves. An exact operand is float(u - z): a nibble at bits p..p+3 of
+// the mantissa of 2^(23 - p) makes 2^(23 - p) + u, from which base[p / 4] = 2^(23 - p) + z is subtracted without
+// rounding. kRaw leaves the high half in the low int8 operand, low + 16 high: one instruction less, undone once a
+// block.
 template <class S, Mode kMode, int e, bool kRaw>
-static inline __attribute__((always_inline)) void operands(typename S::I w, const float (*base)[kTileN], int v, typename Acc<S, kMode>::X& low,
-                                                           typename Acc<S, kMode>::X& high) {
+M3_INLINE void operands(typename S::I w, const float (*base)[kTileN], int v, typename Acc<S, kMode>::X& low,
+                        typename Acc<S, kMode>::X& high) {
   if constexpr (kMode == Mode::kInt8 || kMode == Mode::kInt24) {
     low = kRaw ? w : S::template nibbles<0>(w, 0x0F0F0F0F);
     high = S::template nibbles<4>(w, 0x0F0F0F0F);
@@ -60,17 +64,22 @@ static inline __attribute__((always_inline)) void operands(typename S::I w, cons
 }
 
 template <class S, Mode kMode>
-static inline __attribute__((always_inline)) typename Acc<S, kMode>::T multiply_add(typename Acc<S, kMode>::T acc, typename Acc<S, kMode>::X w,
-                                                     typename Acc<S, kMode>::X x) {
-  if constexpr (kMode == Mode::kInt8 || kMode == Mode::kInt24) return S::dot8(acc, w, x);
-  else if constexpr (kMode == Mode::kInt16) return S::dot16(acc, w, x);
-  else return S::fma(w, x, acc);
+M3_INLINE typename Acc<S, kMode>::T multiply_add(typename Acc<S, kMode>::T acc, typename Acc<S, kMode>::X w,
+                                                 typename Acc<S, kMode>::X x) {
+  if constexpr (kMode == Mode::kInt8 || kMode == Mode::kInt24)
+    return S::dot8(acc, w, x);
+  else if constexpr (kMode == Mode::kInt16)
+    return S::dot16(acc, w, x);
+  else
+    return S::fma(w, x, acc);
 }
 
 template <class S, Mode kMode>
-static inline __attribute__((always_inline)) typename Acc<S, kMode>::X broadcast(const int32_t* x) {
-  if constexpr (kMode == Mode::kExact) return S::broadcast_f(reinterpret_cast<const float*>(x));
-  else return S::broadcast_i(x);
+M3_INLINE typename Acc<S, kMode>::X broadcast(const int32_t* x) {
+  if constexpr (kMode == Mode::kExact)
+    return S::broadcast_f(reinterpret_cast<const float*>(x));
+  else
+    return S::broadcast_i(x);
 }
 
 // What a block needs to know of W besides the nibbles, in position order.
@@ -94,10 +103,11 @@ struct alignas(64) BlockScale {
   }
 };
 
-// One word step (k-tile, t): expands the operands of kVectors word vectors and multiplies them into kRows accumulators each.
+// One word step (k-tile, t): expands the operands of kVectors word vectors and multiplies them into kRows accumulators
+// each.
 template <class S, Mode kMode, int kRows, int kVectors, bool kPanel, int e>
-static inline __attribute__((always_inline)) void step(const typename S::I (&w)[kVectors], const float (*base)[kTileN], int v0, const int32_t*& panel, const int32_t* x, int64_t stride,
-                        typename Acc<S, kMode>::T (&acc)[kRows][kVectors][2]) {
+M3_INLINE void step(const typename S::I (&w)[kVectors], const float (*base)[kTileN], int v0, const int32_t*& panel,
+                    const int32_t* x, int64_t stride, typename Acc<S, kMode>::T (&acc)[kRows][kVectors][2]) {
   if constexpr (e < kExpand[int(kMode)]) {
     typename Acc<S, kMode>::X low[kVectors], high[kVectors];
 #pragma GCC unroll 8
@@ -126,8 +136,8 @@ static inline __attribute__((always_inline)) void step(const typename S::I (&w)[
 }
 
 template <class S, Mode kMode, int kRows, int kVectors, bool kPanel, int t>
-static inline __attribute__((always_inline)) void tile_steps(const uint8_t* tile, const float (*base)[kTileN], int v0, const int32_t*& panel, const int32_t* x, int64_t stride,
-                              typename Acc<S, kMode>::T (&acc)[kRows][kVectors][2]) {
+M3_INLINE void tile_steps(const uint8_t* tile, const float (*base)[kTileN], int v0, const int32_t*& panel,
+                          const int32_t* x, int64_t stride, typename Acc<S, kMode>::T (&acc)[kRows][kVectors][2]) {
   if constexpr (t < 4) {
     typename S::I w[kVectors] = {};
     if constexpr (!kPanel) {
@@ -142,7 +152,8 @@ static inline __attribute__((always_inline)) void tile_steps(const uint8_t* tile
 
 // kRows rows times kVectors word vectors (2 * kVectors * kLanes rows of W) over one block, added to c.
 template <class S, Mode kMode, int kRows, int kVectors, bool kPanel>
-static inline __attribute__((always_inline)) void micro(const uint8_t* tiles, const int32_t* panel, int num_tiles, int v0, const BlockScale& scale, const TileArgs& a, int64_t row, int block, bool first) {
+M3_INLINE void micro(const uint8_t* tiles, const int32_t* panel, int num_tiles, int v0, const BlockScale& scale,
+                     const TileArgs& a, int64_t row, int block, bool first) {
   using T = typename Acc<S, kMode>::T;
   constexpr int kPlanes = planes_of(kMode), kAll = kRows * kPlanes;
   const int32_t* x = a.x + row * kPlanes * a.x_stride + (int64_t)a.blocks[block].tile * words_per_tile(kMode);
@@ -197,7 +208,8 @@ static inline __attribute__((always_inline)) void micro(const uint8_t* tiles, co
           typename S::F total;
 #pragma GCC unroll 4
           for (int plane = 0; plane < kPlanes; plane++) {
-            const int32_t sum = a.x_sum[cell + plane * a.num_blocks];  // of bytes: at most 2^14, a 16-bit multiplier will do
+            const int32_t sum =
+                a.x_sum[cell + plane * a.num_blocks];  // of bytes: at most 2^14, a 16-bit multiplier will do
             const auto product = kMode == Mode::kInt16 ? S::multiply(z, sum) : S::multiply16(z, sum);
             const auto centred = S::to_float(S::sub(acc[r * kPlanes + plane][v][h], product));
             total = plane ? S::fma(total, S::splat(256.0f), centred) : centred;
@@ -209,7 +221,7 @@ static inline __attribute__((always_inline)) void micro(const uint8_t* tiles, co
 }
 
 template <class S, Mode kMode, int e>
-static inline __attribute__((always_inline)) void unpack_word(typename S::I w, const float (*base)[kTileN], int v, int32_t* panel) {
+M3_INLINE void unpack_word(typename S::I w, const float (*base)[kTileN], int v, int32_t* panel) {
   if constexpr (e < kExpand[int(kMode)]) {
     typename Acc<S, kMode>::X low, high;
     operands<S, kMode, e, false>(w, base, v, low, high);
@@ -222,7 +234,7 @@ static inline __attribute__((always_inline)) void unpack_word(typename S::I w, c
 
 // Panel layout: [vector block][k-tile][t][e][vector][half][lane] words; a vector block is panel_vectors() vectors.
 template <class S, Mode kMode, int t>
-static inline __attribute__((always_inline)) void unpack_steps(const uint8_t* tile, const float (*base)[kTileN], int num_tiles, int32_t* panel) {
+M3_INLINE void unpack_steps(const uint8_t* tile, const float (*base)[kTileN], int num_tiles, int32_t* panel) {
   if constexpr (t < 4) {
     constexpr int step_words = 2 * S::panel_vectors(kMode) * S::kLanes, word_steps = kExpand[int(kMode)];
 #pragma GCC unroll 8
@@ -236,7 +248,8 @@ static inline __attribute__((always_inline)) void unpack_steps(const uint8_t* ti
 }
 
 template <class S, Mode kMode, int kRows>
-static __attribute__((noinline)) void direct(const uint8_t* tiles, int num_tiles, const BlockScale& scale, const TileArgs& a, int64_t row, int block, bool first) {
+static __attribute__((noinline)) void direct(const uint8_t* tiles, int num_tiles, const BlockScale& scale,
+                                             const TileArgs& a, int64_t row, int block, bool first) {
   constexpr int kAll = 32 / S::kLanes, fit = S::kDirectAcc / (2 * kRows * planes_of(kMode));
   constexpr int kVectors = fit >= kAll ? kAll : fit >= 4 ? 4 : fit >= 2 ? 2 : 1;
 #pragma GCC unroll 1
@@ -245,7 +258,8 @@ static __attribute__((noinline)) void direct(const uint8_t* tiles, int num_tiles
 }
 
 template <class S, Mode kMode, int kRows>
-static __attribute__((noinline)) void panel_rows(const int32_t* panel, int num_tiles, int v0, const BlockScale& scale, const TileArgs& a, int64_t row, int block, bool first) {
+static __attribute__((noinline)) void panel_rows(const int32_t* panel, int num_tiles, int v0, const BlockScale& scale,
+                                                 const TileArgs& a, int64_t row, int block, bool first) {
   micro<S, kMode, kRows, S::panel_vectors(kMode), true>(nullptr, panel, num_tiles, v0, scale, a, row, block, first);
 }
 
@@ -259,15 +273,25 @@ static void tile(const TileArgs& a) {
     const uint8_t* tiles = a.tiles + (int64_t)b.tile * kTileBytes;
     scale.template load<S, kMode>(a, b.group, first);
     switch (a.rows) {
-      case 1: direct<S, kMode, 1>(tiles, b.tiles, scale, a, 0, block, first); continue;
-      case 2: direct<S, kMode, 2>(tiles, b.tiles, scale, a, 0, block, first); continue;
-      case 3: direct<S, kMode, 3>(tiles, b.tiles, scale, a, 0, block, first); continue;
-      case 4: direct<S, kMode, 4>(tiles, b.tiles, scale, a, 0, block, first); continue;
-      default: break;
+      case 1:
+        direct<S, kMode, 1>(tiles, b.tiles, scale, a, 0, block, first);
+        continue;
+      case 2:
+        direct<S, kMode, 2>(tiles, b.tiles, scale, a, 0, block, first);
+        continue;
+      case 3:
+        direct<S, kMode, 3>(tiles, b.tiles, scale, a, 0, block, first);
+        continue;
+      case 4:
+        direct<S, kMode, 4>(tiles, b.tiles, scale, a, 0, block, first);
+        continue;
+      default:
+        break;
     }
     for (int i = 0; i < b.tiles; i++) {
       prefetch_ahead(tiles + i * kTileBytes, kTileBytes);
-      unpack_steps<S, kMode, 0>(tiles + i * kTileBytes, scale.base, b.tiles, panel + i * 4 * kExpand[int(kMode)] * 2 * S::panel_vectors(kMode) * S::kLanes);
+      unpack_steps<S, kMode, 0>(tiles + i * kTileBytes, scale.base, b.tiles,
+                                panel + i * 4 * kExpand[int(kMode)] * 2 * S::panel_vectors(kMode) * S::kLanes);
     }
     const int64_t block_words = (int64_t)b.tiles * 4 * kExpand[int(kMode)] * 2 * S::panel_vectors(kMode) * S::kLanes;
     constexpr int kMax = S::panel_rows(kMode);
@@ -279,19 +303,44 @@ static void tile(const TileArgs& a) {
       for (int64_t part = 0; part < parts; part++) {  // rows spread evenly over the parts
         const int64_t stop = a.rows * (part + 1) / parts;
         switch (stop - row) {
-          case 1: if constexpr (kMax >= 1) panel_rows<S, kMode, 1>(p, b.tiles, v0, scale, a, row, block, first); break;
-          case 2: if constexpr (kMax >= 2) panel_rows<S, kMode, 2>(p, b.tiles, v0, scale, a, row, block, first); break;
-          case 3: if constexpr (kMax >= 3) panel_rows<S, kMode, 3>(p, b.tiles, v0, scale, a, row, block, first); break;
-          case 4: if constexpr (kMax >= 4) panel_rows<S, kMode, 4>(p, b.tiles, v0, scale, a, row, block, first); break;
-          case 5: if constexpr (kMax >= 5) panel_rows<S, kMode, 5>(p, b.tiles, v0, scale, a, row, block, first); break;
-          case 6: if constexpr (kMax >= 6) panel_rows<S, kMode, 6>(p, b.tiles, v0, scale, a, row, block, first); break;
-          case 7: if constexpr (kMax >= 7) panel_rows<S, kMode, 7>(p, b.tiles, v0, scale, a, row, block, first); break;
-          case 8: if constexpr (kMax >= 8) panel_rows<S, kMode, 8>(p, b.tiles, v0, scale, a, row, block, first); break;
-          case 9: if constexpr (kMax >= 9) panel_rows<S, kMode, 9>(p, b.tiles, v0, scale, a, row, block, first); break;
-          case 10: if constexpr (kMax >= 10) panel_rows<S, kMode, 10>(p, b.tiles, v0, scale, a, row, block, first); break;
-          case 11: if constexpr (kMax >= 11) panel_rows<S, kMode, 11>(p, b.tiles, v0, scale, a, row, block, first); break;
-          case 12: if constexpr (kMax >= 12) panel_rows<S, kMode, 12>(p, b.tiles, v0, scale, a, row, block, first); break;
-          default: break;
+          case 1:
+            if constexpr (kMax >= 1) panel_rows<S, kMode, 1>(p, b.tiles, v0, scale, a, row, block, first);
+            break;
+          case 2:
+            if constexpr (kMax >= 2) panel_rows<S, kMode, 2>(p, b.tiles, v0, scale, a, row, block, first);
+            break;
+          case 3:
+            if constexpr (kMax >= 3) panel_rows<S, kMode, 3>(p, b.tiles, v0, scale, a, row, block, first);
+            break;
+          case 4:
+            if constexpr (kMax >= 4) panel_rows<S, kMode, 4>(p, b.tiles, v0, scale, a, row, block, first);
+            break;
+          case 5:
+            if constexpr (kMax >= 5) panel_rows<S, kMode, 5>(p, b.tiles, v0, scale, a, row, block, first);
+            break;
+          case 6:
+            if constexpr (kMax >= 6) panel_rows<S, kMode, 6>(p, b.tiles, v0, scale, a, row, block, first);
+            break;
+          case 7:
+            if constexpr (kMax >= 7) panel_rows<S, kMode, 7>(p, b.tiles, v0, scale, a, row, block, first);
+            break;
+          case 8:
+            if constexpr (kMax >= 8) panel_rows<S, kMode, 8>(p, b.tiles, v0, scale, a, row, block, first);
+            break;
+          case 9:
+            if constexpr (kMax >= 9) panel_rows<S, kMode, 9>(p, b.tiles, v0, scale, a, row, block, first);
+            break;
+          case 10:
+            if constexpr (kMax >= 10) panel_rows<S, kMode, 10>(p, b.tiles, v0, scale, a, row, block, first);
+            break;
+          case 11:
+            if constexpr (kMax >= 11) panel_rows<S, kMode, 11>(p, b.tiles, v0, scale, a, row, block, first);
+            break;
+          case 12:
+            if constexpr (kMax >= 12) panel_rows<S, kMode, 12>(p, b.tiles, v0, scale, a, row, block, first);
+            break;
+          default:
+            break;
         }
         row = stop;
       }
@@ -302,9 +351,14 @@ static void tile(const TileArgs& a) {
 // fp32 bits of an fp16 or bf16 value; the vector traits have instructions for it.
 static inline float half_to_float(uint16_t h) {
   const uint32_t sign = (uint32_t)(h & 0x8000) << 16, exponent = (h >> 10) & 31, mantissa = h & 1023;
-  union { uint32_t u; float f; } bits;
-  if (exponent == 31) bits.u = sign | 0x7F800000 | (mantissa << 13);
-  else if (exponent) bits.u = sign | ((exponent + 112) << 23) | (mantissa << 13);
+  union {
+    uint32_t u;
+    float f;
+  } bits;
+  if (exponent == 31)
+    bits.u = sign | 0x7F800000 | (mantissa << 13);
+  else if (exponent)
+    bits.u = sign | ((exponent + 112) << 23) | (mantissa << 13);
   else {
     bits.f = (float)mantissa * 5.9604644775390625e-8f;  // 2^-24
     bits.u |= sign;
@@ -313,7 +367,10 @@ static inline float half_to_float(uint16_t h) {
 }
 
 static inline float bfloat_to_float(uint16_t h) {
-  union { uint32_t u; float f; } bits = {(uint32_t)h << 16};
+  union {
+    uint32_t u;
+    float f;
+  } bits = {(uint32_t)h << 16};
   return bits.f;
 }
 
@@ -325,7 +382,8 @@ static inline void load_scales_scalar(const void* scales, Type type, int64_t off
 }
 
 constexpr float kLimit[kModes] = {0.0f, 32767.0f, 127.0f, 127 * 65536.0f};  // int24: the first digit stays a byte
-// max|x| over the mean of the others, beyond which a row is not rounded; reference.py states the rule and the value for int16
+// max|x| over the mean of the others, beyond which a row is not rounded; reference.py states the rule and the value for
+// int16
 constexpr float kOutlierRatio[kModes] = {0.0f, 1024.0f, 0.0f, 16.0f};
 constexpr float kSmallestMax = 1e-30f;
 

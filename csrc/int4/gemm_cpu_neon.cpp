@@ -10,7 +10,8 @@ namespace {
 
 #include "int4/gemm_cpu_kernels.h"
 
-// 32 registers: 24 accumulators leave room for the operands of a step. sdot wants signed bytes; a nibble is one as it stands.
+// 32 registers: 24 accumulators leave room for the operands of a step. sdot wants signed bytes; a nibble is one as it
+// stands.
 struct Neon {
   static constexpr int kLanes = 4, kDirectAcc = 16, kWidenTiles = 0;
   static constexpr bool kRawLow = false;  // sdot reads a byte above 127 as negative
@@ -28,17 +29,25 @@ struct Neon {
   static inline void store(float* p, F a) { vst1q_f32(p, a); }
   static inline void store(int32_t* p, I a) { vst1q_s32(p, a); }
   static inline void store(int32_t* p, F a) { vst1q_s32(p, vreinterpretq_s32_f32(a)); }
-  template <int t> static inline I words(const uint8_t* row, int v) { return load((const I*)(row + ((v ^ (2 * t)) * 16))); }
-  template <int shift> static inline I nibbles(I w, int32_t mask) {
+  template <int t>
+  static inline I words(const uint8_t* row, int v) {
+    return load((const I*)(row + ((v ^ (2 * t)) * 16)));
+  }
+  template <int shift>
+  static inline I nibbles(I w, int32_t mask) {
     uint32x4_t u = vreinterpretq_u32_s32(w);
     if constexpr (shift > 0) u = vshrq_n_u32(u, shift);
     return vreinterpretq_s32_u32(vandq_u32(u, vdupq_n_u32((uint32_t)mask)));
   }
-  template <int p> static inline F minus_base(I w, F base) {
+  template <int p>
+  static inline F minus_base(I w, F base) {
     const I bits = vorrq_s32(vandq_s32(w, vdupq_n_s32(0xF << p)), vdupq_n_s32((127 + 23 - p) << 23));
     return vsubq_f32(vreinterpretq_f32_s32(bits), base);
   }
-  template <int bits> static inline I shift_left(I a) { return vshlq_n_s32(a, bits); }
+  template <int bits>
+  static inline I shift_left(I a) {
+    return vshlq_n_s32(a, bits);
+  }
   static inline F to_float(I a) { return vcvtq_f32_s32(a); }
   static inline I broadcast_i(const int32_t* p) { return vld1q_dup_s32(p); }
   static inline F broadcast_f(const float* p) { return vld1q_dup_f32(p); }
@@ -59,12 +68,14 @@ struct Neon {
     if (type == Type::kF32) return load_scales_scalar(scales, type, offset, out);
     for (int i = 0; i < kTileN; i += 4) {
       const uint16x4_t half = vld1_u16((const uint16_t*)scales + offset + i);
-      store(out + i, type == Type::kF16 ? vcvt_f32_f16(vreinterpret_f16_u16(half)) : vreinterpretq_f32_u32(vshll_n_u16(half, 16)));
+      store(out + i, type == Type::kF16 ? vcvt_f32_f16(vreinterpret_f16_u16(half))
+                                        : vreinterpretq_f32_u32(vshll_n_u16(half, 16)));
     }
   }
 };
 
-bool pack_row(Mode mode, const float* x, const Block* blocks, int num_blocks, int32_t* packed, int64_t, float* scale, int32_t* sum) {
+bool pack_row(Mode mode, const float* x, const Block* blocks, int num_blocks, int32_t* packed, int64_t, float* scale,
+              int32_t* sum) {
   bool good = true;
   for (int block = 0; block < num_blocks; block++) {
     const Block& b = blocks[block];
@@ -156,6 +167,10 @@ void silu_mul(float* gate, const float* up, int64_t count) {
 }  // namespace
 
 extern const Kernels kNeonKernels = {
-    "neon", pack_row, {tile<Neon, Mode::kExact>, tile<Neon, Mode::kInt16>, tile<Neon, Mode::kInt8>, nullptr}, to_row_order, silu_mul};
+    "neon",
+    pack_row,
+    {tile<Neon, Mode::kExact>, tile<Neon, Mode::kInt16>, tile<Neon, Mode::kInt8>, nullptr},
+    to_row_order,
+    silu_mul};
 
 }  // namespace m3::int4

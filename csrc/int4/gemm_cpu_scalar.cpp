@@ -14,52 +14,90 @@ struct Scalar {
   static constexpr bool kRawLow = false;
   static constexpr int panel_rows(Mode) { return 4; }
   static constexpr int panel_vectors(Mode) { return 2; }
-  struct I { int32_t v[4]; };
-  struct F { float v[4]; };
+  struct I {
+    int32_t v[4];
+  };
+  struct F {
+    float v[4];
+  };
 
   static void pin(I&) {}
   static void pin(F&) {}
   static I zero(I) { return {}; }
   static F zero(F) { return {}; }
-  static I load(const I* p) { I r; std::memcpy(&r, p, sizeof r); return r; }
-  static F load(const F* p) { F r; std::memcpy(&r, p, sizeof r); return r; }
+  static I load(const I* p) {
+    I r;
+    std::memcpy(&r, p, sizeof r);
+    return r;
+  }
+  static F load(const F* p) {
+    F r;
+    std::memcpy(&r, p, sizeof r);
+    return r;
+  }
   static void store(float* p, F a) { std::memcpy(p, &a, sizeof a); }
   static void store(int32_t* p, I a) { std::memcpy(p, &a, sizeof a); }
   static void store(int32_t* p, F a) { std::memcpy(p, &a, sizeof a); }
-  template <int t> static I words(const uint8_t* row, int v) { return load((const I*)(row + ((v ^ (2 * t)) * 16))); }
-  template <int shift> static I nibbles(I w, int32_t mask) {
+  template <int t>
+  static I words(const uint8_t* row, int v) {
+    return load((const I*)(row + ((v ^ (2 * t)) * 16)));
+  }
+  template <int shift>
+  static I nibbles(I w, int32_t mask) {
     for (int i = 0; i < 4; i++) w.v[i] = (int32_t)(((uint32_t)w.v[i] >> shift) & (uint32_t)mask);
     return w;
   }
-  template <int p> static F minus_base(I w, F base) {
+  template <int p>
+  static F minus_base(I w, F base) {
     F r;
     for (int i = 0; i < 4; i++) r.v[i] = (float)((1 << (23 - p)) + ((w.v[i] >> p) & 15)) - base.v[i];
     return r;
   }
-  static F to_float(I a) { F r; for (int i = 0; i < 4; i++) r.v[i] = (float)a.v[i]; return r; }
+  static F to_float(I a) {
+    F r;
+    for (int i = 0; i < 4; i++) r.v[i] = (float)a.v[i];
+    return r;
+  }
   static I broadcast_i(const int32_t* p) { return {{*p, *p, *p, *p}}; }
   static F broadcast_f(const float* p) { return splat(*p); }
   static F splat(float f) { return {{f, f, f, f}}; }
-  static F fma(F a, F b, F c) { for (int i = 0; i < 4; i++) c.v[i] += a.v[i] * b.v[i]; return c; }
-  static F mul(F a, F b) { for (int i = 0; i < 4; i++) a.v[i] *= b.v[i]; return a; }
-  static I sub(I a, I b) { for (int i = 0; i < 4; i++) a.v[i] -= b.v[i]; return a; }
-  static I multiply(I a, int32_t b) { for (int i = 0; i < 4; i++) a.v[i] *= b; return a; }
+  static F fma(F a, F b, F c) {
+    for (int i = 0; i < 4; i++) c.v[i] += a.v[i] * b.v[i];
+    return c;
+  }
+  static F mul(F a, F b) {
+    for (int i = 0; i < 4; i++) a.v[i] *= b.v[i];
+    return a;
+  }
+  static I sub(I a, I b) {
+    for (int i = 0; i < 4; i++) a.v[i] -= b.v[i];
+    return a;
+  }
+  static I multiply(I a, int32_t b) {
+    for (int i = 0; i < 4; i++) a.v[i] *= b;
+    return a;
+  }
   static I multiply16(I a, int32_t b) { return multiply(a, b); }
   static I widen(I acc, I) { return acc; }
   static I dot8(I acc, I w, I x) {
     for (int i = 0; i < 4; i++)
-      for (int b = 0; b < 4; b++) acc.v[i] += (int32_t)((w.v[i] >> (8 * b)) & 255) * (int32_t)(int8_t)(x.v[i] >> (8 * b));
+      for (int b = 0; b < 4; b++)
+        acc.v[i] += (int32_t)((w.v[i] >> (8 * b)) & 255) * (int32_t)(int8_t)(x.v[i] >> (8 * b));
     return acc;
   }
   static I dot16(I acc, I w, I x) {
     for (int i = 0; i < 4; i++)
-      for (int b = 0; b < 2; b++) acc.v[i] += (int32_t)((w.v[i] >> (16 * b)) & 65535) * (int32_t)(int16_t)(x.v[i] >> (16 * b));
+      for (int b = 0; b < 2; b++)
+        acc.v[i] += (int32_t)((w.v[i] >> (16 * b)) & 65535) * (int32_t)(int16_t)(x.v[i] >> (16 * b));
     return acc;
   }
-  static void load_scales(const void* scales, Type type, int64_t offset, float* out) { load_scales_scalar(scales, type, offset, out); }
+  static void load_scales(const void* scales, Type type, int64_t offset, float* out) {
+    load_scales_scalar(scales, type, offset, out);
+  }
 };
 
-bool pack_row(Mode mode, const float* x, const Block* blocks, int num_blocks, int32_t* packed, int64_t, float* scale, int32_t* sum) {
+bool pack_row(Mode mode, const float* x, const Block* blocks, int num_blocks, int32_t* packed, int64_t, float* scale,
+              int32_t* sum) {
   bool good = true;
   for (int block = 0; block < num_blocks; block++) {
     const Block& b = blocks[block];
@@ -112,6 +150,10 @@ void silu_mul(float* gate, const float* up, int64_t count) {
 }  // namespace
 
 extern const Kernels kScalarKernels = {
-    "scalar", pack_row, {tile<Scalar, Mode::kExact>, tile<Scalar, Mode::kInt16>, tile<Scalar, Mode::kInt8>, nullptr}, to_row_order, silu_mul};
+    "scalar",
+    pack_row,
+    {tile<Scalar, Mode::kExact>, tile<Scalar, Mode::kInt16>, tile<Scalar, Mode::kInt8>, nullptr},
+    to_row_order,
+    silu_mul};
 
 }  // namespace m3::int4

@@ -1,8 +1,8 @@
 // The packed INT4 tile, defined once for CPU and CUDA: index maps between logical (n, k) and bytes. No dependencies.
 //
-// A tile is 64 rows (n) x 16 columns (k) = 512 bytes; tiles are stored (N/64, K/16), k contiguous. Lane (g, t), g in 0..7,
-// t in 0..3, owns the 16-byte chunk at t*128 + (g ^ 2t)*16: four 32-bit words, word a for the 16-row sub-tile a. Byte b of a
-// word holds k = 2t + {0, 8, 1, 9}[b]; its low nibble is row 16a + g, its high nibble row 16a + g + 8.
+// A tile is 64 rows (n) x 16 columns (k) = 512 bytes; tiles are stored (N/64, K/16), k contiguous. Lane (g, t), g in
+// 0..7, t in 0..3, owns the 16-byte chunk at t*128 + (g ^ 2t)*16: four 32-bit words, word a for the 16-row sub-tile a.
+// Byte b of a word holds k = 2t + {0, 8, 1, 9}[b]; its low nibble is row 16a + g, its high nibble row 16a + g + 8.
 // Scales and zeros are stored (N/64, G, 64), row 16a + 8h + g at position 32h + 4g + a ("position order").
 #pragma once
 #include <cstdint>

@@ -70,7 +70,8 @@ Problem make(const Case& c, unsigned seed) {
       const int64_t cell = (n / kTileN * groups + g) * kTileN + position_of_row((int)(n % kTileN));
       scale[n * groups + g] = value;
       const uint16_t bits = half_bits(value, c.scale_type);
-      std::memcpy(p.scales.data() + cell * scale_bytes, c.scale_type == Type::kF32 ? (const void*)&value : &bits, scale_bytes);
+      std::memcpy(p.scales.data() + cell * scale_bytes, c.scale_type == Type::kF32 ? (const void*)&value : &bits,
+                  scale_bytes);
       if (c.zeros) zero[n * groups + g] = p.zeros[cell] = (uint8_t)(random() % 17);
     }
   for (int64_t n = 0; n < c.n; n++)
@@ -78,7 +79,8 @@ Problem make(const Case& c, unsigned seed) {
       for (int t = 0; t < 4; t++)
         for (int b = 0; b < 4; b++) {
           const int64_t k = tile * kTileK + byte_column(t, b), row = n % kTileN;
-          const int64_t byte = (n / kTileN * k_tiles + tile) * kTileBytes + chunk_offset((int)(row & 7), t) + 4 * (row / 16) + b;
+          const int64_t byte =
+              (n / kTileN * k_tiles + tile) * kTileBytes + chunk_offset((int)(row & 7), t) + 4 * (row / 16) + b;
           const int nibble = (int)(random() % 16), g = (int)group_of_tile(tile, c.group_size, 0);
           p.tiles[byte] |= (uint8_t)(nibble << (row & 8 ? 4 : 0));
           if (k < c.k) dense[n * c.k + p.perm[k]] = (nibble - zero[n * groups + g]) * scale[n * groups + g];
@@ -87,9 +89,16 @@ Problem make(const Case& c, unsigned seed) {
   for (int64_t m = 0; m < c.m; m++)
     for (int64_t n = 0; n < c.n; n++)
       for (int64_t k = 0; k < c.k; k++) p.y[m * c.n + n] += (double)p.x[m * c.k + k] * dense[n * c.k + k];
-  p.weights = {p.tiles.data(), p.scales.data(), c.zeros ? p.zeros.data() : nullptr, c.act_order ? p.perm.data() : nullptr,
-               c.scale_type,   1,               c.n,
-               c.k,            c.group_size,    0};
+  p.weights = {p.tiles.data(),
+               p.scales.data(),
+               c.zeros ? p.zeros.data() : nullptr,
+               c.act_order ? p.perm.data() : nullptr,
+               c.scale_type,
+               1,
+               c.n,
+               c.k,
+               c.group_size,
+               0};
   return p;
 }
 
@@ -97,22 +106,25 @@ std::vector<float> multiply(const Problem& p, int64_t first, int64_t rows, Mode 
   const Weights& w = p.weights;
   std::vector<float> y(rows * w.n, std::nanf(""));
   const int64_t offsets[2] = {0, rows};
-  gemm("check", w, {p.x.data() + first * w.k, Type::kF32, w.k, y.data(), Type::kF32, w.n, offsets, nullptr, nullptr}, mode, threads);
+  gemm("check", w, {p.x.data() + first * w.k, Type::kF32, w.k, y.data(), Type::kF32, w.n, offsets, nullptr, nullptr},
+       mode, threads);
   return y;
 }
 
 bool close(const std::vector<float>& y, const std::vector<double>& wanted, double bound, double& error) {
   double square = 0.0, total = 0.0;
-  for (size_t i = 0; i < y.size(); i++) square += (y[i] - wanted[i]) * (y[i] - wanted[i]), total += wanted[i] * wanted[i];
+  for (size_t i = 0; i < y.size(); i++)
+    square += (y[i] - wanted[i]) * (y[i] - wanted[i]), total += wanted[i] * wanted[i];
   error = std::sqrt(square / total);
   return error <= bound;  // false for a NaN
 }
 
 int check_products(unsigned seed) {
   int failures = 0;
-  for (const Case& c : {Case{1, 64, 16, -1, false, false, Type::kF32}, Case{1, 1, 1, 32, true, false, Type::kF16},
-                        Case{5, 70, 100, 32, true, false, Type::kF16}, Case{23, 129, 272, 128, false, false, Type::kBF16},
-                        Case{4, 65, 144, -1, true, true, Type::kF32}, Case{13, 64, 200, 64, true, true, Type::kBF16}})
+  for (const Case& c :
+       {Case{1, 64, 16, -1, false, false, Type::kF32}, Case{1, 1, 1, 32, true, false, Type::kF16},
+        Case{5, 70, 100, 32, true, false, Type::kF16}, Case{23, 129, 272, 128, false, false, Type::kBF16},
+        Case{4, 65, 144, -1, true, true, Type::kF32}, Case{13, 64, 200, 64, true, true, Type::kBF16}})
     for (int mode = 0; mode < kPublicModes; mode++)
       for (const std::string& isa : isas()) {
         const Problem p = make(c, seed);
@@ -120,14 +132,16 @@ int check_products(unsigned seed) {
         const std::vector<float> y = multiply(p, 0, c.m, Mode(mode), 1);
         double error;
         const auto complain = [&](const char* what) {
-          std::printf("%s %s: M=%ld N=%ld K=%ld group %ld: %s (error %.2e)\n", isa.c_str(), kModeNames[mode], (long)c.m, (long)c.n,
-                      (long)c.k, (long)c.group_size, what, error);
+          std::printf("%s %s: M=%ld N=%ld K=%ld group %ld: %s (error %.2e)\n", isa.c_str(), kModeNames[mode], (long)c.m,
+                      (long)c.n, (long)c.k, (long)c.group_size, what, error);
           failures++;
         };
         if (!close(y, p.y, kBound[mode], error)) complain("not the product");
-        if (std::memcmp(multiply(p, 0, c.m, Mode(mode), 2).data(), y.data(), y.size() * 4)) complain("depends on the threads");
+        if (std::memcmp(multiply(p, 0, c.m, Mode(mode), 2).data(), y.data(), y.size() * 4))
+          complain("depends on the threads");
         for (int64_t row : {int64_t{0}, c.m / 2, c.m - 1})
-          if (std::memcmp(multiply(p, row, 1, Mode(mode), 1).data(), y.data() + row * c.n, c.n * 4)) complain("row depends on its neighbours");
+          if (std::memcmp(multiply(p, row, 1, Mode(mode), 1).data(), y.data() + row * c.n, c.n * 4))
+            complain("row depends on its neighbours");
       }
   return failures;
 }
@@ -150,7 +164,8 @@ int check_silu(unsigned seed) {
       kernels->silu_mul(out.data(), up.data(), count);
       for (int64_t i = 0; i < count; i++) {
         const double wanted = gate[i] / (1.0 + std::exp(-(double)gate[i])) * up[i];
-        if (std::fabs(out[i] - wanted) <= 1e-6 * std::fabs(wanted) + 1e-34) continue;  // exp(-gate) leaves fp32 below -88
+        if (std::fabs(out[i] - wanted) <= 1e-6 * std::fabs(wanted) + 1e-34)
+          continue;  // exp(-gate) leaves fp32 below -88
         std::printf("%s silu_mul: gate %g up %g: want %g; got %g\n", kernels->name, gate[i], up[i], wanted, out[i]);
         failures++;
       }
