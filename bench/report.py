@@ -187,8 +187,8 @@ that for a layer of experts. Our weights lie in huge pages, where Int4Weight.pac
 theirs as they do (with `--malloc-huge-pages` also there). GB/s counts the bytes of the INT4 weight with its scales,
 the same for every arm; "of read" compares it with the read bandwidth of the machine, measured between the arms of the
 same rounds, 80th percentile (on a GPU: with the bandwidth of a copy); "of peak" compares multiply-accumulates with
-the measured peak for the operands of that arm's inner product (fp32, bf16, int16 or int8). "Over m3_int16" (on a GPU m3_exact): how
-many times as fast as our default mode this arm is. x and the result are fp32, except in bf16 arms, whose conversions
+the measured peak for the operands of that arm's inner product (fp32, bf16, int16 or int8). "Over m3_int16" (on a GPU
+m3_exact): how many times as fast as our default mode this arm is. x and the result are fp32, except in bf16 arms, whose conversions
 are not timed; on a GPU everything is bf16.
 
 Arms: `m3_*` ours by activation mode (`@isa`: a forced instruction set; `@1t`: one thread); `ort_aL` ONNX Runtime
