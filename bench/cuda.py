@@ -239,16 +239,7 @@ def run_linear(linear: Linear, plan: int4.Plan, say: Callable[[str], None]) -> I
     say(f"{linear.name}: {rotation.copies} copies, {rotation.copies * total / 1e9:.1f} GB")
     arms, absent = int4.build(plan.arms, lambda name: OnGpu(ARMS[name](problem, rotation, 1)), say)
     for m in plan.ms:
-        facts = {
-            "op": "int4_gemm",
-            "shape": linear.name,
-            "m": m,
-            "n": linear.n,
-            "k": linear.k,
-            "group_size": linear.group_size,
-            "symmetric": plan.symmetric,
-            "weight_bytes": problem.weight_bytes,
-        }
+        facts = int4.linear_facts(linear, m, plan.symmetric, problem.weight_bytes)
         x, expected = problem.x[:m].to(torch.bfloat16), functools.partial(problem.result, m)
         yield from rows_of(arms, absent, facts, x, expected, m * linear.n * linear.k, rotation, plan, say)
 

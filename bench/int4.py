@@ -163,6 +163,20 @@ def pass_gates(
     return [arm for arm in arms if gates[arm.name].passed], gates
 
 
+def linear_facts(linear: Linear, m: int, symmetric: bool, weight_bytes: int) -> dict[str, Any]:
+    """What every row of one linear shape and M says, on the CPU and on a GPU."""
+    return {
+        "op": "int4_gemm",
+        "shape": linear.name,
+        "m": m,
+        "n": linear.n,
+        "k": linear.k,
+        "group_size": linear.group_size,
+        "symmetric": symmetric,
+        "weight_bytes": weight_bytes,
+    }
+
+
 def run_linear(linear: Linear, plan: Plan, say: Callable[[str], None]) -> Iterator[Row]:
     """All rows of one shape on the CPU, thread count by thread count."""
     problem = make_problem(linear, max(plan.ms), symmetric=plan.symmetric)
@@ -190,16 +204,7 @@ def run_linear(linear: Linear, plan: Plan, say: Callable[[str], None]) -> Iterat
             times, rates = harness.interleave(
                 timed, seconds=plan.seconds, min_rounds=plan.min_rounds, probe=probe.bandwidth
             )
-            facts = {
-                "op": "int4_gemm",
-                "shape": linear.name,
-                "m": m,
-                "n": linear.n,
-                "k": linear.k,
-                "group_size": linear.group_size,
-                "symmetric": plan.symmetric,
-                "weight_bytes": problem.weight_bytes,
-            }
+            facts = linear_facts(linear, m, plan.symmetric, problem.weight_bytes)
             macs = m * linear.n * linear.k
             read = harness.spread(rates).p80  # undisturbed by other guests of the host
             yield from rows(facts, arms, absent, gates, times, macs, read, ceilings, rotation, threads)

@@ -58,7 +58,7 @@ struct Kernels {
   void (*silu_mul)(float* gate, const float* up, int64_t count);
 };
 
-// Null where the file is not part of this build (another architecture).
+// Each is defined by its file, and exists only where that file is part of the build.
 extern const Kernels kScalarKernels;
 extern const Kernels kAvx2Kernels;
 extern const Kernels kAvxVnniKernels;
