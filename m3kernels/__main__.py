@@ -100,7 +100,23 @@ def int4_examples() -> dict[str, Callable[[], object]]:
     }
 
 
-EXAMPLES = {"int4": int4_examples}  # family -> op -> a small valid call of its public function
+def policy_loss_examples() -> dict[str, Callable[[], object]]:
+    from m3kernels import policy_loss as p
+    from m3kernels.policy_loss.reference import make_inputs
+
+    x = make_inputs(4, 8, 16)
+    head, row = (x["hidden"], x["weight"]), x["advantages"]
+    teacher = {"teacher_hidden": x["hidden"], "teacher_weight": x["weight"], "mask": x["mask"]}
+    return {
+        "linear_logprobs": lambda: p.linear_logprobs(*head, x["ids"]),
+        "linear_logprobs_backward": lambda: p.linear_logprobs_backward(*head, x["ids"], row, row),
+        "linear_policy_loss": lambda: p.linear_policy_loss(*head, x["ids"], row, mask=x["mask"]),
+        "linear_distill_loss": lambda: p.linear_distill_loss(*head, spec=p.DistillSpec(divergence="js"), **teacher),
+    }
+
+
+# family -> op -> a small valid call of its public function
+EXAMPLES = {"int4": int4_examples, "policy_loss": policy_loss_examples}
 
 
 class Record(TorchDispatchMode):
@@ -150,10 +166,10 @@ def report() -> str:
     found = facts()
     width = max(len(subject) for subject, _ in found)
     lines = [f"{subject:<{width}}  {finding}" for subject, finding in found]
-    lines += ["", f"{'op':<24}{'device':<8}{'served by':<11}not by"]
+    lines += ["", f"{'op':<28}{'device':<8}{'served by':<11}not by"]
     for op, device, room, others in services():
         reasons = "; ".join(f"{name}: {why}" for name, why in others)
-        lines.append(f"{op:<24}{device:<8}{room or 'no room':<11}{reasons}".rstrip())
+        lines.append(f"{op:<28}{device:<8}{room or 'no room':<11}{reasons}".rstrip())
     return "\n".join(lines)
 
 

@@ -1,8 +1,5 @@
-// Python border of the CPU extension: integers that are addresses, sizes that Python has validated. No torch header.
-#include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
-
-#include "common/check.h"
+// Python border of the int4 family's CPU kernels: integers that are addresses, sizes that Python has validated.
+#include "common/border_cpu.h"
 #include "int4/gemm_cpu_driver.h"
 
 namespace py = pybind11;
@@ -11,29 +8,14 @@ using namespace m3::int4;
 
 namespace {
 
-template <class T>
-T* at(uintptr_t address) {
-  return reinterpret_cast<T*>(address);
-}
-
 Type type_of(const char* op, const char* argument, int type) {
   check(type >= 0 && type <= 2, op, argument, "0 (fp32), 1 (bf16) or 2 (fp16)", type);
   return Type(type);
 }
 
-using SpanTuple = std::tuple<uintptr_t, int64_t>;  // address and elements of a contiguous tensor; (0, 0) for None
-
 // (qweight, scales, zeros, perm as (address, elements), scale type, experts, N, K, group_size, first_k)
 using WeightTuple =
     std::tuple<SpanTuple, SpanTuple, SpanTuple, SpanTuple, int, int64_t, int64_t, int64_t, int64_t, int64_t>;
-
-// The registered ops can be called without the public checks, so every size that memory safety rests on is checked
-// here.
-void check_span(const char* op, const char* argument, const SpanTuple& span, int64_t count, bool optional) {
-  const auto& [address, got] = span;
-  if (optional && !address && !got) return;
-  check(got == count && (address || !count), op, argument, std::to_string(count) + " elements", got);
-}
 
 Weights weights_of(const char* op, const WeightTuple& tuple) {
   const auto& [tiles, scales, zeros, perm, type, experts, n, k, group_size, first_k] = tuple;
@@ -109,39 +91,10 @@ void int4_moe(SpanTuple x, int type, int64_t tokens, int64_t top_k, SpanTuple id
       at<float>(std::get<0>(topk_weights)), at<void>(y), m, threads);
 }
 
-py::dict build_info() {
-  py::dict info;
-#if defined(__clang__)
-  info["compiler"] = "clang " __clang_version__;
-#elif defined(__GNUC__)
-  info["compiler"] = "gcc " __VERSION__;
-#else
-  info["compiler"] = "unknown";
-#endif
-#if defined(_OPENMP)
-  info["openmp"] = _OPENMP;
-#else
-  info["openmp"] = 0;
-#endif
-#if defined(__x86_64__)
-  info["isas"] = std::vector<std::string>{"avx512vnni", "avx512", "avxvnni", "avx2", "scalar"};
-#elif defined(__aarch64__) && defined(M3_NEON)
-  info["isas"] = std::vector<std::string>{"neon", "scalar"};
-#else
-  info["isas"] = std::vector<std::string>{"scalar"};
-#endif
-  return info;
-}
-
 }  // namespace
 
-PYBIND11_MODULE(_cpu_ext, m) {
-  m.doc() = "Native CPU kernels of m3kernels. Arguments are addresses and sizes: call the public functions instead.";
+void m3::int4::bind(py::module_& m) {
   m.def("int4_gemm", &int4_gemm);
   m.def("int4_grouped_gemm", &int4_grouped_gemm);
   m.def("int4_moe", &int4_moe);
-  m.def("build_info", &build_info, "What was compiled: compiler, OpenMP version, instruction sets.");
-  m.def("isas", &isas, "Instruction sets that this build and this CPU can run, best first.");
-  m.def("get_isa", &get_isa, "The instruction set in use: M3_ISA, else the best.");
-  m.def("set_isa", &set_isa, "Use another instruction set from now on, in the whole process.");
 }

@@ -13,9 +13,11 @@
 #include <cstring>
 #include <memory>
 #include <new>
+#include <string>
+#include <vector>
 
 #include "common/check.h"
-#include "common/cpu_features.h"
+#include "common/isa.h"
 
 namespace m3::int4 {
 namespace {
@@ -147,44 +149,24 @@ std::vector<Block> blocks_of(const Weights& w) {
   return blocks;
 }
 
-const Kernels* all_kernels(int i) {
-#if defined(__x86_64__)
-  static const Kernels* const table[] = {&kAvx512VnniKernels, &kAvx512Kernels, &kAvxVnniKernels, &kAvx2Kernels,
-                                         &kScalarKernels};
-  return i < 5 ? table[i] : nullptr;
-#elif defined(__aarch64__) && defined(M3_NEON)
-  static const Kernels* const table[] = {&kNeonKernels, &kScalarKernels};
-  return i < 2 ? table[i] : nullptr;
-#else
-  return i < 1 ? &kScalarKernels : nullptr;
-#endif
-}
-
-bool runs_here(const Kernels* kernels) {
-  const std::string name = kernels->name;
-  return name == "scalar" || (name == "avx2" && cpu_has_avx2()) || (name == "avxvnni" && cpu_has_avxvnni()) ||
-         (name == "avx512" && cpu_has_avx512()) || (name == "avx512vnni" && cpu_has_avx512vnni()) ||
-         (name == "neon" && cpu_has_dotprod());
-}
-
-const Kernels* find(const std::string& name) {
-  for (int i = 0; const Kernels* kernels = all_kernels(i); i++)
-    if (kernels->name == name && runs_here(kernels)) return kernels;
-  std::string names;
-  for (const std::string& isa : isas()) names += (names.empty() ? "" : ", ") + isa;
-  refuse("set_isa", "name (or M3_ISA)", "one of " + names + " on this machine", "'" + name + "'");
-}
-
-std::atomic<const Kernels*> chosen{nullptr};
-
 const Kernels& kernels() {
-  const Kernels* current = chosen.load(std::memory_order_acquire);
-  if (!current) {
-    const char* wanted = std::getenv("M3_ISA");
-    current = find(wanted && *wanted ? wanted : isas().front());
-    chosen.store(current, std::memory_order_release);
+  switch (current_isa()) {
+#if defined(__x86_64__)
+    case Isa::kAvx512Vnni:
+      return kAvx512VnniKernels;
+    case Isa::kAvx512:
+      return kAvx512Kernels;
+    case Isa::kAvxVnni:
+      return kAvxVnniKernels;
+    case Isa::kAvx2:
+      return kAvx2Kernels;
+#elif defined(__aarch64__) && defined(M3_NEON)
+    case Isa::kNeon:
+      return kNeonKernels;
+#endif
+    default:
+      return kScalarKernels;
   }
-  return *current;
 }
 
 struct Task {
@@ -297,17 +279,6 @@ void check_perm(const char* op, const Weights& w) {  // read from a checkpoint: 
 }
 
 }  // namespace
-
-std::vector<std::string> isas() {
-  std::vector<std::string> names;
-  for (int i = 0; const Kernels* kernels = all_kernels(i); i++)
-    if (runs_here(kernels)) names.push_back(kernels->name);
-  return names;
-}
-
-std::string get_isa() { return kernels().name; }
-
-void set_isa(const std::string& name) { chosen.store(find(name), std::memory_order_release); }
 
 void gemm(const char* op, const Weights& w, const Rows& rows, Mode mode, int threads) {
   check_perm(op, w);

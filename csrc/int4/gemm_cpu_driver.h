@@ -1,8 +1,6 @@
 // What the bindings call: matrix products over packed INT4 weights on the CPU, on raw pointers.
 #pragma once
 #include <cstdint>
-#include <string>
-#include <vector>
 
 #include "int4/gemm_cpu.h"
 
@@ -39,9 +37,5 @@ void gemm(const char* op, const Weights& weights, const Rows& rows, Mode mode, i
 
 void moe(const Weights& w13, const Weights& w2, const void* x, Type type, int64_t tokens, int64_t top_k,
          const int64_t* ids, const float* weights, void* y, Mode mode, int threads);
-
-std::vector<std::string> isas();  // that this build and this CPU can run, best first
-std::string get_isa();
-void set_isa(const std::string& name);
 
 }  // namespace m3::int4

@@ -1,0 +1,74 @@
+"""verl's seam over our kernels: its fused linear head for log-probabilities and entropy.
+
+verl's models call ``FusedLinearForPPO`` where ``actor_rollout_ref.model.use_fused_kernels=True``; with
+``fused_kernel_options.impl_backend=liger`` that calls ``.apply`` of a variable of its module. ``install()`` puts ours
+there, in each process that trains: from a module named in ``actor_rollout_ref.model.external_lib``, for example. Tested
+with verl 0.9.1.
+"""
+
+from __future__ import annotations
+
+import importlib
+
+import torch
+from torch import Tensor, nn
+
+from m3.plugins.liger import fused_linear_scaled_cross_entropy
+from m3kernels.checks import is_strided, refuse
+from m3kernels.policy_loss import linear_logprobs
+
+SEAM = "verl.utils.experimental.torch_functional"
+VARIABLE = "_LIGER_FUSED_LINEAR_SCALED_CROSS_ENTROPY"
+
+
+class FusedLinearScaledCrossEntropy:
+    """``fused_linear_scaled_cross_entropy`` behind the name by which verl calls it."""
+
+    apply = staticmethod(fused_linear_scaled_cross_entropy)
+
+
+def install() -> None:
+    """Make verl's ``impl_backend: liger`` run our kernels.
+
+    Raises:
+        ImportError: verl is not installed, or has no such seam: its version is not one that is supported.
+    """
+    module = importlib.import_module(SEAM)
+    if not hasattr(module, VARIABLE):
+        raise ImportError(f"install: {SEAM}: want a variable {VARIABLE} (verl 0.9); got none")
+    setattr(module, VARIABLE, FusedLinearScaledCrossEntropy)
+
+
+class FusedLinearForPPO(nn.Module):
+    """verl's ``FusedLinearForPPO``: same names and results.
+
+    ``chunk_size`` is without effect, memory is bounded in bytes; ``impl_backend`` is taken and ignored, there is one.
+    Other than verl's, entropy is fp32 whatever the dtype of the hidden states, and gradients are accumulated in fp32.
+    """
+
+    def __init__(self, chunk_size: int = 512, impl_backend: str = "torch") -> None:
+        super().__init__()
+
+    def forward(
+        self, hidden_states: Tensor, vocab_weights: Tensor, input_ids: Tensor, temperature: float = 1.0
+    ) -> tuple[Tensor, Tensor]:
+        """(log-probabilities, entropies), in nats, fp32, of the shape of input_ids.
+
+        Args:
+            hidden_states: (B, L, D) or (T, D). vocab_weights: (V, D). input_ids: (B, L) or (T,), already shifted.
+            temperature: > 0, divides the logits.
+        """
+        op = type(self).__name__
+        if not is_strided(hidden_states) or hidden_states.ndim not in (2, 3):
+            raise refuse(op, "hidden_states", "(B, L, D) or (T, D)", hidden_states)
+        if not is_strided(input_ids) or input_ids.shape != hidden_states.shape[:-1]:
+            raise refuse(op, "input_ids", f"{tuple(hidden_states.shape[:-1])}", input_ids)
+        found = linear_logprobs(
+            hidden_states.flatten(0, -2),
+            vocab_weights,
+            input_ids.flatten().to(torch.int64),
+            temperature=temperature,
+            entropy=True,
+        )
+        assert found.entropy is not None
+        return found.logprobs.view(input_ids.shape), found.entropy.view(input_ids.shape)

@@ -1,0 +1,295 @@
+"""The family's ops as every room but the reference runs them: passes over the rows of a batch, in pieces that fit.
+
+One pass, for the rows that have a weight, piece by piece:
+
+    softmax of the piece, logits kept;  loss(logprobs) -> d loss / d logprobs;  rows whose coefficients are all 0 leave;
+    gradients of the rest from the kept logits: three products in all
+
+A loss that needs whole sequences gets pieces of whole sequences. One that does not fit into the workspace goes through
+the softmax alone first and then has its logits formed again: four products, for its rows only.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from m3kernels.policy_loss import losses
+from m3kernels.policy_loss.schedule import (
+    Chunk,
+    Coefficients,
+    Gradients,
+    Selection,
+    Softmax,
+    Tiles,
+    Weights,
+    active_rows,
+    add_gradients,
+    block_rows,
+    coefficients,
+    from_coefficients,
+    from_divergence,
+    softmax,
+    take,
+    tile_of,
+)
+from m3kernels.policy_loss.types import Head, Tokens
+
+
+def ops(tiles: Tiles) -> tuple[Callable[..., Any], ...]:
+    """The family's ops over a room's tiles: linear_logprobs, its backward, linear_policy_loss, linear_distill_loss."""
+    functions = (linear_logprobs, linear_logprobs_backward, linear_policy_loss, linear_distill_loss)
+    return tuple(functools.partial(torch.no_grad()(function), tiles) for function in functions)
+
+
+# -- log-probabilities ------------------------------------------------------------------------------------------------
+def linear_logprobs(
+    tiles: Tiles,
+    hidden: Tensor,
+    weight: Tensor,
+    ids: Tensor,
+    bias: Tensor | None,
+    temperature: Tensor | None,
+    logit_scale: float,
+    softcap: float,
+    first_id: int,
+    entropy: bool,
+    sum_sq: bool,
+    save_logits: bool,
+    workspace: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    head = Head(weight, bias, temperature, logit_scale, softcap)
+    rows, vocabulary = len(hidden), len(weight)
+    weights = Weights(head, rows)
+    keep = tiles.empty(rows * vocabulary if save_logits else 0, hidden)
+    block = rows if save_logits else min(block_rows(hidden), rows)
+    parts = []
+    for start in range(0, rows, block or 1):
+        chunk = take(hidden, ids, temperature, slice(start, start + block))
+        saved = keep if save_logits else None
+        parts.append(softmax(tiles, weights, chunk, saved, entropy=entropy, sum_sq=sum_sq, first_id=first_id))
+    empty = hidden.new_empty(0, dtype=torch.float32)
+    if not parts:
+        return hidden.new_empty(ids.shape, dtype=torch.float32), empty, empty.clone(), empty.clone(), keep
+    logprobs, lse = torch.cat([part.logprobs for part in parts]), torch.cat([part.lse for part in parts])
+    entropies = torch.cat([part.entropy for part in parts if part.entropy is not None]) if entropy else empty
+    squares = torch.cat([part.sum_sq for part in parts if part.sum_sq is not None]) if sum_sq else empty.clone()
+    return logprobs, lse, entropies, squares, keep
+
+
+def linear_logprobs_backward(
+    tiles: Tiles,
+    hidden: Tensor,
+    weight: Tensor,
+    ids: Tensor,
+    bias: Tensor | None,
+    temperature: Tensor | None,
+    lse: Tensor,
+    logits: Tensor,
+    base: Tensor,
+    slope: Tensor | None,
+    square: Tensor | None,
+    picked: Tensor,
+    logit_scale: float,
+    softcap: float,
+    first_id: int,
+    wants_hidden: bool,
+    wants_weight: bool,
+    wants_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    head = Head(weight, bias, temperature, logit_scale, softcap)
+    weights = Weights(head, len(hidden))
+    c = Coefficients(base, slope, square, picked)
+    active = active_rows(c)
+    kept = len(hidden)
+    rows: Selection = slice(0, kept)
+    if active is not None:
+        rows, c, lse = active, c.take(active), lse[active]
+    chunk = take(hidden, ids, temperature, rows)
+    gradients = Gradients(tiles, hidden, head, (wants_hidden, wants_weight, wants_bias), weight.dtype, 1)
+    form = from_coefficients(tiles, head, chunk, lse, c, first_id)
+    add_gradients(tiles, weights, chunk, logits if logits.numel() else None, kept, active, form, gradients, rows)
+    return gradients.results()
+
+
+# -- one pass ---------------------------------------------------------------------------------------------------------
+class Piece(NamedTuple):
+    """Rows start..stop (of those that have a weight) to work on together; whether their logits fit the workspace."""
+
+    start: int
+    stop: int
+    fits: bool
+
+
+def pieces(segment: Tensor | None, rows: int, limit: int) -> list[Piece]:
+    """Cut rows into pieces of at most limit: anywhere, into equal parts; or between segments (rows,)."""
+    if segment is None:
+        count = -(-rows // limit)
+        bounds = [rows * i // count for i in range(count + 1)] if count else [0]
+        return [Piece(a, b, True) for a, b in itertools.pairwise(bounds)]
+    found: list[Piece] = []
+    start = stop = 0
+    for length in torch.unique_consecutive(segment, return_counts=True)[1].tolist():
+        if stop > start and stop + length - start > limit:
+            found.append(Piece(start, stop, stop - start <= limit))
+            start = stop
+        stop += length
+    return [*found, Piece(start, stop, stop - start <= limit)] if stop > start else found
+
+
+def linear_policy_loss(
+    tiles: Tiles,
+    hidden: Tensor,
+    weight: Tensor,
+    ids: Tensor,
+    bias: Tensor | None,
+    temperature: Tensor | None,
+    token_weight: Tensor,
+    advantages: Tensor | None,
+    old_logprobs: Tensor | None,
+    ref_logprobs: Tensor | None,
+    sampler_logprobs: Tensor | None,
+    teacher_logprobs: Tensor | None,
+    sequence: Tensor | None,
+    step: Tensor | None,
+    logit_scale: float,
+    softcap: float,
+    loss: str,
+    wants_hidden: bool,
+    wants_weight: bool,
+    wants_bias: bool,
+    wide_weight_grad: bool,
+    workspace: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    head = Head(weight, bias, temperature, logit_scale, softcap)
+    streams = (advantages, old_logprobs, ref_logprobs, sampler_logprobs, teacher_logprobs, sequence, step)
+    tokens = Tokens(token_weight, *streams)
+    wanted = (wants_hidden, wants_weight, wants_bias)
+    rows = token_weight.nonzero()[:, 0]
+    whole = {"token": None, "step": step, "sequence": sequence}[losses.scope(loss, old_logprobs is not None)]
+    limit = max(workspace // (4 * max(len(weight), 1)), 1)
+    plan = pieces(None if whole is None else whole[rows], len(rows), limit)
+    largest = max((piece.stop - piece.start for piece in plan if piece.fits), default=0)
+    weights = Weights(head, largest or limit)
+    keep = tiles.empty(largest * len(weight), hidden) if any(wanted) else None
+    dtype = torch.float32 if wide_weight_grad else weight.dtype
+    gradients = Gradients(tiles, hidden, head, wanted, dtype, len(plan))
+    tally, value = losses.Tally(hidden), hidden.new_zeros((), dtype=torch.float64)
+    for piece in plan:
+        everything = len(rows) == len(hidden)
+        selection: Selection = slice(piece.start, piece.stop) if everything else rows[piece.start : piece.stop]
+        chunk = take(hidden, ids, temperature, selection)
+        n = len(chunk.x)
+        kept = keep[: n * len(weight)] if keep is not None and piece.fits else None
+        found = (
+            softmax(tiles, weights, chunk, kept, entropy=True, sum_sq=False)
+            if piece.fits
+            else softmax_in_blocks(tiles, weights, chunk)
+        )
+        c, total, details = differentiate(loss, found, tokens.take(rows[piece.start : piece.stop]))
+        tally.add(n, details)
+        value += total
+        if not any(wanted):
+            continue
+        active = active_rows(c)
+        lse = found.lse
+        if active is not None:
+            selection, c, lse = rows[piece.start : piece.stop][active], c.take(active), lse[active]
+            chunk = Chunk(*(None if part is None else part[active] for part in chunk))  # type: ignore[arg-type]
+        tally.counts["rows_differentiated"] += len(chunk.x)
+        tally.counts["rows_recomputed"] += 0 if piece.fits else len(chunk.x)
+        form = from_coefficients(tiles, head, chunk, lse, c)
+        add_gradients(tiles, weights, chunk, kept, n, active, form, gradients, selection)
+    return value.float(), *gradients.results(), tally.metrics()
+
+
+def softmax_in_blocks(tiles: Tiles, weights: Weights, chunk: Chunk) -> Softmax:
+    """The softmax of more rows than the workspace has room for, block by block."""
+    block = block_rows(chunk.x)
+    parts = []
+    for start in range(0, len(chunk.x), block):
+        piece = Chunk(*(None if part is None else part[start : start + block] for part in chunk))  # type: ignore[arg-type]
+        parts.append(softmax(tiles, weights, piece, None, entropy=True, sum_sq=False))
+    entropies = torch.cat([part.entropy for part in parts if part.entropy is not None])
+    return Softmax(torch.cat([p.logprobs for p in parts]), torch.cat([p.lse for p in parts]), entropies, None)
+
+
+def differentiate(
+    loss: str | losses.TokenLoss, found: Softmax, tokens: Tokens
+) -> tuple[Coefficients, Tensor, losses.Details]:
+    """(coefficients of dz, weighted sum of the losses, details) of n tokens, by autograd on n numbers."""
+    assert found.entropy is not None
+    with torch.inference_mode(False), torch.enable_grad():
+        single = found.logprobs.shape[1] == 1
+        logprobs = (found.logprobs[:, 0] if single else found.logprobs).clone().requires_grad_()
+        entropy = found.entropy.clone().requires_grad_()
+        values, details = losses.evaluate(loss, logprobs, tokens, entropy)
+        total = losses.total(values, tokens)
+        grads: tuple[Tensor | None, ...] = (None, None)
+        if total.requires_grad:
+            grads = torch.autograd.grad(total, (logprobs, entropy), allow_unused=True)
+    d_logprobs = torch.zeros_like(found.logprobs) if grads[0] is None else grads[0].reshape(found.logprobs.shape)
+    return coefficients(found, d_logprobs, grads[1], None), total.detach(), details
+
+
+# -- divergence from a teacher's head ---------------------------------------------------------------------------------
+def linear_distill_loss(
+    tiles: Tiles,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    temperature: Tensor | None,
+    token_weight: Tensor,
+    teacher_hidden: Tensor,
+    teacher_weight: Tensor,
+    teacher_bias: Tensor | None,
+    logit_scale: float,
+    softcap: float,
+    teacher_logit_scale: float,
+    teacher_softcap: float,
+    kind: str,
+    beta: float,
+    wants_hidden: bool,
+    wants_weight: bool,
+    wants_bias: bool,
+    wide_weight_grad: bool,
+    workspace: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    head = Head(weight, bias, temperature, logit_scale, softcap)
+    teacher = Head(teacher_weight, teacher_bias, temperature, teacher_logit_scale, teacher_softcap)
+    wanted = (wants_hidden, wants_weight, wants_bias)
+    rows = token_weight.nonzero()[:, 0]
+    plan = pieces(None, len(rows), max(workspace // (8 * max(len(weight), 1)), 1))
+    largest = max((piece.stop - piece.start for piece in plan), default=0)
+    weights, teacher_weights = Weights(head, largest), Weights(teacher, largest)
+    teacher_weights.columns = weights.columns
+    keep, teacher_keep = (tiles.empty(largest * len(weight), hidden) for _ in range(2))
+    dtype = torch.float32 if wide_weight_grad else weight.dtype
+    gradients = Gradients(tiles, hidden, head, wanted, dtype, len(plan))
+    tally, value = losses.Tally(hidden), hidden.new_zeros((), dtype=torch.float64)
+    no_ids = torch.full((len(hidden), 1), -1, dtype=torch.int64, device=hidden.device)
+    for piece in plan:
+        selection = rows[piece.start : piece.stop]
+        chunk, teacher_chunk = (take(x, no_ids, temperature, selection) for x in (hidden, teacher_hidden))
+        n = len(chunk.x)
+        kept, teacher_kept = keep[: n * len(weight)], teacher_keep[: n * len(weight)]
+        found = softmax(tiles, weights, chunk, kept, entropy=True, sum_sq=False)
+        other = softmax(tiles, teacher_weights, teacher_chunk, teacher_kept, entropy=False, sum_sq=False)
+        divergence, center = (torch.zeros_like(found.lse) for _ in range(2))
+        for first, last in weights.spans():
+            z, t = tile_of(kept, n, first, last), tile_of(teacher_kept, n, first, last)
+            tiles.divergence(z, t, found.lse, other.lse, kind, beta, divergence, center)
+        scale = token_weight[selection]
+        assert found.entropy is not None
+        value += (divergence * scale).sum()
+        tally.add(n, {"kl": divergence, "entropy": found.entropy})
+        if any(wanted):
+            tally.counts["rows_differentiated"] += n
+            form = from_divergence(tiles, head, chunk, teacher_kept, n, found.lse, other.lse, kind, beta, center, scale)
+            add_gradients(tiles, weights, chunk, kept, n, None, form, gradients, selection)
+    return value.float(), *gradients.results(), tally.metrics()

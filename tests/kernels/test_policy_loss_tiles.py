@@ -1,0 +1,750 @@
+"""The native CPU tile kernels of policy_loss on every instruction set that runs here, against plain torch in fp64.
+
+Values, running sums over many tiles, rows that do not see each other, threads that do not matter, hostile memory, and
+every error of the border.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from m3kernels import _cpu_ext
+from m3kernels.policy_loss import _cpu, tiles
+from m3kernels.policy_loss.tiles import State, new_state
+from m3kernels.testing import bitwise_equal, check_error, relative_error, surrounded_by_nan
+
+TOLERANCE = {"c": 1.5, "eps": 1e-7}
+ISAS = ("avx512", "avx2", "neon", "scalar")  # those with tile kernels of their own
+TWINS = {"avx512vnni": "avx512", "avxvnni": "avx2"}
+FAR = 2**40  # an id of no vocabulary
+KINDS = (("forward", 0.5), ("reverse", 0.5), ("js", 0.5), ("js", 0.1), ("js", 0.9))
+every_kind = pytest.mark.parametrize(("kind", "beta"), KINDS)
+
+
+def use(name: str) -> Iterator[str]:
+    if name not in _cpu_ext.isas():
+        pytest.skip(f"this CPU does not run {name}")
+    before = _cpu_ext.get_isa()
+    _cpu_ext.set_isa(name)
+    yield name
+    _cpu_ext.set_isa(before)
+
+
+@pytest.fixture(params=[name for name in ISAS if name in _cpu_ext.build_info()["isas"]])
+def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    """The name of an instruction set, in use for the test."""
+    yield from use(request.param)
+
+
+@pytest.fixture
+def threads() -> Iterator[Callable[[int], None]]:
+    """Sets the number of threads; put back after the test."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+def converted(value: Any, dtype: torch.dtype) -> Any:
+    """A copy, with floating tensors in dtype."""
+    if isinstance(value, State):
+        return State(*(converted(part, dtype) for part in value))
+    if not isinstance(value, Tensor):
+        return value
+    return value.to(dtype, copy=True) if value.is_floating_point() else value.clone()
+
+
+def padded(matrix: Tensor, pad: int) -> Tensor:
+    """A copy with rows that lie `pad` elements of nan apart, inside more nan."""
+    rows, columns = matrix.shape
+    buffer = torch.full((rows + 2, columns + pad), torch.nan, dtype=matrix.dtype)
+    inside = buffer[1 : rows + 1, :columns]
+    return inside.copy_(matrix)
+
+
+def margins(inside: Tensor) -> Tensor:
+    """What lies around a matrix made by ``padded``."""
+    around = inside._base.clone()
+    around[1 : inside.shape[0] + 1, : inside.shape[1]] = torch.nan
+    return around
+
+
+def random_ids(rows: int, ids: int, vocabulary: int) -> Tensor:
+    """(rows, ids): random ones, the first and the last index, repeats, negative ones and ids of nothing."""
+    table = torch.randint(0, max(1, vocabulary), (rows, ids))
+    edges = torch.tensor([0, vocabulary - 1, -1, vocabulary, FAR, -(2**63), 2**63 - 1, 0])
+    if ids > 1:
+        table[:, : len(edges)] = edges[:ids]
+    return table
+
+
+# -- statistics -------------------------------------------------------------------------------------------------------
+STATISTICS: dict[str, dict[str, Any]] = {
+    "one_by_one": dict(rows=1, widths=(1,)),
+    "no_rows": dict(rows=0, widths=(5,)),
+    "no_columns": dict(rows=3, widths=(0,)),
+    "empty_tiles_between": dict(rows=3, widths=(0, 7, 0, 9)),
+    "no_ids": dict(rows=3, widths=(33,), ids=0),
+    "under_a_vector": dict(rows=5, widths=(3,), ids=3),
+    "one_vector": dict(rows=2, widths=(16,)),
+    "vector_and_one": dict(rows=2, widths=(17, 15), ids=2),
+    "four_vectors_and_one": dict(rows=3, widths=(65,), entropy=True, sum_sq=True),
+    "two_blocks_and_part": dict(rows=3, widths=(2083,), entropy=True, sum_sq=True, ids=9),
+    "many_tiles": dict(rows=4, widths=(129,) * 40, entropy=True, sum_sq=True, ids=9),
+    "uneven_tiles": dict(rows=4, widths=(1, 500, 2, 77, 1024), entropy=True),
+    "ascending": dict(rows=3, widths=(64,) * 8, ascending=True, entropy=True, sum_sq=True),
+    "strided": dict(rows=5, widths=(77, 64), pad=19, ids=4),
+    "many_ids": dict(rows=2, widths=(40, 37), ids=131),
+    "entropy": dict(rows=5, widths=(100, 101), entropy=True),
+    "sum_sq": dict(rows=5, widths=(100, 101), sum_sq=True),
+    "bias": dict(rows=3, widths=(61, 70), bias=True, pad=3),
+    "scale": dict(rows=3, widths=(61, 70), logit_scale=0.3, entropy=True),
+    "negative_scale": dict(rows=3, widths=(61, 70), logit_scale=-2.5),
+    "softcap": dict(rows=3, widths=(61, 70), softcap=5.0, entropy=True),
+    "softcap_of_tiny": dict(rows=3, widths=(61, 70), softcap=30.0, magnitude=1e-6),
+    "temperature": dict(rows=3, widths=(61, 70), temperature=True),
+    "everything": dict(
+        rows=7, widths=(131, 1, 300), ids=9, pad=5, bias=True, logit_scale=0.5, softcap=20.0, temperature=True,
+        entropy=True, sum_sq=True,
+    ),
+    "everything_with_holes": dict(
+        rows=7, widths=(131, 300), ids=9, bias=True, logit_scale=0.5, softcap=20.0, temperature=True, entropy=True,
+        sum_sq=True, holes=True,
+    ),
+    "holes": dict(rows=6, widths=(50, 131), ids=9, holes=True, entropy=True, sum_sq=True),
+    "all_holes": dict(rows=2, widths=(50, 3), all_holes=True, entropy=True, sum_sq=True),
+    "first_tile_all_holes": dict(rows=2, widths=(50, 30), first_holes=True, entropy=True, sum_sq=True),
+    "huge": dict(rows=5, widths=(200, 311), magnitude=1e4, entropy=True, sum_sq=True),
+    "huge_negative": dict(rows=5, widths=(200, 311), magnitude=1.0, offset=-1e4, entropy=True, sum_sq=True),
+    "huge_softcap": dict(rows=5, widths=(200, 311), magnitude=1e4, softcap=50.0, temperature=True),
+    "flat": dict(rows=3, widths=(1000,), magnitude=0.0, entropy=True, sum_sq=True),
+}  # fmt: skip
+
+
+def make_statistics(
+    rows: int,
+    widths: tuple[int, ...],
+    *,
+    ids: int = 1,
+    pad: int = 0,
+    bias: bool = False,
+    logit_scale: float = 1.0,
+    softcap: float = 0.0,
+    temperature: bool = False,
+    entropy: bool = False,
+    sum_sq: bool = False,
+    magnitude: float = 4.0,
+    offset: float = 0.0,
+    ascending: bool = False,
+    holes: bool = False,
+    all_holes: bool = False,
+    first_holes: bool = False,
+) -> dict[str, Any]:
+    vocabulary = sum(widths)
+    z = torch.randn(rows, vocabulary) * magnitude + offset
+    if ascending:
+        z = z.sort(1).values * 8
+    if holes:
+        z[torch.rand_like(z) < 0.3] = -torch.inf
+    if all_holes:
+        z[:] = -torch.inf
+    if first_holes:
+        z[:, : widths[0]] = -torch.inf
+    return dict(
+        z=z,
+        widths=widths,
+        pad=pad,
+        ids=random_ids(rows, ids, vocabulary),
+        bias=torch.randn(vocabulary) if bias else None,
+        logit_scale=logit_scale,
+        softcap=softcap,
+        inverse_temperature=torch.rand(rows) + 0.5 if temperature else None,
+        entropy=entropy,
+        sum_sq=sum_sq,
+    )
+
+
+def run_statistics(room: ModuleType, dtype: torch.dtype, **case: Any) -> dict[str, Tensor]:
+    """Feed the tiles one after another; {name: what comes out}."""
+    z, ids, bias, inverse = (converted(case[name], dtype) for name in ("z", "ids", "bias", "inverse_temperature"))
+    state = new_state(*ids.shape, entropy=case["entropy"], sum_sq=case["sum_sq"], like=z)
+    outputs, first = [], 0
+    for width in case["widths"]:
+        tile = padded(z[:, first : first + width], case["pad"])
+        tile_bias = None if bias is None else surrounded_by_nan(bias[first : first + width])
+        room.statistics(tile, ids, first, tile_bias, case["logit_scale"], case["softcap"], inverse, state)
+        assert margins(tile).isnan().all(), "written beside the tile"
+        outputs.append(tile.clone())
+        first += width
+    found = {"logits": torch.cat(outputs, 1), "maximum": state.maximum, "picked": state.picked}
+    found["lse"] = state.maximum + state.total.log()
+    if state.weighted is not None:
+        found["entropy"] = state.total.log() - state.weighted / state.total
+    if state.squared is not None:
+        found["sum_sq"] = state.squared / state.total.square()
+    return found
+
+
+@pytest.mark.parametrize("case", STATISTICS)
+def test_statistics_are_within_tolerance(isa: str, case: str) -> None:
+    made = make_statistics(**STATISTICS[case])
+    ours, exact, torch32 = (
+        run_statistics(room, dtype, **made)
+        for room, dtype in ((_cpu, torch.float32), (tiles, torch.float64), (tiles, torch.float32))
+    )
+    assert ours.keys() == exact.keys()
+    for name, value in ours.items():
+        check_error(value, exact[name], torch32[name], TOLERANCE)
+
+
+@pytest.mark.parametrize("case", ("many_tiles", "holes", "huge", "strided"))
+def test_identity_leaves_logits_and_picks_them(isa: str, case: str) -> None:
+    made = make_statistics(**STATISTICS[case])
+    found = run_statistics(_cpu, torch.float32, **made)
+    assert bitwise_equal(found["logits"], made["z"])
+    assert bitwise_equal(found["maximum"], made["z"].amax(1))
+    ids = made["ids"]
+    inside = (ids >= 0) & (ids < made["z"].shape[1])
+    wanted = torch.where(inside, made["z"].gather(1, torch.where(inside, ids, 0)), -torch.inf)
+    assert bitwise_equal(found["picked"], wanted)
+
+
+@pytest.mark.parametrize("bad", (torch.nan, torch.inf), ids=str)
+@pytest.mark.parametrize("column", (0, 37, 99))
+def test_statistics_of_a_bad_row_are_nan_and_of_its_neighbours_are_not(isa: str, bad: float, column: int) -> None:
+    made = make_statistics(3, (60, 40), entropy=True, sum_sq=True)
+    made["z"][1, column] = bad
+    found = run_statistics(_cpu, torch.float32, **made)
+    assert found["lse"].isnan().tolist() == [False, True, False]
+    assert found["entropy"].isnan().tolist() == [False, True, False]
+
+
+@pytest.mark.parametrize("case", ("everything", "everything_with_holes", "two_blocks_and_part", "many_tiles"))
+def test_statistics_of_a_row_do_not_see_the_others(isa: str, case: str) -> None:
+    made = make_statistics(**STATISTICS[case])
+    together = run_statistics(_cpu, torch.float32, **made)
+    rows = range(made["z"].shape[0])
+    per_row = ("z", "ids", "inverse_temperature")
+    alone = [
+        run_statistics(
+            _cpu, torch.float32, **{k: v[i : i + 1] if k in per_row and v is not None else v for k, v in made.items()}
+        )
+        for i in rows
+    ]
+    for name, value in together.items():
+        assert bitwise_equal(value, torch.cat([one[name] for one in alone])), name
+
+
+@pytest.mark.parametrize("count", (2, 3))
+def test_statistics_do_not_depend_on_threads(isa: str, threads: Callable[[int], None], count: int) -> None:
+    made = make_statistics(61, (1500, 700), ids=3, softcap=20.0, temperature=True, entropy=True, sum_sq=True)
+    threads(1)
+    one = run_statistics(_cpu, torch.float32, **made)
+    threads(count)
+    more = run_statistics(_cpu, torch.float32, **made)
+    for name, value in one.items():
+        assert bitwise_equal(value, more[name]), name
+
+
+def test_exponential_is_within_two_ulp(isa: str) -> None:
+    """total of a row of one logit below a maximum of 0 is 1 + exp: read off exp alone, where the state holds the 0."""
+    x = torch.linspace(-87.3, 0.0, 20011)[:, None].contiguous()
+    state = new_state(x.shape[0], 0, entropy=False, sum_sq=False, like=x)
+    state.maximum.zero_()
+    _cpu.statistics(x.clone(), torch.empty(x.shape[0], 0, dtype=torch.int64), 0, None, 1.0, 0.0, None, state)
+    exact = x[:, 0].double().exp()
+    ulp = torch.nextafter(exact.float(), torch.tensor(torch.inf)).double() - exact.float().double()
+    assert float(((state.total.double() - exact) / ulp).abs().max()) <= 2
+
+
+# -- gradient ---------------------------------------------------------------------------------------------------------
+GRADIENT: dict[str, dict[str, Any]] = {
+    "one_by_one": dict(rows=1, columns=1),
+    "no_rows": dict(rows=0, columns=5),
+    "no_columns": dict(rows=3, columns=0),
+    "no_ids": dict(rows=3, columns=35, ids=0),
+    "under_a_vector": dict(rows=5, columns=3, ids=9),
+    "vector_and_one": dict(rows=5, columns=17),
+    "blocks": dict(rows=3, columns=2083, ids=9),
+    "strided": dict(rows=4, columns=67, pad=13, ids=2),
+    "repeated_ids": dict(rows=4, columns=67, ids=131),
+    "first": dict(rows=4, columns=67, ids=9, first=1000),
+    "some_rows": dict(rows=9, columns=131, ids=9, some=(7, 0, 7, 3)),
+    "no_row_of_many": dict(rows=9, columns=131, some=()),
+    "slope": dict(rows=4, columns=131, slope=True),
+    "square": dict(rows=4, columns=131, square=True),
+    "slope_and_square": dict(rows=4, columns=131, slope=True, square=True, ids=2),
+    "scale": dict(rows=4, columns=131, logit_scale=-0.3, slope=True),
+    "softcap": dict(rows=4, columns=131, softcap=20.0, ids=9),
+    "temperature": dict(rows=4, columns=131, temperature=True, ids=9),
+    "everything": dict(
+        rows=9, columns=300, pad=3, ids=9, first=77, some=(8, 1, 2), slope=True, square=True, logit_scale=0.5,
+        softcap=20.0, temperature=True,
+    ),
+    "holes": dict(rows=4, columns=131, holes=True, slope=True, square=True, ids=2),
+    "huge": dict(rows=4, columns=131, magnitude=1e4, slope=True, square=True, ids=2),
+}  # fmt: skip
+
+
+def make_gradient(
+    rows: int,
+    columns: int,
+    *,
+    ids: int = 1,
+    first: int = 0,
+    pad: int = 0,
+    some: tuple[int, ...] | None = None,
+    slope: bool = False,
+    square: bool = False,
+    logit_scale: float = 1.0,
+    softcap: float = 0.0,
+    temperature: bool = False,
+    magnitude: float = 4.0,
+    holes: bool = False,
+) -> dict[str, Any]:
+    inverse = torch.rand(rows) + 0.5 if temperature else None
+    z = torch.randn(rows, columns) * magnitude
+    if softcap:
+        z = softcap * torch.tanh(z / softcap) * (1.0 if inverse is None else inverse[:, None])
+    if holes:
+        z[torch.rand_like(z) < 0.3] = -torch.inf
+    lse = z.logsumexp(1) + 0.1 if columns else torch.zeros(rows)  # the rest of the vocabulary is elsewhere
+    table = random_ids(rows, ids, columns)
+    table = torch.where(table.abs() < FAR, table + first, table)
+    which = None if some is None else torch.tensor(some, dtype=torch.int64)
+    taken = slice(None) if which is None else which
+    values = [torch.randn(rows)[taken] for _ in range(3)]
+    return dict(
+        z=z,
+        pad=pad,
+        rows=which,
+        ids=table[taken].contiguous(),
+        first=first,
+        lse=lse[taken].contiguous(),
+        base=values[0],
+        slope=values[1] if slope else None,
+        square=values[2] if square else None,
+        picked=torch.randn(rows, ids)[taken].contiguous(),
+        logit_scale=logit_scale,
+        softcap=softcap,
+        inverse_temperature=None if inverse is None else inverse[taken].contiguous(),
+    )
+
+
+GRADIENT_NAMES = (
+    "rows", "ids", "first", "lse", "base", "slope", "square", "picked", "logit_scale", "softcap",
+    "inverse_temperature",
+)  # fmt: skip
+
+
+def run_gradient(room: ModuleType, dtype: torch.dtype, in_place: bool = False, **case: Any) -> Tensor:
+    z = padded(converted(case["z"], dtype), case["pad"])
+    out = z if in_place else padded(z.new_full((case["ids"].shape[0], z.shape[1]), torch.nan), case["pad"] + 2)
+    room.gradient(z, *(converted(case[name], dtype) for name in GRADIENT_NAMES), out)
+    assert margins(out).isnan().all(), "written beside the tile"
+    return out.clone()
+
+
+@pytest.mark.parametrize("case", GRADIENT)
+def test_gradient_is_within_tolerance(isa: str, case: str) -> None:
+    made = make_gradient(**GRADIENT[case])
+    exact, torch32 = (run_gradient(tiles, dtype, **made) for dtype in (torch.float64, torch.float32))
+    check_error(run_gradient(_cpu, torch.float32, **made), exact, torch32, TOLERANCE)
+
+
+@pytest.mark.parametrize("case", [name for name in GRADIENT if "some" not in GRADIENT[name]])
+def test_gradient_in_place_is_the_same(isa: str, case: str) -> None:
+    made = make_gradient(**GRADIENT[case])
+    apart, in_place = (run_gradient(_cpu, torch.float32, place, **made) for place in (False, True))
+    assert bitwise_equal(apart, in_place)
+
+
+PER_ROW = {"ids", "lse", "base", "slope", "square", "picked", "inverse_temperature"}
+
+
+@pytest.mark.parametrize("case", ("everything", "some_rows", "blocks", "slope_and_square"))
+def test_gradient_of_a_row_does_not_see_the_others(isa: str, case: str) -> None:
+    made = make_gradient(**GRADIENT[case])
+    together = run_gradient(_cpu, torch.float32, **made)
+    which = range(made["z"].shape[0]) if made["rows"] is None else made["rows"].tolist()
+    alone = []
+    for i, row in enumerate(which):
+        one = {name: v[i : i + 1] if name in PER_ROW and v is not None else v for name, v in made.items()}
+        alone.append(run_gradient(_cpu, torch.float32, **{**one, "z": made["z"][row : row + 1], "rows": None}))
+    assert bitwise_equal(together, torch.cat(alone))
+
+
+@pytest.mark.parametrize("count", (2, 3))
+def test_gradient_does_not_depend_on_threads(isa: str, threads: Callable[[int], None], count: int) -> None:
+    made = make_gradient(61, 1500, ids=5, slope=True, softcap=20.0)
+    threads(1)
+    one = run_gradient(_cpu, torch.float32, **made)
+    threads(count)
+    assert bitwise_equal(one, run_gradient(_cpu, torch.float32, **made))
+
+
+def test_gradient_is_that_of_autograd(isa: str) -> None:
+    """Softcap, temperature, scale; log-probabilities of two ids, entropy and sum of squares."""
+    raw = torch.randn(5, 90, dtype=torch.float64, requires_grad=True)
+    inverse, ids = torch.rand(5, dtype=torch.float64) + 0.5, torch.randint(0, 90, (5, 2))
+    z = 7.0 * torch.tanh(0.8 * raw / 7.0) * inverse[:, None]
+    lse = z.logsumexp(1)
+    log_p = z - lse[:, None]
+    w_pick, w_entropy, w_square = torch.randn(5, 2).double(), torch.randn(5).double(), torch.randn(5).double()
+    entropy, sum_sq = -(log_p.exp() * log_p).sum(1), log_p.exp().square().sum(1)
+    loss = (w_pick * log_p.gather(1, ids)).sum() + (w_entropy * entropy).sum() + (w_square * sum_sq).sum()
+    loss.backward()
+    # d H / d z' = -p (log p + H);  d sum p^2 / d z' = 2 p (p - sum p^2);  d log p_k / d z' = [k] - p
+    base = -w_pick.sum(1) - w_entropy * entropy - 2 * w_square * sum_sq
+    made = dict(z=z, lse=lse, base=base, slope=-w_entropy, square=2 * w_square, picked=w_pick, ids=ids)
+    made = {name: converted(value.detach(), torch.float32) for name, value in made.items()}
+    inverse32 = inverse.float()
+    found = run_gradient(
+        _cpu, torch.float32, pad=0, rows=None, first=0, logit_scale=0.8, softcap=7.0, inverse_temperature=inverse32,
+        **made,
+    )  # fmt: skip
+    assert relative_error(found, raw.grad).max < 2e-6
+
+
+# -- divergence -------------------------------------------------------------------------------------------------------
+DIVERGENCE: dict[str, dict[str, Any]] = {
+    "one_by_one": dict(rows=1, widths=(1,)),
+    "no_rows": dict(rows=0, widths=(5,)),
+    "no_columns": dict(rows=3, widths=(0,)),
+    "under_a_vector": dict(rows=5, widths=(3,)),
+    "vector_and_one": dict(rows=5, widths=(17, 31), pad=3),
+    "blocks": dict(rows=3, widths=(2083, 5)),
+    "many_tiles": dict(rows=3, widths=(129,) * 20),
+    "holes": dict(rows=4, widths=(131, 40), holes=True),
+    "huge": dict(rows=4, widths=(131, 40), magnitude=1e4),
+    "close": dict(rows=4, widths=(500,), distance=1e-2),
+    "equal": dict(rows=4, widths=(500,), distance=0.0),
+    "softcap": dict(rows=4, widths=(131,), softcap=20.0),
+    "everything": dict(rows=9, widths=(131, 40), pad=3, softcap=20.0, temperature=True, logit_scale=0.5, some=(8, 1)),
+}
+
+
+def make_divergence(
+    rows: int,
+    widths: tuple[int, ...],
+    *,
+    pad: int = 0,
+    magnitude: float = 2.0,
+    distance: float = 1.0,
+    holes: bool = False,
+    softcap: float = 0.0,
+    temperature: bool = False,
+    logit_scale: float = 1.0,
+    some: tuple[int, ...] | None = None,
+) -> dict[str, Any]:
+    vocabulary = sum(widths)
+    student = torch.randn(rows, vocabulary) * magnitude
+    teacher = student + torch.randn(rows, vocabulary) * magnitude * distance
+    inverse = torch.rand(rows) + 0.5 if temperature else None
+    if softcap:
+        student = softcap * torch.tanh(student / softcap) * (1.0 if inverse is None else inverse[:, None])
+    if holes:  # the teacher's where the student has one: every kind stays finite
+        hole = torch.rand_like(student) < 0.3
+        student[hole] = teacher[hole] = -torch.inf
+    empty = torch.zeros(rows)
+    return dict(
+        student=student,
+        teacher=teacher,
+        widths=widths,
+        pad=pad,
+        rows=None if some is None else torch.tensor(some, dtype=torch.int64),
+        student_lse=student.logsumexp(1) if vocabulary else empty,
+        teacher_lse=teacher.logsumexp(1) if vocabulary else empty,
+        weight=torch.randn(rows),
+        center=torch.randn(rows),
+        logit_scale=logit_scale,
+        softcap=softcap,
+        inverse_temperature=inverse,
+    )
+
+
+def run_divergence(
+    room: ModuleType, dtype: torch.dtype, kind: str, beta: float, **case: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(value, center, gradient) of all tiles."""
+    case = {name: converted(value, dtype) for name, value in case.items()}
+    value, center = case["student"].new_zeros(2, case["student"].shape[0])
+    gradients, first = [], 0
+    which = slice(None) if case["rows"] is None else case["rows"]
+    for width in case["widths"]:
+        student, teacher = (padded(case[z][:, first : first + width], case["pad"]) for z in ("student", "teacher"))
+        room.divergence(student, teacher, case["student_lse"], case["teacher_lse"], kind, beta, value, center)
+        out = padded(torch.full_like(student[which], torch.nan), case["pad"] + 2)
+        per_row = ("student_lse", "teacher_lse", "center", "weight", "inverse_temperature")
+        given = {name: None if case[name] is None else case[name][which].contiguous() for name in per_row}
+        room.divergence_gradient(
+            student, teacher, case["rows"], given["student_lse"], given["teacher_lse"], kind, beta, given["center"],
+            given["weight"], case["logit_scale"], case["softcap"], given["inverse_temperature"], out,
+        )  # fmt: skip
+        assert margins(out).isnan().all(), "written beside the tile"
+        gradients.append(out.clone())
+        first += width
+    return value, center, torch.cat(gradients, 1)
+
+
+@every_kind
+@pytest.mark.parametrize("case", DIVERGENCE)
+def test_divergence_is_within_tolerance(isa: str, kind: str, beta: float, case: str) -> None:
+    made = make_divergence(**DIVERGENCE[case])
+    ours, exact, torch32 = (
+        run_divergence(room, dtype, kind, beta, **made)
+        for room, dtype in ((_cpu, torch.float32), (tiles, torch.float64), (tiles, torch.float32))
+    )
+    for found, wanted, theirs in zip(ours, exact, torch32, strict=True):
+        check_error(found, wanted, theirs, TOLERANCE)
+
+
+@every_kind
+def test_divergence_of_a_row_does_not_see_the_others(isa: str, kind: str, beta: float) -> None:
+    made = make_divergence(5, (77, 300))
+    together = run_divergence(_cpu, torch.float32, kind, beta, **made)
+    alone = []
+    for i in range(5):
+        one = {name: v[i : i + 1] if isinstance(v, Tensor) else v for name, v in made.items()}
+        alone.append(run_divergence(_cpu, torch.float32, kind, beta, **one))
+    for found, parts in zip(together, zip(*alone, strict=True), strict=True):
+        assert bitwise_equal(found, torch.cat(parts))
+
+
+@every_kind
+@pytest.mark.parametrize("count", (2, 3))
+def test_divergence_does_not_depend_on_threads(
+    isa: str, threads: Callable[[int], None], kind: str, beta: float, count: int
+) -> None:
+    made = make_divergence(61, (1500,))
+    threads(1)
+    one = run_divergence(_cpu, torch.float32, kind, beta, **made)
+    threads(count)
+    for found, wanted in zip(run_divergence(_cpu, torch.float32, kind, beta, **made), one, strict=True):
+        assert bitwise_equal(found, wanted)
+
+
+@every_kind
+def test_divergence_gradient_in_place_is_the_same(isa: str, kind: str, beta: float) -> None:
+    made = make_divergence(3, (77,), softcap=20.0)
+    apart = run_divergence(_cpu, torch.float32, kind, beta, **made)[2]
+    student = made["student"].clone()
+    center = run_divergence(_cpu, torch.float32, kind, beta, **made)[1] * 0 + made["center"]
+    _cpu.divergence_gradient(
+        student, made["teacher"], None, made["student_lse"], made["teacher_lse"], kind, beta, center, made["weight"],
+        1.0, 20.0, None, student,
+    )  # fmt: skip
+    assert bitwise_equal(student, apart)
+
+
+def test_divergence_where_the_student_has_no_mass(isa: str) -> None:
+    """-inf of the student beside a finite teacher: forward is inf, reverse and js are what fp64 says."""
+    made = make_divergence(2, (40,))
+    made["student"][:, 3] = -torch.inf
+    made["student_lse"] = made["student"].logsumexp(1)
+    assert run_divergence(_cpu, torch.float32, "forward", 0.5, **made)[0].tolist() == [torch.inf, torch.inf]
+    for_js = run_divergence(_cpu, torch.float32, "js", 0.3, **made)
+    exact = run_divergence(tiles, torch.float64, "js", 0.3, **made)
+    assert relative_error(for_js[0], exact[0]).max < 1e-6
+    assert relative_error(for_js[2], exact[2]).max < 1e-6
+
+
+# -- the room ---------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("name", TWINS)
+def test_instruction_sets_without_kernels_of_their_own(name: str) -> None:
+    made = make_statistics(**STATISTICS["everything"])
+    found = [next(run_statistics(_cpu, torch.float32, **made) for _ in use(chosen)) for chosen in (name, TWINS[name])]
+    for output, value in found[0].items():
+        assert bitwise_equal(value, found[1][output]), output
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float16), ids=str)
+def test_room_serves(dtype: torch.dtype) -> None:
+    assert _cpu.unsupported("any", torch.zeros(1, 1, dtype=dtype)) == ""
+
+
+@pytest.mark.parametrize(
+    ("hidden", "reason"),
+    (
+        (torch.zeros(1, 1, dtype=torch.float64), "computes in float32, not float64"),
+        (torch.zeros(1, 1, device="meta"), "needs CPU tensors, not meta"),
+    ),
+    ids=("float64", "meta"),
+)
+def test_room_says_what_it_does_not_serve(hidden: Tensor, reason: str) -> None:
+    assert _cpu.unsupported("any", hidden) == reason
+
+
+def test_huge_pages_change_no_value() -> None:
+    buffer = torch.arange(3_000_001, dtype=torch.float32)
+    _cpu.advise_huge_pages(buffer)
+    assert torch.equal(buffer, torch.arange(3_000_001, dtype=torch.float32))
+
+
+# -- errors of the border ---------------------------------------------------------------------------------------------
+Z = torch.randn(3, 8)
+IDS = torch.zeros(3, 2, dtype=torch.int64)
+
+
+def vector(n: int = 3) -> Tensor:
+    return torch.zeros(n)
+
+
+def state(**change: Tensor) -> State:
+    return new_state(3, 2, entropy=True, sum_sq=True, like=Z)._replace(**change)
+
+
+GOOD: dict[str, dict[str, Any]] = {
+    "statistics": dict(
+        logits=Z.clone(), ids=IDS, first=0, bias=vector(8), logit_scale=1.0, softcap=0.0,
+        inverse_temperature=vector(), state=state(),
+    ),
+    "gradient": dict(
+        logits=Z, rows=None, ids=IDS, first=0, lse=vector(), base=vector(), slope=vector(), square=vector(),
+        picked=torch.zeros(3, 2), logit_scale=1.0, softcap=0.0, inverse_temperature=vector(), out=torch.zeros(3, 8),
+    ),
+    "divergence": dict(
+        student=Z, teacher=Z, student_lse=vector(), teacher_lse=vector(), kind="js", beta=0.5, value=vector(),
+        center=vector(),
+    ),
+    "divergence_gradient": dict(
+        student=Z, teacher=Z, rows=None, student_lse=vector(), teacher_lse=vector(), kind="js", beta=0.5,
+        center=vector(), weight=vector(), logit_scale=1.0, softcap=0.0, inverse_temperature=vector(),
+        out=torch.zeros(3, 8),
+    ),
+}  # fmt: skip
+OVERLAP = torch.zeros(64)
+ERRORS: dict[str, tuple[str, dict[str, Any], str]] = {
+    "logits-dtype": ("statistics", dict(logits=Z.double()), "logits: want a matrix of float32; got (3, 8) float64"),
+    "logits-vector": ("statistics", dict(logits=vector()), "logits: want a matrix of float32; got (3,) float32"),
+    "logits-columns": (
+        "statistics", dict(logits=torch.zeros(8, 3).t()), "logits: want contiguous rows; got a column stride of 3"
+    ),
+    "logits-rows": (
+        "statistics", dict(logits=Z[:1].expand(3, 8)),
+        "logits: want rows that lie one after another, under 2**40 elements; got 0",
+    ),
+    "ids-dtype": ("statistics", dict(ids=IDS.int()), "ids: want contiguous int64; got (3, 2) int32"),
+    "ids-vector": ("statistics", dict(ids=IDS[:, 0].contiguous()), "ids: want (n, K) int64; got (3,) int64"),
+    "ids-rows": ("statistics", dict(ids=IDS[:2]), "ids: want 6 elements; got 4"),
+    "ids-strided": ("statistics", dict(ids=IDS.t().contiguous().t()), "ids: want contiguous int64; got (3, 2) int64"),
+    "first": ("statistics", dict(first=-1), "first: want at least 0; got -1"),
+    "bias": ("statistics", dict(bias=vector(7)), "bias: want 8 elements; got 7"),
+    "temperature": (
+        "statistics", dict(inverse_temperature=vector(4)), "inverse_temperature: want 3 elements; got 4"
+    ),
+    "temperature-expanded": (
+        "statistics", dict(inverse_temperature=torch.ones(1).expand(3)),
+        "inverse_temperature: want contiguous float32; got (3,) float32",
+    ),
+    "maximum": ("statistics", dict(state=state(maximum=vector(2))), "maximum: want 3 elements; got 2"),
+    "total": ("statistics", dict(state=state(total=vector(2))), "total: want 3 elements; got 2"),
+    "total-dtype": (
+        "statistics", dict(state=state(total=vector().double())), "total: want contiguous float32; got (3,) float64"
+    ),
+    "picked": ("statistics", dict(state=state(picked=torch.zeros(3, 1))), "picked: want 6 elements; got 3"),
+    "weighted": ("statistics", dict(state=state(weighted=vector(2))), "weighted: want 3 elements; got 2"),
+    "squared": ("statistics", dict(state=state(squared=vector(2))), "squared: want 3 elements; got 2"),
+    "gradient-row-high": (
+        "gradient", dict(rows=torch.tensor([0, 3, 1])), "rows: want values in 0..2; got 3"
+    ),
+    "gradient-row-low": ("gradient", dict(rows=torch.tensor([0, -1, 1])), "rows: want values in 0..2; got -1"),
+    "gradient-rows-short": ("gradient", dict(rows=torch.tensor([0, 1])), "rows: want 3 elements; got 2"),
+    "gradient-rows-dtype": (
+        "gradient", dict(rows=torch.tensor([0, 1, 2], dtype=torch.int32)),
+        "rows: want contiguous int64; got (3,) int32",
+    ),
+    "gradient-out-rows": ("gradient", dict(out=torch.zeros(2, 8)), "out: want 3 rows; got 2"),
+    "gradient-out-columns": ("gradient", dict(out=torch.zeros(3, 7)), "out: want (3, 8); got (3, 7)"),
+    "gradient-out-dtype": (
+        "gradient", dict(out=torch.zeros(3, 8, dtype=torch.bfloat16)),
+        "out: want a matrix of float32; got (3, 8) bfloat16",
+    ),
+    "gradient-out-expanded": (
+        "gradient", dict(out=torch.zeros(8).expand(3, 8)),
+        "out: want rows that lie one after another, under 2**40 elements; got 0",
+    ),
+    "gradient-overlap": (
+        "gradient", dict(logits=OVERLAP[:24].view(3, 8), out=OVERLAP[8:32].view(3, 8)),
+        "out: want memory apart from logits, or the same; got an overlap",
+    ),
+    "gradient-overlap-of-rows": (
+        "gradient",
+        dict(logits=OVERLAP[:24].view(3, 8), rows=torch.tensor([2, 1, 0]), out=OVERLAP[:24].view(3, 8)),
+        "out: want memory apart from logits; got an overlap",
+    ),
+    "gradient-lse": ("gradient", dict(lse=vector(2)), "lse: want 3 elements; got 2"),
+    "gradient-base": ("gradient", dict(base=vector(2)), "base: want 3 elements; got 2"),
+    "gradient-slope": ("gradient", dict(slope=vector(2)), "slope: want 3 elements; got 2"),
+    "gradient-square": ("gradient", dict(square=vector(2)), "square: want 3 elements; got 2"),
+    "gradient-picked": ("gradient", dict(picked=torch.zeros(3, 3)), "picked: want 6 elements; got 9"),
+    "gradient-ids": ("gradient", dict(ids=IDS[:1]), "ids: want 6 elements; got 2"),
+    "gradient-temperature": (
+        "gradient", dict(inverse_temperature=vector(1)), "inverse_temperature: want 3 elements; got 1"
+    ),
+    "teacher": ("divergence", dict(teacher=torch.zeros(3, 9)), "teacher: want (3, 8); got (3, 9)"),
+    "student-lse": ("divergence", dict(student_lse=vector(1)), "student_lse: want 3 elements; got 1"),
+    "teacher-lse": ("divergence", dict(teacher_lse=vector(1)), "teacher_lse: want 3 elements; got 1"),
+    "value": ("divergence", dict(value=vector(1)), "value: want 3 elements; got 1"),
+    "center": ("divergence", dict(center=vector(1)), "center: want 3 elements; got 1"),
+    "beta": ("divergence", dict(beta=1.0), "beta: want 0 < beta < 1; got 1"),
+    "kind": ("divergence", dict(kind="jeffreys"), "kind: want forward, reverse or js; got jeffreys"),
+    "divergence-row": ("divergence_gradient", dict(rows=torch.tensor([9, 0, 0])), "rows: want values in 0..2; got 9"),
+    "divergence-weight": ("divergence_gradient", dict(weight=vector(1)), "weight: want 3 elements; got 1"),
+    "divergence-center": ("divergence_gradient", dict(center=vector(1)), "center: want 3 elements; got 1"),
+    "divergence-out": ("divergence_gradient", dict(out=torch.zeros(3, 7)), "out: want (3, 8); got (3, 7)"),
+    "divergence-overlap": (
+        "divergence_gradient", dict(teacher=OVERLAP[:24].view(3, 8), out=OVERLAP[4:28].view(3, 8)),
+        "out: want memory apart from teacher, or the same; got an overlap",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ERRORS)
+def test_border_refuses(name: str) -> None:
+    function, change, message = ERRORS[name]
+    with pytest.raises(ValueError, match=f"^{re.escape(f'{function}: {message}')}$"):
+        getattr(_cpu, function)(**{**GOOD[function], **change})
+
+
+@pytest.mark.parametrize("function", GOOD)
+def test_border_accepts_what_the_errors_change(function: str) -> None:
+    getattr(_cpu, function)(**GOOD[function])
+
+
+@pytest.mark.parametrize("threads", (0, 4097))
+def test_border_refuses_a_number_of_threads(threads: int) -> None:
+    vectors = [(vector().data_ptr(), 3)] * 4
+    matrix = (Z.data_ptr(), 3, 8, 8)
+    with pytest.raises(ValueError, match=re.escape(f"divergence: threads: want 1..4096; got {threads}")):
+        _cpu_ext.policy_loss_divergence(matrix, matrix, *vectors[:2], 0, 0.5, *vectors[2:], threads)
+
+
+@pytest.mark.parametrize(
+    ("matrix", "message"),
+    (
+        ((0, 3, 8, 8), "student: want memory; got none"),
+        ((8, -1, 8, 8), "student: want sizes in 0 .. 2**40 - 1; got (-1, 8)"),
+        ((8, 3, 2**40, 2**40), "student: want sizes in 0 .. 2**40 - 1; got (3, 1099511627776)"),
+        ((8, 3, 8, 2**39), "student: want rows that lie one after another, under 2**40 elements; got 549755813888"),
+    ),
+    ids=("no-memory", "negative", "columns", "stride"),
+)
+def test_border_refuses_a_matrix(matrix: tuple[int, ...], message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(f"divergence: {message}")):
+        _cpu_ext.policy_loss_divergence(matrix, matrix, (8, 3), (8, 3), 0, 0.5, (8, 3), (8, 3), 1)
+
+
+def test_columns_of_one_matrix_are_apart(isa: str) -> None:
+    """Logits and out side by side in one buffer do not overlap, though their spans do."""
+    made = make_gradient(5, 40)
+    both = torch.cat((made["z"], torch.full((5, 40), torch.nan)), 1)
+    _cpu.gradient(both[:, :40], *(made[name] for name in GRADIENT_NAMES), both[:, 40:])
+    assert bitwise_equal(both[:, :40], made["z"])
+    assert bitwise_equal(both[:, 40:], run_gradient(_cpu, torch.float32, **made))

@@ -1,0 +1,827 @@
+"""The Triton tile kernels of policy_loss: run on a GPU where there is one, else interpreted; compiled for GPUs not here.
+
+Exact values are those of the plain-torch tile kernels in fp64, and those of autograd. Interpreted, bf16 is exact too: the
+kernels do nothing with it but load and store, and round by bits where the interpreter would cut off.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import itertools
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from m3kernels.policy_loss import tiles
+from m3kernels.policy_loss.tiles import State, new_state
+from m3kernels.testing import bitwise_equal, check_error, relative_error, surrounded_by_nan, uninitialized_is_nan
+from m3kernels.triton_compile import SHARED_LIMIT, TARGETS
+
+triton = pytest.importorskip("triton", reason="Triton is not installed")
+_triton = pytest.importorskip("m3kernels.policy_loss._triton")
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+TOLERANCE = {"c": 1.5, "eps": 1e-6}
+BUDGET = json.loads((Path(__file__).parent / "policy_loss_triton_budget.json").read_text())
+FAR = 2**40  # an id of no vocabulary
+# The interpreter computes both sides of a select: an infinite logit meets the branch not taken.
+pytestmark = pytest.mark.filterwarnings("ignore:(invalid value|overflow) encountered:RuntimeWarning")
+needs_gpu = pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA GPU")
+every_dtype = pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float16), ids=str)
+every_kind = pytest.mark.parametrize(("kind", "beta"), (("forward", 0.0), ("reverse", 0.0), ("js", 0.3)))
+
+
+def in_triton(test: Callable[..., None]) -> Callable[..., None]:
+    """Marks the test as a GPU test where there is a GPU; elsewhere the interpreter runs it."""
+    return pytest.mark.gpu(test) if DEVICE == "cuda" else test
+
+
+def doubled(value: Any) -> Any:
+    """fp64 in place of every floating tensor, a copy in place of every other one."""
+    if isinstance(value, State):
+        return State(*map(doubled, value))
+    if not isinstance(value, Tensor):
+        return value
+    return value.double() if value.is_floating_point() else value.clone()
+
+
+def cloned(value: Any) -> Any:
+    if isinstance(value, State):
+        return State(*map(cloned, value))
+    return value.clone() if isinstance(value, Tensor) else value
+
+
+def random_ids(rows: int, ids: int, first: int, columns: int) -> Tensor:
+    """(rows, ids): the first column, the last, one before and one after the tile, repeats, and ids of nothing."""
+    table = torch.randint(first - 2, first + columns + 2, (rows, ids), device=DEVICE)
+    edges = [first, first + columns - 1, first - 1, first + columns, -1, FAR, -(2**63), first]
+    table[:, : len(edges)] = torch.tensor(edges, device=DEVICE)[:ids]
+    if ids == 1:
+        table[:, 0] = torch.randint(first, first + columns, (rows,), device=DEVICE)
+    return table
+
+
+# -- statistics -------------------------------------------------------------------------------------------------------
+STATISTICS: dict[str, dict[str, Any]] = {
+    "one_by_one": dict(rows=1, columns=1),
+    "odd": dict(rows=3, columns=131, ids=2),
+    "no_ids": dict(rows=2, columns=33, ids=0),
+    "two_blocks": dict(rows=3, columns=4097, first=70001, entropy=True, sum_sq=True),
+    "two_spans": dict(rows=3, columns=32773, ids=9, first=151, entropy=True, sum_sq=True),
+    "two_spans_transformed": dict(rows=2, columns=32769, ids=9, bias=True, softcap=20.0, temperature=True),
+    "many_ids": dict(rows=2, columns=77, ids=67, first=5),
+    "entropy": dict(rows=5, columns=100, entropy=True),
+    "sum_sq": dict(rows=5, columns=100, sum_sq=True),
+    "bias": dict(rows=3, columns=61, bias=True, entropy=True),
+    "logit_scale": dict(rows=3, columns=61, logit_scale=-0.7),
+    "softcap": dict(rows=3, columns=61, softcap=3.0),
+    "wide_softcap": dict(rows=3, columns=61, softcap=50.0),
+    "temperature": dict(rows=3, columns=61, temperature=True),
+    "everything": dict(
+        rows=7, columns=4099, ids=5, first=1000, bias=True, logit_scale=0.6, softcap=5.0, temperature=True,
+        entropy=True, sum_sq=True,
+    ),
+}  # fmt: skip
+
+
+def statistics_inputs(
+    rows: int,
+    columns: int,
+    ids: int = 1,
+    first: int = 0,
+    *,
+    bias: bool = False,
+    logit_scale: float = 1.0,
+    softcap: float = 0.0,
+    temperature: bool = False,
+    entropy: bool = False,
+    sum_sq: bool = False,
+    dtype: torch.dtype,
+) -> list[Any]:
+    """Arguments of ``statistics``, with a state that has seen 50 other columns."""
+    logits = (4 * torch.randn(rows, columns, device=DEVICE)).to(dtype)
+    state = new_state(rows, ids, entropy=entropy, sum_sq=sum_sq, like=logits)
+    table = random_ids(rows, ids, first, columns)
+    before = 4 * torch.randn(rows, 50, device=DEVICE)
+    tiles.statistics(before, table, first + columns, None, 1.0, 0.0, None, state)
+    return [
+        logits,
+        table,
+        first,
+        torch.randn(columns, device=DEVICE) if bias else None,
+        logit_scale,
+        softcap,
+        torch.rand(rows, device=DEVICE) + 0.5 if temperature else None,
+        state,
+    ]
+
+
+def check_statistics(actual: list[Any], exact: list[Any], torchs: list[Any]) -> None:
+    """Logits and state, output by output, by the error rule."""
+    outputs = [(arguments[0], *(x for x in arguments[-1] if x is not None)) for arguments in (actual, exact, torchs)]
+    assert [tuple(x.shape) for x in outputs[0]] == [tuple(x.shape) for x in outputs[1]]
+    for ours, truth, theirs in zip(*outputs, strict=True):
+        check_error(ours, truth, theirs, TOLERANCE)
+
+
+@in_triton
+@every_dtype
+@pytest.mark.parametrize("case", STATISTICS)
+def test_statistics(dtype: torch.dtype, case: str) -> None:
+    arguments = statistics_inputs(**STATISTICS[case], dtype=dtype)
+    exact, torchs = list(map(doubled, arguments)), list(map(cloned, arguments))
+    tiles.statistics(*exact)
+    tiles.statistics(*torchs)
+    with uninitialized_is_nan():
+        _triton.statistics(*arguments)
+    check_statistics(arguments, exact, torchs)
+
+
+def measures(state: State) -> tuple[Tensor, Tensor, Tensor]:
+    """(lse, entropy, sum of p^2) of each row."""
+    assert state.weighted is not None and state.squared is not None
+    log_total = state.total.log()
+    return state.maximum + log_total, log_total - state.weighted / state.total, state.squared / state.total.square()
+
+
+def definitions(z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(lse, entropy, sum of p^2) of each row, from all its logits at once."""
+    p = z.softmax(1)
+    return z.logsumexp(1), torch.special.entr(p).sum(1), p.square().sum(1)
+
+
+@in_triton
+@pytest.mark.parametrize("cuts", ((0, 300), (0, 1, 300), (0, 7, 128, 129, 299, 300)), ids=str)
+def test_tiles_in_sequence_are_one_softmax(cuts: tuple[int, ...]) -> None:
+    logits = 4 * torch.randn(5, 300, device=DEVICE)
+    ids = torch.tensor([[0, 299, 128, 128, 7]], device=DEVICE).repeat(5, 1)
+    state = new_state(5, 5, entropy=True, sum_sq=True, like=logits)
+    for start, stop in itertools.pairwise(cuts):
+        _triton.statistics(logits[:, start:stop], ids, start, None, 1.0, 0.0, None, state)
+    for ours, truth, theirs in zip(measures(state), *map(definitions, (logits.double(), logits)), strict=True):
+        check_error(ours, truth, theirs, TOLERANCE)
+    assert torch.equal(state.picked, logits.gather(1, ids))
+
+
+@in_triton
+@every_dtype
+def test_what_the_gradient_will_see_is_what_was_summed(dtype: torch.dtype) -> None:
+    """The state of transformed logits is that of the values left in memory, to fp32 precision."""
+    arguments = statistics_inputs(**STATISTICS["everything"], dtype=dtype)
+    before = doubled(arguments[-1])
+    _triton.statistics(*arguments)
+    tiles.statistics(arguments[0].double(), arguments[1], arguments[2], None, 1.0, 0.0, None, before)
+    for ours, truth in zip(arguments[-1], before, strict=True):
+        assert relative_error(ours, truth).max < 2e-6
+
+
+@in_triton
+@every_dtype
+def test_logits_without_a_transform_are_left_alone(dtype: torch.dtype) -> None:
+    arguments = statistics_inputs(3, 100, 2, dtype=dtype)
+    before = arguments[0].clone()
+    _triton.statistics(*arguments)
+    assert bitwise_equal(arguments[0], before)
+
+
+@in_triton
+@every_dtype
+def test_minus_infinity_and_the_lowest_finite_logit(dtype: torch.dtype) -> None:
+    logits = torch.randn(4, 37, device=DEVICE).to(dtype)
+    logits[0] = -torch.inf
+    logits[1, 1:] = -torch.inf
+    logits[2, ::2] = torch.finfo(dtype).min
+    logits[3] = torch.finfo(dtype).min
+    ids = torch.zeros(4, 1, dtype=torch.int64, device=DEVICE)
+    state = new_state(4, 1, entropy=True, sum_sq=True, like=logits)
+    _triton.statistics(logits, ids, 0, None, 1.0, 0.0, None, state)
+    z = logits.double()
+    maximum = z.amax(1)
+    e = (z - maximum[:, None]).nan_to_num(-torch.inf).exp()
+    e[0] = 0.0
+    assert torch.equal(state.maximum.double(), maximum)
+    assert torch.equal(state.picked.double(), z[:, :1])
+    assert relative_error(state.total, e.sum(1)).max < 1e-6
+    assert relative_error(state.weighted, torch.special.entr(e).neg().sum(1)).max < 1e-6  # type: ignore[arg-type]
+    assert relative_error(state.squared, e.square().sum(1)).max < 1e-6  # type: ignore[arg-type]
+    _triton.statistics(torch.ones_like(logits), ids, 99, None, 1.0, 0.0, None, state)
+    assert state.maximum.tolist() == [1.0, max(1.0, float(z[1, 0])), max(1.0, float(z[2].max())), 1.0]
+    assert float(state.total[0]) == float(state.total[3]) == 37.0
+
+
+@in_triton
+@pytest.mark.parametrize("value", (torch.nan, torch.inf))
+def test_what_is_not_finite_stays_in_its_row(value: float) -> None:
+    arguments = statistics_inputs(5, 130, 2, entropy=True, sum_sq=True, dtype=torch.float32)
+    clean = list(map(cloned, arguments))
+    _triton.statistics(*clean)
+    arguments[0][2, 129] = value
+    _triton.statistics(*arguments)
+    others = torch.tensor([0, 1, 3, 4], device=DEVICE)
+    assert all(bitwise_equal(x[others], y[others]) for x, y in zip(arguments[-1], clean[-1], strict=True))
+    assert not arguments[-1].total[2].log().add(arguments[-1].maximum[2]).isfinite()
+
+
+# -- gradient ---------------------------------------------------------------------------------------------------------
+GRADIENT: dict[str, dict[str, Any]] = {
+    "one_by_one": dict(rows=1, columns=1),
+    "odd": dict(rows=3, columns=131),
+    "no_ids": dict(rows=2, columns=33, ids=0),
+    "two_blocks": dict(rows=3, columns=4099, first=70001),
+    "repeated_and_foreign_ids": dict(rows=3, columns=300, ids=9, first=40),
+    "many_ids": dict(rows=2, columns=4100, ids=67, first=5),
+    "slope": dict(rows=3, columns=61, slope=True),
+    "square": dict(rows=3, columns=61, square=True),
+    "logit_scale": dict(rows=3, columns=61, logit_scale=-0.7),
+    "softcap": dict(rows=3, columns=61, softcap=15.0),
+    "temperature": dict(rows=3, columns=61, temperature=True),
+    "softcap_and_temperature": dict(rows=3, columns=61, softcap=15.0, temperature=True),
+    "some_rows": dict(rows=6, columns=61, some=[4, 0, 5], ids=2, slope=True),
+    "everything": dict(
+        rows=6, columns=4105, ids=5, first=1000, some=[5, 1], slope=True, square=True, logit_scale=0.6, softcap=20.0,
+        temperature=True,
+    ),
+}  # fmt: skip
+
+
+def gradient_inputs(
+    rows: int,
+    columns: int,
+    ids: int = 1,
+    first: int = 0,
+    *,
+    some: list[int] | None = None,
+    slope: bool = False,
+    square: bool = False,
+    logit_scale: float = 1.0,
+    softcap: float = 0.0,
+    temperature: bool = False,
+    dtype: torch.dtype,
+    out: torch.dtype | None = None,
+) -> list[Any]:
+    """Arguments of ``gradient``, with out full of nan."""
+    n = rows if some is None else len(some)
+    inverse_temperature = torch.rand(n, device=DEVICE) + 0.5 if temperature else None
+    logits = 3 * torch.randn(rows, columns, device=DEVICE)
+    if softcap:
+        logits = 0.5 * softcap * (logits / softcap).tanh()  # u stays within the cap whatever the temperature
+    logits = logits.to(dtype)
+    selected = logits if some is None else logits[some]
+    return [
+        logits,
+        None if some is None else torch.tensor(some, device=DEVICE),
+        random_ids(n, ids, first, columns),
+        first,
+        selected.float().logsumexp(1) + 0.5 * torch.rand(n, device=DEVICE),
+        torch.randn(n, device=DEVICE),
+        torch.randn(n, device=DEVICE) if slope else None,
+        torch.randn(n, device=DEVICE) if square else None,
+        torch.randn(n, ids, device=DEVICE),
+        logit_scale,
+        softcap,
+        inverse_temperature,
+        torch.full((n, columns), torch.nan, dtype=out or dtype, device=DEVICE),
+    ]
+
+
+@in_triton
+@every_dtype
+@pytest.mark.parametrize("case", GRADIENT)
+def test_gradient(dtype: torch.dtype, case: str) -> None:
+    arguments = gradient_inputs(**GRADIENT[case], dtype=dtype)
+    exact, torchs = list(map(doubled, arguments)), list(map(cloned, arguments))
+    tiles.gradient(*exact)
+    tiles.gradient(*torchs)
+    _triton.gradient(*arguments)
+    check_error(arguments[-1], exact[-1], torchs[-1], TOLERANCE)
+
+
+@in_triton
+@pytest.mark.parametrize("out", (torch.float32, torch.bfloat16, torch.float16), ids=str)
+def test_gradient_is_rounded_once(out: torch.dtype) -> None:
+    """In another dtype it is the fp32 gradient rounded to nearest even, bit by bit."""
+    arguments = gradient_inputs(**GRADIENT["everything"], dtype=torch.float32)
+    _triton.gradient(*arguments)
+    rounded = torch.full_like(arguments[-1], torch.nan, dtype=out)
+    _triton.gradient(*arguments[:-1], rounded)
+    assert bitwise_equal(rounded, arguments[-1].to(out))
+
+
+@in_triton
+@every_dtype
+@pytest.mark.parametrize("case", ("two_blocks", "repeated_and_foreign_ids", "softcap_and_temperature"))
+def test_gradient_in_place(dtype: torch.dtype, case: str) -> None:
+    arguments = gradient_inputs(**GRADIENT[case], dtype=dtype)
+    _triton.gradient(*arguments)
+    logits = arguments[0]
+    _triton.gradient(*arguments[:-1], logits)
+    assert bitwise_equal(logits, arguments[-1])
+
+
+@in_triton
+def test_gradient_of_a_probability_of_zero_is_that_of_the_picked_id() -> None:
+    arguments = gradient_inputs(2, 50, ids=2, slope=True, square=True, dtype=torch.float32)
+    logits, ids, picked, out = arguments[0], arguments[2], arguments[8], arguments[-1]
+    logits[:, 10:20] = -torch.inf
+    logits[:, 20:30] = torch.finfo(torch.float32).min
+    ids.copy_(torch.tensor([[10, 3], [40, 25]]))
+    _triton.gradient(*arguments)
+    expected = torch.zeros(2, 20, device=DEVICE)
+    expected[0, 0], expected[1, 15] = picked[0, 0], picked[1, 1]
+    assert torch.equal(out[:, 10:30], expected)
+    assert out.isfinite().all()
+
+
+@in_triton
+def test_statistics_and_gradient_are_autograd() -> None:
+    """Of sum_k a_k log p(id_k) + b H + c sum p^2 of every row, through bias, scale, softcap and temperature."""
+    raw, bias = 3 * torch.randn(4, 301, device=DEVICE), torch.randn(301, device=DEVICE)
+    scale, softcap, inverse_temperature = 0.8, 6.0, torch.rand(4, device=DEVICE) + 0.5
+    ids = torch.tensor([[0, 300, 150], [7, 7, 7], [149, 1, 150], [3, 299, 3]], device=DEVICE)
+    a, b, c = torch.randn(4, 3, device=DEVICE), torch.randn(4, device=DEVICE), torch.randn(4, device=DEVICE)
+
+    def by_autograd(*tensors: Tensor) -> Tensor:
+        raw, bias, inverse_temperature, a, b, c = tensors
+        leaf = raw.clone().requires_grad_()
+        z = softcap * torch.tanh(scale * (leaf + bias) / softcap) * inverse_temperature[:, None]
+        _, entropy, sum_sq = definitions(z)
+        ((a * z.log_softmax(1).gather(1, ids)).sum(1) + b * entropy + c * sum_sq).sum().backward()
+        assert leaf.grad is not None
+        return leaf.grad
+
+    tensors = (raw, bias, inverse_temperature, a, b, c)
+    exact, torchs = by_autograd(*map(doubled, tensors)), by_autograd(*tensors)
+    state, transform = new_state(4, 3, entropy=True, sum_sq=True, like=raw), (scale, softcap, inverse_temperature)
+    for start, stop in ((0, 150), (150, 301)):
+        _triton.statistics(raw[:, start:stop], ids, start, bias[start:stop].contiguous(), *transform, state)
+    lse, entropy, sum_sq = measures(state)
+    base = -a.sum(1) - b * entropy - 2 * c * sum_sq
+    for start, stop in ((0, 150), (150, 301)):
+        tile = raw[:, start:stop]
+        _triton.gradient(tile, None, ids, start, lse, base, -b, 2 * c, a, *transform, tile)
+    check_error(raw, exact, torchs, TOLERANCE)
+
+
+# -- divergences ------------------------------------------------------------------------------------------------------
+DIVERGENCE: dict[str, dict[str, Any]] = {
+    "one_by_one": dict(rows=1, columns=1),
+    "odd": dict(rows=3, columns=131),
+    "two_blocks": dict(rows=2, columns=2051),
+    "two_spans": dict(rows=2, columns=32771),
+}
+
+
+def two_models(rows: int, columns: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(student, teacher, their lse): a tile of longer rows, so its probabilities add up to less than 1."""
+    student, teacher = ((3 * torch.randn(rows, columns, device=DEVICE)).to(dtype) for _ in range(2))
+    lses = (z.float().logsumexp(1) + 0.5 * torch.rand(rows, device=DEVICE) for z in (student, teacher))
+    return student, teacher, *lses
+
+
+def divergence_inputs(rows: int, columns: int, kind: str, beta: float, dtype: torch.dtype) -> list[Any]:
+    """Arguments of ``divergence``, with sums that have seen other tiles."""
+    student, teacher, student_lse, teacher_lse = two_models(rows, columns, dtype)
+    value, center = torch.rand(2, rows, device=DEVICE)
+    return [student, teacher, student_lse, teacher_lse, kind, beta, value, center]
+
+
+@in_triton
+@every_dtype
+@every_kind
+@pytest.mark.parametrize("case", DIVERGENCE)
+def test_divergence(kind: str, beta: float, dtype: torch.dtype, case: str) -> None:
+    arguments = divergence_inputs(**DIVERGENCE[case], kind=kind, beta=beta, dtype=dtype)
+    exact, torchs = list(map(doubled, arguments)), list(map(cloned, arguments))
+    tiles.divergence(*exact)
+    tiles.divergence(*torchs)
+    with uninitialized_is_nan():
+        _triton.divergence(*arguments)
+    check_error(arguments[-2], exact[-2], torchs[-2], TOLERANCE)
+    check_error(arguments[-1], exact[-1], torchs[-1], TOLERANCE)
+
+
+def defined_divergence(student: Tensor, teacher: Tensor, kind: str, beta: float) -> Tensor:
+    """(R,), from all logits of a row at once."""
+    log_p, log_t = student.log_softmax(1), teacher.log_softmax(1)
+    p, t = log_p.exp(), log_t.exp()
+    log_m = (beta * t + (1 - beta) * p).log()
+    terms = {
+        "forward": t * (log_t - log_p),
+        "reverse": p * (log_p - log_t),
+        "js": beta * t * (log_t - log_m) + (1 - beta) * p * (log_p - log_m),
+    }
+    return terms[kind].sum(1)
+
+
+@in_triton
+@every_kind
+def test_divergence_of_tiles_is_that_of_the_distributions(kind: str, beta: float) -> None:
+    student, teacher = 2 * torch.randn(2, 3, 200, device=DEVICE)
+    lses = student.logsumexp(1), teacher.logsumexp(1)
+    value, center = torch.zeros(2, 3, device=DEVICE)
+    for start, stop in ((0, 90), (90, 200)):
+        _triton.divergence(student[:, start:stop], teacher[:, start:stop], *lses, kind, beta, value, center)
+    exact = defined_divergence(student.double(), teacher.double(), kind, beta)
+    check_error(value, exact, defined_divergence(student, teacher, kind, beta), TOLERANCE)
+
+
+@in_triton
+@every_kind
+def test_divergence_where_probabilities_vanish(kind: str, beta: float) -> None:
+    """Both models, the student alone, the teacher alone: infinite where the definition is, and no nan."""
+    arguments = divergence_inputs(3, 20, kind, beta, torch.float32)
+    student, teacher, *_, value, center = arguments
+    student[0, :5] = teacher[0, :5] = -torch.inf
+    student[1, :5] = -torch.inf
+    teacher[2, :5] = -torch.inf
+    exact, torchs = list(map(doubled, arguments)), list(map(cloned, arguments))
+    tiles.divergence(*exact)
+    tiles.divergence(*torchs)
+    _triton.divergence(*arguments)
+    infinite = {"forward": [False, True, False], "reverse": [False, False, True], "js": [False] * 3}[kind]
+    assert value.isinf().tolist() == infinite
+    check_error(value, exact[-2], torchs[-2], TOLERANCE)
+    check_error(center, exact[-1], torchs[-1], TOLERANCE)
+
+
+@in_triton
+def test_js_of_nearly_equal_models_keeps_its_digits() -> None:
+    """Logits of 60 and a difference of 1e-3: formed from logarithms of p and m apart, the terms would be noise."""
+    student = 60 * torch.rand(2, 500, device=DEVICE)
+    teacher = student + 1e-3 * torch.randn(2, 500, device=DEVICE)
+    lses = student.logsumexp(1), teacher.logsumexp(1)
+    center, weight = torch.zeros(2, device=DEVICE), torch.ones(2, device=DEVICE)
+    out = torch.empty_like(student)
+    _triton.divergence_gradient(student, teacher, None, *lses, "js", 0.5, center, weight, 1.0, 0.0, None, out)
+    log_p, log_t = student.double() - lses[0][:, None], teacher.double() - lses[1][:, None]
+    exact = log_p.exp() * 0.5 * -torch.log1p(0.5 * torch.expm1(log_t - log_p))
+    assert relative_error(out, exact).rms < 1e-2
+
+
+DIVERGENCE_GRADIENT: dict[str, dict[str, Any]] = {
+    "one_by_one": dict(rows=1, columns=1),
+    "odd": dict(rows=3, columns=131),
+    "two_blocks": dict(rows=2, columns=2051),
+    "softcap": dict(rows=3, columns=61, softcap=30.0),
+    "temperature": dict(rows=3, columns=61, temperature=True, logit_scale=-0.7),
+    "everything": dict(rows=6, columns=2055, some=[5, 1], softcap=30.0, temperature=True, logit_scale=0.6),
+}
+
+
+def divergence_gradient_inputs(
+    rows: int,
+    columns: int,
+    kind: str,
+    beta: float,
+    dtype: torch.dtype,
+    *,
+    some: list[int] | None = None,
+    logit_scale: float = 1.0,
+    softcap: float = 0.0,
+    temperature: bool = False,
+) -> list[Any]:
+    student, teacher, student_lse, teacher_lse = two_models(rows, columns, dtype)
+    selected = torch.arange(rows, device=DEVICE) if some is None else torch.tensor(some, device=DEVICE)
+    n = len(selected)
+    inverse_temperature = torch.rand(n, device=DEVICE) + 0.5 if temperature else None
+    return [
+        student,
+        teacher,
+        None if some is None else selected,
+        student_lse[selected],
+        teacher_lse[selected],
+        kind,
+        beta,
+        torch.rand(n, device=DEVICE),
+        torch.randn(n, device=DEVICE),
+        logit_scale,
+        softcap,
+        inverse_temperature,
+        torch.full((n, columns), torch.nan, dtype=dtype, device=DEVICE),
+    ]
+
+
+@in_triton
+@every_dtype
+@every_kind
+@pytest.mark.parametrize("case", DIVERGENCE_GRADIENT)
+def test_divergence_gradient(kind: str, beta: float, dtype: torch.dtype, case: str) -> None:
+    arguments = divergence_gradient_inputs(**DIVERGENCE_GRADIENT[case], kind=kind, beta=beta, dtype=dtype)
+    exact, torchs = list(map(doubled, arguments)), list(map(cloned, arguments))
+    tiles.divergence_gradient(*exact)
+    tiles.divergence_gradient(*torchs)
+    _triton.divergence_gradient(*arguments)
+    check_error(arguments[-1], exact[-1], torchs[-1], TOLERANCE)
+
+
+@in_triton
+@every_kind
+def test_divergence_gradient_in_place(kind: str, beta: float) -> None:
+    arguments = divergence_gradient_inputs(3, 2051, kind, beta, torch.float32, softcap=30.0)
+    _triton.divergence_gradient(*arguments)
+    student = arguments[0]
+    _triton.divergence_gradient(*arguments[:-1], student)
+    assert bitwise_equal(student, arguments[-1])
+
+
+@in_triton
+@every_kind
+def test_divergence_gradient_is_autograd(kind: str, beta: float) -> None:
+    student, teacher = 2 * torch.randn(2, 3, 200, device=DEVICE)
+    weight = torch.randn(3, device=DEVICE)
+
+    def by_autograd(student: Tensor, teacher: Tensor, weight: Tensor) -> Tensor:
+        leaf = student.clone().requires_grad_()
+        (weight * defined_divergence(leaf, teacher, kind, beta)).sum().backward()
+        assert leaf.grad is not None
+        return leaf.grad
+
+    exact, torchs = by_autograd(*map(doubled, (student, teacher, weight))), by_autograd(student, teacher, weight)
+    lses = student.logsumexp(1), teacher.logsumexp(1)
+    value, center = torch.zeros(2, 3, device=DEVICE)
+    _triton.divergence(student, teacher, *lses, kind, beta, value, center)
+    _triton.divergence_gradient(student, teacher, None, *lses, kind, beta, center, weight, 1.0, 0.0, None, student)
+    check_error(student, exact, torchs, TOLERANCE)
+
+
+# -- rows, memory, edges ----------------------------------------------------------------------------------------------
+def outputs_of_rows(rows: Tensor, arguments: dict[str, list[Any]]) -> list[Tensor]:
+    """Everything the four functions write, for these rows of the arguments alone."""
+
+    def select(value: Any) -> Any:
+        if isinstance(value, State):
+            return State(*map(select, value))
+        of_rows = isinstance(value, Tensor) and value.shape[0] == 9
+        return value[rows].contiguous() if of_rows else value
+
+    written: list[Tensor] = []
+    for name, full in arguments.items():
+        part = list(map(select, full))
+        getattr(_triton, name)(*part)
+        written += {"statistics": [part[0], *part[-1]], "divergence": part[-2:]}.get(name, part[-1:])
+    return written
+
+
+@in_triton
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float16), ids=str)
+@pytest.mark.parametrize("columns", (70, 4101))
+@pytest.mark.parametrize("rows", ([3], [8, 0, 3, 1]), ids=str)
+def test_a_row_depends_on_no_other(dtype: torch.dtype, columns: int, rows: list[int]) -> None:
+    everything = dict(logit_scale=0.6, softcap=20.0, temperature=True)
+    arguments = {
+        "statistics": statistics_inputs(
+            9, columns, 3, 64, bias=True, entropy=True, sum_sq=True, dtype=dtype, **everything
+        ),
+        "gradient": gradient_inputs(9, columns, 3, 64, slope=True, square=True, dtype=dtype, **everything),
+        "divergence": divergence_inputs(9, columns, "js", 0.3, dtype),
+        "divergence_gradient": divergence_gradient_inputs(9, columns, "js", 0.3, dtype, **everything),
+    }
+    wanted = torch.tensor(rows, device=DEVICE)
+    together = outputs_of_rows(torch.arange(9, device=DEVICE), arguments)
+    alone = outputs_of_rows(wanted, arguments)
+    assert len(together) == len(alone) == 10
+    assert all(bitwise_equal(x[wanted], y) for x, y in zip(together, alone, strict=True))
+
+
+def within_nan(x: Tensor) -> Tensor:
+    """x (R, C) as columns 5 .. C + 4 of a wider tile of nan."""
+    wide = torch.full((x.shape[0], x.shape[1] + 17), torch.nan, dtype=x.dtype, device=x.device)
+    wide[:, 5 : 5 + x.shape[1]] = x
+    return wide[:, 5 : 5 + x.shape[1]]
+
+
+def outside_is_nan(x: Tensor) -> bool:
+    base = x._base
+    assert base is not None
+    return bool(base[:, :5].isnan().all() and base[:, 5 + x.shape[1] :].isnan().all())
+
+
+@in_triton
+@every_dtype
+@pytest.mark.parametrize("columns", (131, 4096))
+def test_statistics_of_columns_of_a_wider_tile(dtype: torch.dtype, columns: int) -> None:
+    arguments = statistics_inputs(
+        3, columns, 3, 7, bias=True, softcap=9.0, temperature=True, entropy=True, sum_sq=True, dtype=dtype
+    )
+    packed = list(map(cloned, arguments))
+    _triton.statistics(*packed)
+    arguments[0] = within_nan(arguments[0])
+    arguments[3], arguments[6] = surrounded_by_nan(arguments[3]), surrounded_by_nan(arguments[6])
+    _triton.statistics(*arguments)
+    assert bitwise_equal(arguments[0].contiguous(), packed[0])
+    assert all(bitwise_equal(x, y) for x, y in zip(arguments[-1], packed[-1], strict=True))
+    assert outside_is_nan(arguments[0])
+
+
+@in_triton
+@every_dtype
+@pytest.mark.parametrize("columns", (131, 4096))
+def test_gradient_of_columns_of_a_wider_tile(dtype: torch.dtype, columns: int) -> None:
+    arguments = gradient_inputs(4, columns, 9, 7, some=[3, 1], softcap=20.0, temperature=True, dtype=dtype)
+    _triton.gradient(*arguments)
+    wide = within_nan(torch.full_like(arguments[-1], torch.nan))
+    arguments[4], arguments[5], arguments[8] = (surrounded_by_nan(arguments[i]) for i in (4, 5, 8))
+    _triton.gradient(within_nan(arguments[0]), *arguments[1:-1], wide)
+    assert bitwise_equal(wide.contiguous(), arguments[-1])
+    assert outside_is_nan(wide)
+
+
+@in_triton
+@every_kind
+def test_divergences_of_columns_of_a_wider_tile(kind: str, beta: float) -> None:
+    sums = divergence_inputs(3, 131, kind, beta, torch.float32)
+    again = list(map(cloned, sums))
+    _triton.divergence(*sums)
+    _triton.divergence(within_nan(again[0]), within_nan(again[1]), *again[2:])
+    assert bitwise_equal(torch.stack(again[-2:]), torch.stack(sums[-2:]))
+    arguments = divergence_gradient_inputs(4, 131, kind, beta, torch.float32, some=[3, 1])
+    _triton.divergence_gradient(*arguments)
+    wide = within_nan(torch.full_like(arguments[-1], torch.nan))
+    _triton.divergence_gradient(within_nan(arguments[0]), within_nan(arguments[1]), *arguments[2:-1], wide)
+    assert bitwise_equal(wide.contiguous(), arguments[-1])
+    assert outside_is_nan(wide)
+
+
+@in_triton
+@pytest.mark.parametrize(("rows", "columns"), ((0, 5), (3, 0), (0, 0)))
+def test_nothing(rows: int, columns: int) -> None:
+    logits, table = torch.zeros(rows, columns, device=DEVICE), torch.zeros(rows, 1, dtype=torch.int64, device=DEVICE)
+    state = new_state(rows, 1, entropy=True, sum_sq=True, like=logits)
+    before = cloned(state)
+    _triton.statistics(logits, table, 0, None, 0.5, 2.0, None, state)
+    assert all(bitwise_equal(x, y) for x, y in zip(state, before, strict=True))
+    lse, out = torch.zeros(rows, device=DEVICE), torch.empty(rows, columns, device=DEVICE)
+    _triton.gradient(logits, None, table, 0, lse, lse, lse, lse, state.picked, 0.5, 2.0, None, out)
+    value, center = torch.ones(rows, device=DEVICE), torch.ones(rows, device=DEVICE)
+    _triton.divergence(logits, logits, lse, lse, "js", 0.5, value, center)
+    assert value.tolist() == center.tolist() == [1.0] * rows
+    _triton.divergence_gradient(logits, logits, None, lse, lse, "js", 0.5, center, value, 1.0, 0.0, None, out)
+    none = torch.zeros(0, dtype=torch.int64, device=DEVICE)
+    some = torch.zeros(2, 9, device=DEVICE), none, none.view(0, 1), 0, *[lse[:0]] * 4, state.picked[:0]
+    _triton.gradient(*some, 1.0, 0.0, None, torch.empty(0, 9, device=DEVICE))
+
+
+@in_triton
+@pytest.mark.parametrize("dtype", (torch.float64, torch.int32), ids=str)
+def test_other_dtypes_are_refused(dtype: torch.dtype) -> None:
+    reason = _triton.unsupported("linear_logprobs", torch.zeros(2, 3, dtype=dtype, device=DEVICE), None)
+    assert reason == f"computes float32, bfloat16 and float16, not {str(dtype).removeprefix('torch.')}"
+
+
+@in_triton
+@every_dtype
+def test_floats_are_supported(dtype: torch.dtype) -> None:
+    assert _triton.unsupported("linear_logprobs", torch.zeros(2, 3, dtype=dtype, device=DEVICE), None) == ""
+
+
+@pytest.mark.gpu
+@needs_gpu
+def test_more_than_two_to_the_31_elements() -> None:
+    """The last rows of a tile of 2^31 + 3 * 151936 bf16 logits are the same as alone."""
+    columns = 151936
+    rows = 2**31 // columns + 3
+    if torch.cuda.mem_get_info()[0] < 3 * rows * columns * 2:
+        pytest.skip("needs 13 GB of free GPU memory")
+    logits = torch.empty(rows, columns, dtype=torch.bfloat16, device=DEVICE)
+    logits[:-4] = 0.5
+    logits[-4:] = 3 * torch.randn(4, columns, device=DEVICE)
+    ids = torch.randint(0, columns, (rows, 1), device=DEVICE)
+    tail = logits[-4:].clone()
+    state, state_tail = (new_state(len(x), 1, entropy=True, sum_sq=True, like=x) for x in (logits, tail))
+    for tile, table, accumulated in ((logits, ids, state), (tail, ids[-4:], state_tail)):
+        _triton.statistics(tile, table, 0, None, 0.7, 0.0, None, accumulated)
+        lse = accumulated.maximum + accumulated.total.log()
+        picked = torch.ones(len(tile), 1, device=DEVICE)
+        _triton.gradient(tile, None, table, 0, lse, -picked[:, 0], None, None, picked, 0.7, 0.0, None, tile)
+    assert all(bitwise_equal(x[-4:], y) for x, y in zip(state, state_tail, strict=True))
+    assert bitwise_equal(logits[-4:], tail)
+    value, center = torch.zeros(2, rows, device=DEVICE)
+    lse = torch.full((rows,), 12.0, device=DEVICE)
+    _triton.divergence(logits, logits, lse, lse + 1, "forward", 0.0, value, center)
+    expected = torch.zeros(4, device=DEVICE)
+    _triton.divergence(tail, tail, lse[-4:], lse[-4:] + 1, "forward", 0.0, expected, center[-4:])
+    assert bitwise_equal(value[-4:], expected)
+    weight = torch.ones(rows, device=DEVICE)
+    sums = (lse, lse + 1, "forward", 0.0, center, weight, 1.0, 0.0, None)
+    _triton.divergence_gradient(logits, logits, None, *sums, logits)
+    last = [x[-4:] if isinstance(x, Tensor) else x for x in sums]
+    _triton.divergence_gradient(tail, tail, None, *last, tail)
+    assert bitwise_equal(logits[-4:], tail)
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
+def test_a_whole_vocabulary_on_a_gpu(dtype: torch.dtype) -> None:
+    """In-place transform and gradient of a real tile, twice with the same bits."""
+    arguments = statistics_inputs(
+        300, 151936, 3, softcap=20.0, temperature=True, entropy=True, sum_sq=True, dtype=dtype
+    )
+    exact, torchs, again = list(map(doubled, arguments)), list(map(cloned, arguments)), list(map(cloned, arguments))
+    tiles.statistics(*exact)
+    tiles.statistics(*torchs)
+    _triton.statistics(*arguments)
+    check_statistics(arguments, exact, torchs)
+    _triton.statistics(*again)
+    assert bitwise_equal(again[0], arguments[0])
+    assert all(bitwise_equal(x, y) for x, y in zip(again[-1], arguments[-1], strict=True))
+
+
+# -- compiled for GPUs that are not here ------------------------------------------------------------------------------
+def run_uninterpreted(*arguments: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_DEFAULT_FP_FUSION": "0", "OMP_NUM_THREADS": "1"}
+    return subprocess.run([sys.executable, *arguments], env=environment, capture_output=True, text=True)
+
+
+@pytest.fixture(scope="session")
+def costs() -> dict[str, dict[str, dict[str, int]]]:
+    """{target: {case: cost}}: two targets at a time; compiled kernels stay in Triton's cache."""
+
+    def compiled(target: str) -> dict[str, dict[str, int]]:
+        result = run_uninterpreted("-m", "m3kernels.triton_compile", "m3kernels.policy_loss._triton", target)
+        assert result.returncode == 0, result.stderr
+        return json.loads(result.stdout)[target]
+
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        return dict(zip(TARGETS, pool.map(compiled, TARGETS), strict=True))
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_every_case_has_a_budget(target: str) -> None:
+    assert {case.name for case in _triton.compile_cases(target)} == set(BUDGET[target])
+
+
+@pytest.mark.parametrize(("target", "case"), [(target, case) for target in TARGETS for case in BUDGET[target]])
+def test_compiles_within_its_budget(costs: dict[str, dict[str, dict[str, int]]], target: str, case: str) -> None:
+    cost, budget = costs[target][case], BUDGET[target][case]
+    assert cost["shared"] <= SHARED_LIMIT[target]
+    if triton.__version__ == BUDGET["triton"]:
+        assert {name: cost[name] for name in budget if cost[name] > budget[name]} == {}
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_nothing_spills(costs: dict[str, dict[str, dict[str, int]]], target: str) -> None:
+    assert {case: cost["spills"] for case, cost in costs[target].items() if cost["spills"]} == {}
+
+
+INTERMEDIATE = """
+import json
+import triton
+from m3kernels import triton_compile
+from m3kernels.policy_loss import _triton
+compile, kept = triton.compile, []
+triton.compile = lambda *args, **options: kept.append(compile(*args, **options)) or kept[-1]
+cases = _triton.compile_cases("sm_90")
+for case in cases:
+    triton_compile.compile_case(case, "sm_90")
+print(json.dumps({case.name: [one.asm["ttir"], one.asm["ptx"]] for case, one in zip(cases, kept, strict=True)}))
+"""
+
+
+@pytest.fixture(scope="session")
+def intermediate(costs: dict[str, Any]) -> dict[str, list[str]]:
+    """{case: [Triton's intermediate code, PTX]} for sm_90, from the cache that ``costs`` has filled."""
+    result = run_uninterpreted("-c", INTERMEDIATE)
+    assert result.returncode == 0, result.stderr
+    return json.loads(result.stdout)
+
+
+PRODUCT = re.compile(r"(%\S+) = arith\.muli (%\S+), (%\S+) : (?:tensor<[\dx]*)?(i\d+)>?")
+
+
+@pytest.mark.parametrize("case", BUDGET["sm_90"])
+def test_offsets_of_rows_have_64_bits(intermediate: dict[str, list[str]], case: str) -> None:
+    """In 32 bits an index is only ever multiplied by a constant: a block or span of columns, never by a stride."""
+    code = intermediate[case][0]
+    constants = set(re.findall(r"(%\S+) = arith\.constant ", code))
+    products = PRODUCT.findall(code)
+    assert len(products) == code.count("arith.muli")
+    assert [product for product in products if product[3] == "i32" and not constants & set(product[1:3])] == []
+    assert [product for product in products if product[3] == "i64"]
+
+
+@pytest.mark.parametrize("case", [case for case in BUDGET["sm_90"] if not case.startswith("merge")])
+def test_tiles_are_read_16_bytes_at_a_time(intermediate: dict[str, list[str]], case: str) -> None:
+    code = intermediate[case][1]
+    assert "ld.global.v4.b32" in code
+    assert ("st.global.v4.b32" in code) == ("gradient" in case or "full" in case)
+    assert not re.search(r"\b(atom|red)\.", code)
+
+
+def test_cpu_tensors_are_refused_without_the_interpreter() -> None:
+    program = (
+        "import torch\n"
+        "from m3kernels.policy_loss import _triton\n"
+        "assert 'TRITON_INTERPRET=1' in _triton.unsupported('linear_logprobs', torch.zeros(2, 3))\n"
+    )
+    result = run_uninterpreted("-c", program)
+    assert result.returncode == 0, result.stderr
