@@ -1,14 +1,15 @@
-"""``python -m bench int4 | roofline | report``: measure, and turn what was measured into docs/benchmarks.md."""
+"""``python -m bench int4 | policy_loss | roofline | report``: measure, and turn the rows into docs/benchmarks.md."""
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import functools
 import os
 import sys
 from pathlib import Path
 
-from bench import int4, record, roofline, workloads
+from bench import int4, policy_loss, record, roofline, workloads
 
 
 def numbers(text: str) -> tuple[int, ...]:
@@ -16,6 +17,14 @@ def numbers(text: str) -> tuple[int, ...]:
     values = tuple(int(part) for part in text.split(","))
     if not values or min(values) < 1:
         raise argparse.ArgumentTypeError(f"want positive numbers with commas; got {text!r}")
+    return values
+
+
+def shares(text: str) -> tuple[float, ...]:
+    """A comma-separated list of numbers in (0, 1]."""
+    values = tuple(float(part) for part in text.split(","))
+    if not all(0 < value <= 1 for value in values):
+        raise argparse.ArgumentTypeError(f"want numbers above 0 and at most 1 with commas; got {text!r}")
     return values
 
 
@@ -43,6 +52,19 @@ def parser() -> argparse.ArgumentParser:
     )
     gemm.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     gemm.add_argument("--out", type=Path, help=f"JSON lines to add to (default: {record.RESULTS.name}/int4.jsonl)")
+
+    loss = commands.add_parser("policy_loss", help="the fused policy loss against other projects")
+    loss.add_argument("--preset", choices=sorted(policy_loss.PRESETS), help="default: acceptance; on a GPU: gpu")
+    loss.add_argument("--shapes", type=words, help=f"of {', '.join(workloads.LOSS_HEADS)}")
+    loss.add_argument("--dtypes", type=words, help=f"of {', '.join(workloads.DTYPES)}")
+    loss.add_argument("--densities", type=shares, help="shares of the tokens that count, as 1.0,0.4")
+    loss.add_argument("--threads", type=numbers)
+    loss.add_argument("--arms", type=words, help=f"of {', '.join(policy_loss.ARMS)}")
+    loss.add_argument("--seconds", type=float, help="for each shape, dtype, density and thread count")
+    loss.add_argument("--rounds", type=int, help="at least this many")
+    loss.add_argument("--no-memory", action="store_true", help="do not measure the peak of each arm")
+    loss.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    loss.add_argument("--out", type=Path, help=f"JSON lines to add to (default: {record.RESULTS.name}/policy_loss.jsonl)")
 
     ceilings = commands.add_parser("roofline", help="what this machine can do at best")
     ceilings.add_argument("--threads", type=numbers, default=(1, 2))
@@ -96,6 +118,44 @@ def run_int4(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def loss_plan(arguments: argparse.Namespace) -> policy_loss.Plan:
+    """The preset, with what the command line says in place of its fields."""
+    plan = policy_loss.PRESETS[arguments.preset or ("gpu" if arguments.device == "cuda" else "acceptance")]
+    fields = {
+        "heads": arguments.shapes,
+        "dtypes": arguments.dtypes,
+        "densities": arguments.densities,
+        "threads": arguments.threads,
+        "arms": arguments.arms,
+        "seconds": arguments.seconds,
+        "min_rounds": arguments.rounds,
+        "device": arguments.device,
+        "memory": not arguments.no_memory,
+    }
+    return dataclasses.replace(plan, **{name: value for name, value in fields.items() if value is not None})
+
+
+def run_policy_loss(arguments: argparse.Namespace) -> int:
+    from bench import report
+
+    say = functools.partial(print, file=sys.stderr, flush=True)
+    plan = loss_plan(arguments)
+    heads = [workloads.find_head(name) for name in plan.heads]
+    out = arguments.out or record.RESULTS / "policy_loss.jsonl"
+    found: list[record.LossRow] = []
+    for head in heads:
+        for row in policy_loss.run(head, plan, say):
+            record.append(out, [row])
+            found.append(row)
+            if row is not None and row.arm == policy_loss.last_unit(plan, row):
+                print(report.loss_tables(report.same_case(found, row)), flush=True)
+    lines = report.loss_acceptance(found)
+    if arguments.preset and lines:
+        print(report.acceptance_table(lines))
+        return 0 if all(line.passed for line in lines) else 1
+    return 0
+
+
 def main() -> int:
     arguments = parser().parse_args()
     if arguments.command == "int4":
@@ -103,6 +163,8 @@ def main() -> int:
             environment = {**os.environ, "GLIBC_TUNABLES": record.HUGE_MALLOC}  # read when a process starts
             os.execve(sys.executable, [sys.executable, "-m", "bench", *sys.argv[1:]], environment)
         return run_int4(arguments)
+    if arguments.command == "policy_loss":
+        return run_policy_loss(arguments)
     if arguments.command == "roofline":
         for threads in arguments.threads:
             print(roofline.describe(roofline.measured(threads, record.cpu_model())))

@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 
 from bench import harness, int4
-from bench.harness import Arm, Rotation, UnavailableError
+from bench.harness import Arm, GemmArm, Rotation, UnavailableError
 from bench.peers import TOLERANCE, PeerArm, TorchDense
-from bench.record import Row
+from bench.record import GemmRow
 from bench.roofline import Ceilings
 from bench.workloads import Experts, Linear, Problem, make_problem
 
@@ -30,12 +30,12 @@ VISIT_BYTES = 64 << 20
 REPEATS = 15
 
 
-class OnGpu(Arm):
+class OnGpu(GemmArm):
     """An arm whose tensors are on the GPU, captured: one CUDA graph per part."""
 
     computes = "bf16"
 
-    def __init__(self, inner: Arm) -> None:
+    def __init__(self, inner: GemmArm) -> None:
         self.inner, self.span, self.parts = inner, inner.span, inner.parts
         self.stored_bytes = inner.stored_bytes
         self.tolerance = max(inner.tolerance, TOLERANCE["bf16"])
@@ -169,6 +169,7 @@ def plan(*, ms: tuple[int, ...] | None, arms: tuple[str, ...] | None, seconds: f
 def visit(arm: Arm, part: int) -> float:
     """Seconds per product of one part, on the GPU."""
     start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    arm.enter()
     torch.cuda.synchronize()
     torch.cuda._sleep(BUSY_CYCLES)
     start.record()
@@ -205,7 +206,7 @@ def ceilings() -> Ceilings:
 
 
 def rows_of(
-    arms: list[Arm],
+    arms: list[GemmArm],
     absent: dict[str, str],
     facts: dict[str, Any],
     x: Tensor,
@@ -214,42 +215,43 @@ def rows_of(
     rotation: Rotation,
     plan: int4.Plan,
     say: Callable[[str], None],
-) -> Iterator[Row]:
+) -> Iterator[GemmRow]:
     """Load, gate, interleave and tell one case."""
     for arm in arms:
         arm.load(x)
-    timed, gates = int4.pass_gates(arms, expected, say)
+    gate = functools.partial(harness.gate, expected=expected)
+    timed, gates = harness.pass_gates(arms, gate, absent, say)
     times, _ = harness.interleave(timed, seconds=plan.seconds, min_rounds=plan.min_rounds, visit=visit)
     bounds = ceilings()
     measured = {1: bounds}
     yield from int4.rows(facts, arms, absent, gates, times, macs, bounds.read_bytes, measured, rotation, 1, "cuda")
 
 
-def run(shape: Linear | Experts, plan: int4.Plan, say: Callable[[str], None]) -> Iterator[Row]:
+def run(shape: Linear | Experts, plan: int4.Plan, say: Callable[[str], None]) -> Iterator[GemmRow]:
     """All rows of one shape on the GPU; x and results in bf16."""
     yield from run_linear(shape, plan, say) if isinstance(shape, Linear) else run_experts(shape, plan, say)
     gc.collect()
     torch.cuda.empty_cache()
 
 
-def run_linear(linear: Linear, plan: int4.Plan, say: Callable[[str], None]) -> Iterator[Row]:
+def run_linear(linear: Linear, plan: int4.Plan, say: Callable[[str], None]) -> Iterator[GemmRow]:
     problem = make_problem(linear, max(plan.ms), symmetric=plan.symmetric, x_dtype=torch.bfloat16, device="cuda")
     total = sum(int4.bytes_of(name, problem) for name in plan.arms)
     rotation = harness.rotation(problem.weight_bytes, total, visit_bytes=VISIT_BYTES, target_bytes=2 << 30)
     say(f"{linear.name}: {rotation.copies} copies, {rotation.copies * total / 1e9:.1f} GB")
-    arms, absent = int4.build(plan.arms, lambda name: OnGpu(ARMS[name](problem, rotation, 1)), say)
+    arms, absent = harness.build(plan.arms, lambda name: OnGpu(ARMS[name](problem, rotation, 1)), say)
     for m in plan.ms:
         facts = int4.linear_facts(linear, m, plan.symmetric, problem.weight_bytes)
         x, expected = problem.x[:m].to(torch.bfloat16), functools.partial(problem.result, m)
         yield from rows_of(arms, absent, facts, x, expected, m * linear.n * linear.k, rotation, plan, say)
 
 
-def run_experts(shape: Experts, plan: int4.Plan, say: Callable[[str], None]) -> Iterator[Row]:
+def run_experts(shape: Experts, plan: int4.Plan, say: Callable[[str], None]) -> Iterator[GemmRow]:
     made = int4.make_moe_problem(shape, max(plan.ms), x_dtype=torch.bfloat16, device="cuda")
     say(shape.name)
     parts = 2
     names = [name for name in plan.arms if name in MOE_ARMS]
-    arms, absent = int4.build(names, lambda name: OnGpu(MOE_ARMS[name](made, 1, parts)), say)
+    arms, absent = harness.build(names, lambda name: OnGpu(MOE_ARMS[name](made, 1, parts)), say)
     for m in plan.ms:
         facts = int4.moe_facts(shape, m, made.touched_bytes(m))
         macs = m * shape.topk * 3 * shape.hidden * shape.intermediate

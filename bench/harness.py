@@ -1,19 +1,23 @@
 """Time several ways of computing one thing, fairly: gated on error, interleaved, on weights the cache has forgotten.
 
-An arm holds several copies of its weight, ``parts`` lists of ``span`` of them. A visit runs one part, ``span`` products
-one after another as the layers of a model would; a round visits each arm once, in an order shuffled by a fixed seed,
-each visit on the arm's next part. So between two uses of a copy the other parts and the other arms have gone through
-the cache. Before a visit the harness waits until no thread pool of the arm before spins any more. The figures of a
-round belong together: ratios are taken within a round and their median reported.
+An arm may hold several copies of its weight, ``parts`` lists of ``span`` of them. A visit runs one part, ``span``
+products one after another as the layers of a model would; a round visits each arm once, in an order shuffled by a fixed
+seed, each visit on the arm's next part. So between two uses of a copy the other parts and the other arms have gone
+through the cache. Before a visit the harness waits until no thread pool of the arm before spins any more. The figures
+of a round belong together: ratios are taken within a round and their median reported.
 """
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
+import gc
 import math
 import random
 import time
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -21,6 +25,7 @@ from torch import Tensor
 QUIET_SLICE = 0.001  # seconds slept at a time while the pools of the previous arm come to rest
 QUIET_LIMIT = 0.1  # at most
 QUIET_SHARE = 0.2  # CPU seconds per second under which the process counts as quiet
+BLOCK_ELEMENTS = 1 << 24  # compared at a time, in fp64
 
 
 class UnavailableError(Exception):
@@ -28,35 +33,40 @@ class UnavailableError(Exception):
 
 
 class Arm:
-    """One way of computing y = x @ W.T. Subclasses build their copies in ``__init__`` and fill in the fields."""
+    """One way of computing the thing. Subclasses build what they need in ``__init__`` and fill in the fields."""
 
     name: str
     threads: int = 1
     computes: str = "fp32"  # operands of its inner product: the ceiling that bounds it
-    lossy: bool = False  # rounds the activations to int8, or everything to bf16
     tolerance: float = 1e-5  # relative RMS error, against fp64, beyond which there is no time
-    stored_bytes: int = 0  # of one copy of the weight, as this arm reads it
     span: int = 1
     parts: int = 1
 
     def enter(self) -> None:
-        """Process-wide settings of this arm (thread count), outside the timed region."""
+        """Process-wide settings of this arm (thread count) and a clean table, outside the timed region."""
         torch.set_num_threads(self.threads)
+
+    def run(self, part: int) -> None:
+        """The timed work of a part."""
+        raise NotImplementedError
+
+    def close(self) -> None:
+        """Free what Python does not."""
+
+
+class GemmArm(Arm):
+    """One way of computing y = x @ W.T for ``span`` weights in a visit."""
+
+    lossy: bool = False  # rounds the activations to int8, or everything to bf16
+    stored_bytes: int = 0  # of one copy of the weight, as this arm reads it
 
     def load(self, x: Tensor) -> None:
         """Take x (M, K) fp32, converted to what the arm wants; not timed."""
         raise NotImplementedError
 
-    def run(self, part: int) -> None:
-        """The timed work: the ``span`` products of a part."""
-        raise NotImplementedError
-
     def output(self, copy: int) -> Tensor:
         """(M, N) fp32: result of the last run for this copy."""
         raise NotImplementedError
-
-    def close(self) -> None:
-        """Free what Python does not."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -73,13 +83,17 @@ class Gate:
 
 def relative_rms(y: Tensor, expected: Tensor) -> float:
     """RMS of y - expected over RMS of expected, in fp64; nan where y has another shape or is not finite."""
-    if y.shape != expected.shape or not torch.isfinite(y).all():
+    if y.shape != expected.shape:
         return math.nan
-    scale = expected.double().square().mean().sqrt()
-    return float((y.double() - expected.double()).square().mean().sqrt() / scale)
+    error = scale = 0.0
+    pairs = (tensor.reshape(-1).split(BLOCK_ELEMENTS) for tensor in (y, expected))
+    for part, wanted in zip(*pairs, strict=True):
+        error += float((part.double() - wanted.double()).square().sum())
+        scale += float(wanted.double().square().sum())
+    return math.sqrt(error / scale) if math.isfinite(error) and scale > 0 else math.nan
 
 
-def gate(arm: Arm, expected: Callable[[int], Tensor]) -> Gate:
+def gate(arm: GemmArm, expected: Callable[[int], Tensor]) -> Gate:
     """Run every part once and compare its first and last copy with ``expected(copy)``; the worse error counts."""
     errors = []
     arm.enter()
@@ -91,6 +105,45 @@ def gate(arm: Arm, expected: Callable[[int], Tensor]) -> Gate:
     return Gate(error=error, tolerance=arm.tolerance)
 
 
+# -- which arms may be timed ------------------------------------------------------------------------------------------
+AnyArm = TypeVar("AnyArm", bound=Arm)
+
+
+def build(
+    names: Sequence[str], make: Callable[[str], AnyArm], say: Callable[[str], None]
+) -> tuple[list[AnyArm], dict[str, str]]:
+    """The arms that can be built here, and why the others cannot."""
+    arms, absent = [], {}
+    for name in names:
+        try:
+            arm = make(name)
+        except UnavailableError as error:
+            absent[name] = str(error)
+            say(f"  {name}: absent: {error}")
+            continue
+        arm.name = name
+        arms.append(arm)
+    return arms, absent
+
+
+def pass_gates(
+    arms: Sequence[AnyArm], gate: Callable[[AnyArm], Gate], absent: dict[str, str], say: Callable[[str], None]
+) -> tuple[list[AnyArm], dict[str, Gate]]:
+    """Run each arm once; those that are exact enough may be timed. One that turns out not to run joins ``absent``."""
+    gates = {}
+    for arm in arms:
+        try:
+            result = gates[arm.name] = gate(arm)
+        except UnavailableError as error:
+            absent[arm.name] = str(error)
+            say(f"  {arm.name}: absent: {error}")
+            continue
+        if not result.passed:
+            say(f"  {arm.name}: gate failed: error {result.error:.2e}, tolerance {result.tolerance:.0e}: no time")
+    return [arm for arm in arms if arm.name in gates and gates[arm.name].passed], gates
+
+
+# -- the clock --------------------------------------------------------------------------------------------------------
 def settle() -> None:
     """Wait until this process burns no CPU: pools of the arm before have stopped spinning."""
     deadline = time.perf_counter() + QUIET_LIMIT
@@ -183,6 +236,28 @@ def ratios(times: Mapping[str, Sequence[float]], name: str) -> dict[str, tuple[f
     """Of one arm against each other one: {peer: (median, p20, p80)}."""
     found = {peer: ratio(values, times[name]) for peer, values in times.items() if peer != name}
     return {peer: (value.median, value.p20, value.p80) for peer, value in found.items()}
+
+
+# -- memory -----------------------------------------------------------------------------------------------------------
+def resident(field: str) -> int:
+    """Bytes of this process that are in memory, now ("VmRSS") or at most since the last reset ("VmHWM")."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(f"{field}:"):
+            return int(line.split()[1]) * 1024
+    raise UnavailableError(f"/proc/self/status has no {field}")
+
+
+def peak_extra_bytes(work: Callable[[], object]) -> int:
+    """How far the memory of this process grows, at its highest, while ``work`` runs, over what it holds before.
+
+    What libraries load when first used counts too: run the work on a small input first.
+    """
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)  # what malloc keeps back would hide as much growth
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
+    before = resident("VmRSS")
+    work()
+    return max(resident("VmHWM") - before, 0)
 
 
 # -- copies -----------------------------------------------------------------------------------------------------------

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from bench import harness, record, roofline
-from bench.harness import Arm, Gate, Rotation, UnavailableError
+from bench.harness import Gate, GemmArm, Rotation, UnavailableError
 from bench.peers import TOLERANCE, Ark, Ggml, OnnxRuntime, OpenVino, PeerArm, TorchDense, TorchInt4
-from bench.record import Row
+from bench.record import GemmRow
 from bench.workloads import Experts, Linear, Problem, make_problem
 from m3kernels.int4 import Int4Weight, int4_dequantize, int4_gemm, int4_moe, reference
 from m3kernels.int4.reference import ACTIVATION_ERROR, make_inputs
@@ -84,7 +84,7 @@ class M3(PeerArm):
         return self.outputs[copy]
 
 
-Factory = Callable[[Problem, Rotation, int], Arm]
+Factory = Callable[[Problem, Rotation, int], GemmArm]
 ARMS: dict[str, Factory] = {
     "m3_int8": functools.partial(M3, mode="int8"),
     "m3_int16": functools.partial(M3, mode="int16"),
@@ -135,34 +135,6 @@ class Plan:
     min_rounds: int = 5
 
 
-def build(
-    names: Sequence[str], make: Callable[[str], Arm], say: Callable[[str], None]
-) -> tuple[list[Arm], dict[str, str]]:
-    """The arms that can be built here, and why the others cannot."""
-    arms, absent = [], {}
-    for name in names:
-        try:
-            arm = make(name)
-        except UnavailableError as error:
-            absent[name] = str(error)
-            say(f"  {name}: absent: {error}")
-            continue
-        arm.name = name
-        arms.append(arm)
-    return arms, absent
-
-
-def pass_gates(
-    arms: Sequence[Arm], expected: Callable[[int], Tensor], say: Callable[[str], None]
-) -> tuple[list[Arm], dict[str, Gate]]:
-    """Run each arm once; those that are exact enough may be timed."""
-    gates = {arm.name: harness.gate(arm, expected) for arm in arms}
-    for name, result in gates.items():
-        if not result.passed:
-            say(f"  {name}: gate failed: error {result.error:.2e}, tolerance {result.tolerance:.0e}: no time")
-    return [arm for arm in arms if gates[arm.name].passed], gates
-
-
 def linear_facts(linear: Linear, m: int, symmetric: bool, weight_bytes: int) -> dict[str, Any]:
     """What every row of one linear shape and M says, on the CPU and on a GPU."""
     return {
@@ -177,7 +149,7 @@ def linear_facts(linear: Linear, m: int, symmetric: bool, weight_bytes: int) -> 
     }
 
 
-def run_linear(linear: Linear, plan: Plan, say: Callable[[str], None]) -> Iterator[Row]:
+def run_linear(linear: Linear, plan: Plan, say: Callable[[str], None]) -> Iterator[GemmRow]:
     """All rows of one shape on the CPU, thread count by thread count."""
     problem = make_problem(linear, max(plan.ms), symmetric=plan.symmetric)
     for threads in plan.threads:
@@ -187,19 +159,20 @@ def run_linear(linear: Linear, plan: Plan, say: Callable[[str], None]) -> Iterat
         rotation = harness.rotation(problem.weight_bytes, total, limit_bytes=plan.limit_bytes)
         say(f"{linear.name}, {threads} thread(s): {rotation.copies} copies, {rotation.copies * total / 1e9:.1f} GB")
 
-        def make(name: str, rotation: Rotation = rotation, threads: int = threads) -> Arm:
+        def make(name: str, rotation: Rotation = rotation, threads: int = threads) -> GemmArm:
             base, _, suffix = name.rpartition("@")
             if suffix == "1t":
                 return factory(base)(problem, rotation, 1)
             return factory(name)(problem, rotation, threads)
 
         ceilings = {t: roofline.measured(t, record.cpu_model()) for t in {threads, 1}}
-        arms, absent = build([*names, *single], make, say)
+        arms, absent = harness.build([*names, *single], make, say)
         for m in plan.ms:
             x = problem.x[:m].clone()
             for arm in arms:
                 arm.load(x)
-            timed, gates = pass_gates(arms, functools.partial(problem.result, m), say)
+            gate = functools.partial(harness.gate, expected=functools.partial(problem.result, m))
+            timed, gates = harness.pass_gates(arms, gate, absent, say)
             probe = roofline.ReadProbe(threads, ceilings[threads].read_kind)
             times, rates = harness.interleave(
                 timed, seconds=plan.seconds, min_rounds=plan.min_rounds, probe=probe.bandwidth
@@ -216,7 +189,7 @@ def run_linear(linear: Linear, plan: Plan, say: Callable[[str], None]) -> Iterat
 
 def rows(
     facts: dict[str, Any],
-    arms: Sequence[Arm],
+    arms: Sequence[GemmArm],
     absent: dict[str, str],
     gates: dict[str, Gate],
     times: harness.Times,
@@ -226,7 +199,7 @@ def rows(
     rotation: Rotation,
     threads: int,
     device: str = "cpu",
-) -> Iterator[Row]:
+) -> Iterator[GemmRow]:
     """A row per arm: with times where it passed its gate, without where it did not or could not be built."""
     commit, dirty = record.commit()
     place = {
@@ -240,8 +213,8 @@ def rows(
         "command": record.command(),
     }
     for name, why in absent.items():
-        yield Row(**facts, **place, arm=name, computes="", lossy=False, threads=threads, gate=f"absent: {why}")
-    for arm in arms:
+        yield GemmRow(**facts, **place, arm=name, computes="", lossy=False, threads=threads, gate=f"absent: {why}")
+    for arm in (arm for arm in arms if arm.name in gates):
         gate = gates[arm.name]
         about = {
             "arm": arm.name,
@@ -254,11 +227,11 @@ def rows(
             "stored_bytes": arm.stored_bytes,
         }
         if not gate.passed:
-            yield Row(**facts, **place, **about, gate="failed")
+            yield GemmRow(**facts, **place, **about, gate="failed")
             continue
         value = harness.spread(times[arm.name])
         peak = ceilings[arm.threads].peak(arm.computes) if arm.threads in ceilings else None
-        yield Row(
+        yield GemmRow(
             **facts,
             **place,
             **about,
@@ -330,7 +303,7 @@ def make_moe_problem(
     return MoeProblem(shape=shape, x=x, w13=w13, w2=w2, topk_ids=ids, topk_weights=weights, expected=expected)
 
 
-class M3Moe(Arm):
+class M3Moe(GemmArm):
     """int4_moe in one activation mode."""
 
     def __init__(self, problem: MoeProblem, threads: int, parts: int, *, mode: str) -> None:
@@ -354,7 +327,7 @@ class M3Moe(Arm):
         return self.outputs[copy]
 
 
-class TorchMoe(Arm):
+class TorchMoe(GemmArm):
     """A loop over the experts that were chosen: matmul, silu, matmul, weighted sum, on dequantised weights."""
 
     def __init__(self, problem: MoeProblem, threads: int, parts: int, *, dtype: torch.dtype) -> None:
@@ -382,7 +355,7 @@ class TorchMoe(Arm):
         return self.y.float()
 
 
-MOE_ARMS: dict[str, Callable[[MoeProblem, int, int], Arm]] = {
+MOE_ARMS: dict[str, Callable[[MoeProblem, int, int], GemmArm]] = {
     **{f"m3_{mode}": functools.partial(M3Moe, mode=mode) for mode in ("int8", "int16", "exact")},
     "torch_fp32": functools.partial(TorchMoe, dtype=torch.float32),
     "torch_bf16": functools.partial(TorchMoe, dtype=torch.bfloat16),
@@ -405,7 +378,7 @@ def moe_facts(shape: Experts, m: int, weight_bytes: int) -> dict[str, Any]:
     }
 
 
-def run_experts(shape: Experts, plan: Plan, say: Callable[[str], None]) -> Iterator[Row]:
+def run_experts(shape: Experts, plan: Plan, say: Callable[[str], None]) -> Iterator[GemmRow]:
     """All rows of one mixture-of-experts layer on the CPU; dense arms only where they fit plan.limit_bytes."""
     problem = make_moe_problem(shape, max(plan.ms))
     dense = 3 * shape.experts * shape.hidden * shape.intermediate
@@ -413,7 +386,7 @@ def run_experts(shape: Experts, plan: Plan, say: Callable[[str], None]) -> Itera
     names = [name for name in plan.arms if name in MOE_ARMS]
     parts = 2
 
-    def make(name: str, threads: int) -> Arm:
+    def make(name: str, threads: int) -> GemmArm:
         if costs.get(name, 0) > plan.limit_bytes:
             raise UnavailableError(f"its weights take {costs[name] / 1e9:.0f} GB, more than the limit")
         return MOE_ARMS[name](problem, threads, parts)
@@ -421,11 +394,12 @@ def run_experts(shape: Experts, plan: Plan, say: Callable[[str], None]) -> Itera
     for threads in plan.threads:
         say(f"{shape.name}, {threads} thread(s)")
         ceilings = {threads: roofline.measured(threads, record.cpu_model())}
-        arms, absent = build(names, functools.partial(make, threads=threads), say)
+        arms, absent = harness.build(names, functools.partial(make, threads=threads), say)
         for m in plan.ms:
             for arm in arms:
                 arm.load(problem.x[:m].clone())
-            timed, gates = pass_gates(arms, functools.partial(problem.result, m), say)
+            gate = functools.partial(harness.gate, expected=functools.partial(problem.result, m))
+            timed, gates = harness.pass_gates(arms, gate, absent, say)
             probe = roofline.ReadProbe(threads, ceilings[threads].read_kind)
             times, rates = harness.interleave(
                 timed, seconds=plan.seconds, min_rounds=plan.min_rounds, probe=probe.bandwidth
@@ -439,6 +413,6 @@ def run_experts(shape: Experts, plan: Plan, say: Callable[[str], None]) -> Itera
         gc.collect()
 
 
-def run(shape: Linear | Experts, plan: Plan, say: Callable[[str], None]) -> Iterator[Row]:
+def run(shape: Linear | Experts, plan: Plan, say: Callable[[str], None]) -> Iterator[GemmRow]:
     """All rows of one shape on the CPU."""
     return run_linear(shape, plan, say) if isinstance(shape, Linear) else run_experts(shape, plan, say)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from bench import ggml
-from bench.harness import Arm, Rotation, UnavailableError
+from bench.harness import GemmArm, Rotation, UnavailableError
 from bench.workloads import Problem
 
 # Relative RMS error by what an arm rounds: nothing (fp32), activations to int8 per block, everything to bf16.
@@ -30,7 +30,7 @@ def need(*packages: str) -> None:
             raise UnavailableError(f"{package} is not installed")
 
 
-class PeerArm(Arm):
+class PeerArm(GemmArm):
     def __init__(self, problem: Problem, rotation: Rotation, threads: int) -> None:
         self.threads, self.span, self.parts = threads, rotation.span, rotation.parts
         self.copies = range(rotation.copies)

@@ -17,37 +17,32 @@ import subprocess
 import sys
 from collections.abc import Iterable
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = Path(__file__).resolve().parent / "results"
-PEERS = ("torch", "triton", "onnxruntime", "openvino", "llama-cpp-python", "auto-round-lib", "gemlite")
+Triple = tuple[float, float, float]  # median, 20th and 80th percentile
+PEERS = (
+    "torch", "triton", "onnxruntime", "openvino", "llama-cpp-python", "auto-round-lib", "gemlite",
+    "liger-kernel", "trl", "verl",
+)  # fmt: skip
 HUGE_MALLOC = "glibc.malloc.hugetlb=1"
-TIMED = ("median_s", "p20_s", "p80_s", "gmacs", "gbytes_s", "ratios")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Row:
-    """A line of results/*.jsonl. Times in seconds per product, rates per second, errors relative RMS against fp64."""
+    """What every line of results/*.jsonl says. Times in seconds, errors relative RMS against fp64."""
+
+    TIMED: ClassVar[tuple[str, ...]] = ("median_s", "p20_s", "p80_s", "ratios")  # fields that need a passed gate
 
     op: str
     shape: str
-    m: int
-    n: int
-    k: int
-    group_size: int
-    symmetric: bool
-    experts: int | None = None  # of a mixture-of-experts layer, where n = 2 * intermediate size and k = hidden size
-    topk: int | None = None
     arm: str
-    computes: str  # operands of the inner product: fp32, bf16, int16, int8
-    lossy: bool  # rounds the activations to int8 or everything to bf16
-    isa: str | None = None  # of our own CPU kernels
     device: str
     threads: int
     case_threads: int  # of the arms around this one; only "name@1t" runs on fewer
-    malloc_huge_pages: bool = False  # glibc.malloc.hugetlb: every library's weights in huge pages, not only ours
     gate: str  # "passed", "failed", or "absent: why"
     error: float | None = None
     tolerance: float | None = None
@@ -55,18 +50,7 @@ class Row:
     p20_s: float | None = None
     p80_s: float | None = None
     rounds: int | None = None
-    launch: str | None = None  # on a GPU: "graph" (CUDA graph of a visit) or "eager"
-    span: int | None = None  # products per visit
-    copies: int | None = None
-    gmacs: float | None = None  # 1e9 multiply-accumulates per second
-    weight_bytes: int | None = None  # of the INT4 weight with its scales and zeros: the same for every arm
-    stored_bytes: int | None = None  # of the weight as this arm holds it
-    gbytes_s: float | None = None  # 1e9 weight_bytes per second
-    read_gbytes_s: float | None = None  # read bandwidth of the machine, measured between the arms
-    read_share: float | None = None  # gbytes_s / read_gbytes_s
-    peak_gmacs: float | None = None  # ceiling for these operands
-    peak_share: float | None = None
-    ratios: dict[str, tuple[float, float, float]] | None = None  # peer -> how many times faster: median, p20, p80
+    ratios: dict[str, Triple] | None = None  # peer -> how many times faster: median, p20, p80
     commit: str
     dirty: bool
     machine: dict[str, object]
@@ -74,7 +58,7 @@ class Row:
     command: str
 
     def __post_init__(self) -> None:
-        timed = [name for name in TIMED if getattr(self, name) is not None]
+        timed = [name for name in self.TIMED if getattr(self, name) is not None]
         if timed and self.gate != "passed":
             raise ValueError(f"Row: gate: want 'passed' for a row with {', '.join(timed)}; got {self.gate!r}")
         if self.gate == "passed":
@@ -87,14 +71,84 @@ class Row:
             object.__setattr__(self, "error", None)  # JSON has no nan
 
     @property
+    def place(self) -> object:
+        return self.machine.get("gpu") if self.device == "cuda" else self.machine.get("cpu")
+
+    @property
     def key(self) -> tuple[object, ...]:
         """Rows of one key measure the same thing; the last one counts."""
-        place = self.machine.get("gpu") if self.device == "cuda" else self.machine.get("cpu")
-        case = (self.op, self.shape, self.group_size, self.symmetric, self.device, self.case_threads, self.m)
-        return (place, self.malloc_huge_pages, *case, self.arm)
+        raise NotImplementedError
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self), allow_nan=False)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GemmRow(Row):
+    """An INT4 product or layer of experts; times per product, rates per second."""
+
+    TIMED: ClassVar[tuple[str, ...]] = (*Row.TIMED, "gmacs", "gbytes_s")
+
+    m: int
+    n: int
+    k: int
+    group_size: int
+    symmetric: bool
+    experts: int | None = None  # of a mixture-of-experts layer, where n = 2 * intermediate size and k = hidden size
+    topk: int | None = None
+    computes: str  # operands of the inner product: fp32, bf16, int16, int8
+    lossy: bool  # rounds the activations to int8 or everything to bf16
+    isa: str | None = None  # of our own CPU kernels
+    malloc_huge_pages: bool = False  # glibc.malloc.hugetlb: every library's weights in huge pages, not only ours
+    launch: str | None = None  # on a GPU: "graph" (CUDA graph of a visit) or "eager"
+    span: int | None = None  # products per visit
+    copies: int | None = None
+    gmacs: float | None = None  # 1e9 multiply-accumulates per second
+    weight_bytes: int | None = None  # of the INT4 weight with its scales and zeros: the same for every arm
+    stored_bytes: int | None = None  # of the weight as this arm holds it
+    gbytes_s: float | None = None  # 1e9 weight_bytes per second
+    read_gbytes_s: float | None = None  # read bandwidth of the machine, measured between the arms
+    read_share: float | None = None  # gbytes_s / read_gbytes_s
+    peak_gmacs: float | None = None  # ceiling for these operands
+    peak_share: float | None = None
+
+    @property
+    def key(self) -> tuple[object, ...]:
+        case = (self.op, self.shape, self.group_size, self.symmetric, self.device, self.case_threads, self.m)
+        return (self.place, self.malloc_huge_pages, *case, self.arm)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LossRow(Row):
+    """A policy loss with the gradients of hidden (T, D) and weight (V, D), or a product that is the unit of its time."""
+
+    TIMED: ClassVar[tuple[str, ...]] = (*Row.TIMED, "units", "units_bf16", "peak_bytes")
+
+    tokens: int
+    hidden: int
+    vocabulary: int
+    sequences: int
+    dtype: str  # of hidden and weight: fp32 or bf16
+    density: float  # share of the tokens whose mask is 1
+    errors: dict[str, float | None] | None = None  # of loss, d_hidden and d_weight; ``error`` is the worst
+    units: Triple | None = None  # time over that of one fp32 product (T, D) x (D, V) of the same round: median, p20, p80
+    units_bf16: Triple | None = None  # the same in bf16 products
+    peak_bytes: int | None = None  # most memory beyond the inputs, the gradients among it
+    peak_threads: int | None = None
+    gradient_bytes: int  # of d_hidden and d_weight as returned, the same for every arm
+
+    @property
+    def workspace_bytes(self) -> int | None:
+        """Of the peak, what is not the gradients that are returned."""
+        return None if self.peak_bytes is None else self.peak_bytes - self.gradient_bytes
+
+    @property
+    def key(self) -> tuple[object, ...]:
+        case = (self.op, self.shape, self.dtype, self.density, self.device, self.case_threads)
+        return (self.place, *case, self.arm)
+
+
+KINDS: dict[str, type[Row]] = {"int4_gemm": GemmRow, "int4_moe": GemmRow, "linear_policy_loss": LossRow}  # by op
 
 
 def append(path: Path, rows: Iterable[Row]) -> None:
@@ -112,7 +166,10 @@ def read(path: Path) -> list[Row]:
             values = json.loads(line)
             if values["ratios"] is not None:
                 values["ratios"] = {peer: tuple(value) for peer, value in values["ratios"].items()}
-            rows.append(Row(**values))
+            for name in ("units", "units_bf16"):
+                if values.get(name) is not None:
+                    values[name] = tuple(values[name])
+            rows.append(KINDS[values["op"]](**values))
         except (TypeError, KeyError, ValueError) as error:
             raise ValueError(
                 f"record.read: {path.name}: want a row in line {number}; got {line[:80]!r} ({error})"

@@ -1,13 +1,15 @@
 """Named shapes of real models: what the benchmarks run on.
 
-Sources: the config.json of HuggingFaceTB/SmolLM2-135M-Instruct (hidden 576, intermediate 1536, 9/3 heads of 64),
-Qwen/Qwen3-8B (4096, 12288, 32/8 heads of 128) and Qwen/Qwen3-235B-A22B (4096, experts of 1536, 64/4 heads of 128, 128
-experts, top 8).
+Sources: the config.json of HuggingFaceTB/SmolLM2-135M-Instruct (hidden 576, intermediate 1536, 9/3 heads of 64,
+vocabulary 49152), Qwen/Qwen3-0.6B (hidden 1024, vocabulary 151936), Qwen/Qwen3-8B (4096, 12288, 32/8 heads of 128,
+vocabulary 151936) and Qwen/Qwen3-235B-A22B (4096, experts of 1536, 64/4 heads of 128, 128 experts, top 8).
 """
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -37,6 +39,21 @@ class Experts:
     intermediate: int
     topk: int
     group_size: int = 128
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LossHead:
+    """A policy loss over a linear head: T tokens in B sequences of one length, hidden size D, vocabulary V."""
+
+    name: str
+    tokens: int
+    hidden: int
+    vocabulary: int
+    sequences: int = 4
+
+    @property
+    def length(self) -> int:
+        return self.tokens // self.sequences
 
 
 LINEARS = {
@@ -70,6 +87,18 @@ EXPERTS = {
     )
 }
 
+LOSS_HEADS = {
+    head.name: head
+    for head in (
+        LossHead(name="smollm2-135m.t1024", tokens=1024, hidden=576, vocabulary=49152),
+        LossHead(name="qwen3-0.6b.t256", tokens=256, hidden=1024, vocabulary=151936),
+        LossHead(name="narrow.t8192", tokens=8192, hidden=64, vocabulary=151936),
+        LossHead(name="narrow.t65536", tokens=65536, hidden=64, vocabulary=151936),
+        LossHead(name="qwen3-8b.t8192", tokens=8192, hidden=4096, vocabulary=151936),
+        LossHead(name="qwen3-8b.t16384", tokens=16384, hidden=4096, vocabulary=151936),
+    )
+}
+
 PRESETS = {
     "acceptance": ("4096x4096", "4096x12288"),
     "smollm2": tuple(name for name in LINEARS if name.startswith("smollm2")),
@@ -89,15 +118,27 @@ PRESETS = {
 }
 
 
-def find(name: str) -> Linear | Experts:
+Shape = TypeVar("Shape")
+
+
+def look_up(name: str, known: Mapping[str, Shape]) -> Shape:
     """The shape of that name. Raises ValueError with the known names."""
-    known = {**LINEARS, **EXPERTS}
     if name not in known:
         raise ValueError(f"bench: shape: want one of {', '.join(known)}; got {name!r}")
     return known[name]
 
 
-# -- inputs -----------------------------------------------------------------------------------------------------------
+def find(name: str) -> Linear | Experts:
+    """The INT4 shape of that name."""
+    return look_up(name, {**LINEARS, **EXPERTS})
+
+
+def find_head(name: str) -> LossHead:
+    """The head of a policy loss of that name."""
+    return look_up(name, LOSS_HEADS)
+
+
+# -- inputs of products -----------------------------------------------------------------------------------------------
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Problem:
     """What every arm computes: x (M, K) times one INT4 weight, in as many different copies as asked for.
@@ -169,3 +210,113 @@ def make_problem(
     dense = int4_dequantize(weight, torch.float32)
     expected = x.double() @ dense.double().T
     return Problem(linear=linear, x=x, weight=weight, q=q, scales=scales, zeros=zeros, dense=dense, expected=expected)
+
+
+# -- inputs of policy losses ------------------------------------------------------------------------------------------
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+CLIP = 0.2
+LOGIT_SPREAD = 2.0  # standard deviation of the logits
+RATIO_SPREAD = 0.1  # log-ratios lie within this, inside the clip bounds at every precision ...
+CLIPPED_LOG_RATIO = 0.5  # ... except of the first token of each sequence that counts, which is clipped
+BLOCK_TOKENS = 1024
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LossProblem:
+    """What every arm computes: the mean over the tokens of -min(r A, clip(r, 0.8, 1.2) A), and its gradients.
+
+    r = exp(logprobs - old_logprobs), A one advantage a sequence. hidden and weight are leaves that all arms share.
+    """
+
+    head: LossHead
+    dtype: str
+    density: float
+    hidden: Tensor  # (B, L, D) requires grad
+    weight: Tensor  # (V, D) requires grad
+    ids: Tensor  # (B, L) int64
+    mask: Tensor  # (B, L) bool, the same number of tokens in each sequence
+    advantages: Tensor  # (B,) fp32, none 0
+    old_logprobs: Tensor  # (B, L) fp32
+
+    @property
+    def rows(self) -> Tensor:
+        """(n,) int64 indices of the tokens that count, in the flattened batch."""
+        return self.mask.reshape(-1).nonzero()[:, 0]
+
+    @property
+    def gradient_bytes(self) -> int:
+        return sum(leaf.numel() * leaf.element_size() for leaf in (self.hidden, self.weight))
+
+    def token_losses(self, logprobs: Tensor, rows: Tensor) -> Tensor:
+        """(n,) losses of the tokens ``rows`` from their log-probabilities (n,), in the dtype of those."""
+        advantages = self.advantages.repeat_interleave(self.head.length)[rows].to(logprobs.dtype)
+        ratio = (logprobs - self.old_logprobs.reshape(-1)[rows].to(logprobs.dtype)).exp()
+        return -torch.minimum(ratio * advantages, ratio.clamp(1 - CLIP, 1 + CLIP) * advantages)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LossResult:
+    """The loss, the mean absolute loss of a token (the scale of an error of the loss), and both gradients."""
+
+    loss: float
+    scale: float
+    d_hidden: Tensor
+    d_weight: Tensor
+
+
+def make_loss_problem(head: LossHead, dtype: str, density: float, *, device: str = "cpu", seed: int = 0) -> LossProblem:
+    """Gaussian hidden states and head, uniform ids, scattered masks, old log-probabilities near the present ones.
+
+    Raises ValueError: tokens no multiple of sequences, or a density that leaves a sequence without a token.
+    """
+    counted = round(density * head.length)
+    if head.tokens % head.sequences or not 1 <= counted <= head.length:
+        wanted = f"a multiple of {head.sequences} tokens, of which a share of {density} is at least one a sequence"
+        raise ValueError(f"make_loss_problem: head: want {wanted}; got {head.tokens}")
+    batch = (head.sequences, head.length)
+    random = torch.Generator(device).manual_seed(seed)
+    options = {"generator": random, "device": device}
+    hidden = torch.randn(*batch, head.hidden, **options).mul_(LOGIT_SPREAD).to(DTYPES[dtype])
+    weight = torch.randn(head.vocabulary, head.hidden, **options).mul_(head.hidden**-0.5).to(DTYPES[dtype])
+    ids = torch.randint(head.vocabulary, batch, **options)
+    mask = torch.rand(batch, **options).argsort(1) < counted
+    signs = torch.where(torch.arange(head.sequences, device=device) % 2 == 0, 1.0, -1.0)
+    advantages = signs * torch.linspace(0.5, 1.5, head.sequences, device=device)
+    logprobs = torch.empty(head.tokens, device=device)
+    blocks = (tensor.split(BLOCK_TOKENS) for tensor in (hidden.view(-1, head.hidden), ids.view(-1), logprobs))
+    for x, chosen, out in zip(*blocks, strict=True):
+        out.copy_(-torch.nn.functional.cross_entropy((x @ weight.t()).float(), chosen, reduction="none"))
+    shift = (torch.rand(batch, **options) * 2 - 1) * RATIO_SPREAD
+    shift.scatter_(1, mask.int().argmax(1, keepdim=True), (signs * CLIPPED_LOG_RATIO)[:, None])
+    return LossProblem(
+        head=head,
+        dtype=dtype,
+        density=density,
+        hidden=hidden.requires_grad_(),
+        weight=weight.requires_grad_(),
+        ids=ids,
+        mask=mask,
+        advantages=advantages,
+        old_logprobs=logprobs.view(batch) - shift,
+    )
+
+
+def expected_loss(problem: LossProblem) -> LossResult:
+    """What an arm must give: the definition in fp64, autograd through it, a block of tokens at a time."""
+    count = len(problem.rows)
+    hidden = problem.hidden.detach().view(problem.head.tokens, problem.head.hidden)
+    weight = problem.weight.detach().double().requires_grad_()
+    d_hidden = torch.zeros_like(hidden, dtype=torch.float64)
+    loss = scale = 0.0
+    for rows in problem.rows.split(BLOCK_TOKENS):
+        x = hidden[rows].double().requires_grad_()
+        logits = x @ weight.t()
+        logprobs = -torch.nn.functional.cross_entropy(logits, problem.ids.view(-1)[rows], reduction="none")
+        losses = problem.token_losses(logprobs, rows) / count
+        losses.sum().backward()
+        assert x.grad is not None
+        d_hidden[rows] = x.grad
+        values = losses.detach()
+        loss, scale = loss + float(values.sum()), scale + float(values.abs().sum())
+    assert weight.grad is not None
+    return LossResult(loss=loss, scale=scale, d_hidden=d_hidden.view(problem.hidden.shape), d_weight=weight.grad)

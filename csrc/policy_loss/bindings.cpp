@@ -98,6 +98,7 @@ void statistics_of(const MatrixTuple& logits, const IdsTuple& ids, SpanTuple bia
   check_span(op, "squared", squared, z.rows, true);
   check_threads(op, threads);
   Statistics a{.logits = z.data,
+               .num_rows = z.rows,
                .row_stride = z.stride,
                .columns = z.columns,
                .first = std::get<2>(ids),
@@ -111,7 +112,7 @@ void statistics_of(const MatrixTuple& logits, const IdsTuple& ids, SpanTuple bia
                .squared = at<float>(squared)};
   a.transform.bias = at<float>(bias);
   py::gil_scoped_release release;
-  statistics(a, z.rows, threads);
+  statistics(a, threads);
 }
 
 void gradient_of(const MatrixTuple& logits, const std::optional<SpanTuple>& rows, const IdsTuple& ids, SpanTuple lse,
@@ -131,6 +132,7 @@ void gradient_of(const MatrixTuple& logits, const std::optional<SpanTuple>& rows
   check_span(op, "picked", picked, n * std::get<1>(ids), false);
   check_threads(op, threads);
   const Gradient a{.logits = z.data,
+                   .num_rows = n,
                    .row_stride = z.stride,
                    .columns = z.columns,
                    .first = std::get<2>(ids),
@@ -146,7 +148,7 @@ void gradient_of(const MatrixTuple& logits, const std::optional<SpanTuple>& rows
                    .out = g.data,
                    .out_stride = g.stride};
   py::gil_scoped_release release;
-  gradient(a, n, threads);
+  gradient(a, threads);
 }
 
 // The part that both functions share: two matrices of logits, their normalisers, the kind.
@@ -160,7 +162,7 @@ Divergence divergence_base(const char* op, const Matrix& student, const Matrix& 
   Divergence a{};
   a.student = student.data, a.student_stride = student.stride;
   a.teacher = teacher.data, a.teacher_stride = teacher.stride;
-  a.columns = student.columns;
+  a.num_rows = rows, a.columns = student.columns;
   a.student_lse = at<float>(student_lse), a.teacher_lse = at<float>(teacher_lse);
   a.kind = Kind(kind), a.beta = (float)beta, a.rest = (float)(1.0 - beta);
   return a;
@@ -176,7 +178,7 @@ void divergence_of(const MatrixTuple& student, const MatrixTuple& teacher, SpanT
   check_threads(op, threads);
   a.value = at<float>(value), a.center = at<float>(center);
   py::gil_scoped_release release;
-  divergence(a, s.rows, threads);
+  divergence(a, threads);
 }
 
 void divergence_gradient_of(const MatrixTuple& student, const MatrixTuple& teacher,
@@ -199,7 +201,7 @@ void divergence_gradient_of(const MatrixTuple& student, const MatrixTuple& teach
   a.transform = transform_of(op, transform, n);
   a.out = g.data, a.out_stride = g.stride;
   py::gil_scoped_release release;
-  divergence_gradient(a, n, threads);
+  divergence_gradient(a, threads);
 }
 
 }  // namespace

@@ -51,25 +51,25 @@ void for_each_row(int64_t rows, int64_t columns, int64_t floats, int threads, Vi
 
 }  // namespace
 
-void statistics(const Statistics& args, int64_t rows, int threads) {
+void statistics(const Statistics& args, int threads) {
   const Kernels& isa = kernels();
-  for_each_row(rows, args.columns, 0, threads, [&](int64_t i, float*) { isa.statistics(args, i); });
+  for_each_row(args.num_rows, args.columns, 0, threads, [&](int64_t i, float*) { isa.statistics(args, i); });
 }
 
-void gradient(const Gradient& args, int64_t rows, int threads) {
+void gradient(const Gradient& args, int threads) {
   const Kernels& isa = kernels();
-  for_each_row(rows, args.columns, args.num_ids, threads,
+  for_each_row(args.num_rows, args.columns, args.num_ids, threads,
                [&](int64_t i, float* scratch) { isa.gradient(args, i, scratch); });
 }
 
-void divergence(const Divergence& args, int64_t rows, int threads) {
+void divergence(const Divergence& args, int threads) {
   const Kernels& isa = kernels();
-  for_each_row(rows, args.columns, 0, threads, [&](int64_t i, float*) { isa.divergence(args, i); });
+  for_each_row(args.num_rows, args.columns, 0, threads, [&](int64_t i, float*) { isa.divergence(args, i); });
 }
 
-void divergence_gradient(const Divergence& args, int64_t rows, int threads) {
+void divergence_gradient(const Divergence& args, int threads) {
   const Kernels& isa = kernels();
-  for_each_row(rows, args.columns, 0, threads, [&](int64_t i, float*) { isa.divergence_gradient(args, i); });
+  for_each_row(args.num_rows, args.columns, 0, threads, [&](int64_t i, float*) { isa.divergence_gradient(args, i); });
 }
 
 }  // namespace m3::policy_loss

@@ -20,7 +20,7 @@ struct Transform {
 // z -> z' in place, and the online softmax of each row.
 struct Statistics {
   float* logits;  // (R, C)
-  int64_t row_stride, columns, first;
+  int64_t num_rows, row_stride, columns, first;
   Transform transform;
   const int64_t* ids;                                    // (R, K)
   int64_t num_ids;                                       // K
@@ -30,6 +30,7 @@ struct Statistics {
 // out = (p * (base + slope * log p + square * p) + sum_k picked[k] at ids[k]) * dz'/dz, p = exp(z' - lse)
 struct Gradient {
   const float* logits;  // (R, C), z'
+  int64_t num_rows;     // n
   int64_t row_stride, columns, first;
   const int64_t* rows;  // (n,): rows of logits; null: row i
   Transform transform;
@@ -46,6 +47,7 @@ enum class Kind : int { kForward = 0, kReverse = 1, kJs = 2 };
 // Jensen-Shannon beta KL(t || m) + (1 - beta) KL(p || m) with m = beta t + (1 - beta) p.
 struct Divergence {
   const float *student, *teacher;  // (R, C)
+  int64_t num_rows;                // n; R for divergence
   int64_t student_stride, teacher_stride, columns;
   const int64_t* rows;                     // divergence_gradient alone; null: row i
   const float *student_lse, *teacher_lse;  // (n,)

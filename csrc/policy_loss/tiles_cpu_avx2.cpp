@@ -36,8 +36,8 @@ struct Avx2 {
   static inline F zero_where_zero(F p, F a) {
     return _mm256_and_ps(_mm256_cmp_ps(p, _mm256_setzero_ps(), _CMP_NEQ_UQ), a);
   }
-  static inline F where_positive(F d, F yes, F no) {
-    return _mm256_blendv_ps(no, yes, _mm256_cmp_ps(d, _mm256_setzero_ps(), _CMP_GT_OQ));
+  static inline F where_greater(F a, F b, F yes, F no) {
+    return _mm256_blendv_ps(no, yes, _mm256_cmp_ps(a, b, _CMP_GT_OQ));
   }
   static inline F scaled_exp(F p, F t, F, F x) {
     return _mm256_and_ps(_mm256_cmp_ps(x, splat(kSmallest), _CMP_NLT_UQ), mul(p, power(t)));

@@ -33,8 +33,8 @@ struct Avx512 {
   static inline F zero_where_zero(F p, F a) {
     return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(p, _mm512_setzero_ps(), _CMP_NEQ_UQ), a);
   }
-  static inline F where_positive(F d, F yes, F no) {
-    return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(d, _mm512_setzero_ps(), _CMP_GT_OQ), no, yes);
+  static inline F where_greater(F a, F b, F yes, F no) {
+    return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(a, b, _CMP_GT_OQ), no, yes);
   }
   static inline F scaled_exp(F p, F, F n, F x) {
     return _mm512_maskz_scalef_ps(_mm512_cmp_ps_mask(x, splat(kSmallest), _CMP_NLT_UQ), p, n);

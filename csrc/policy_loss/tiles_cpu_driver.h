@@ -6,10 +6,9 @@
 
 namespace m3::policy_loss {
 
-// `rows` is R; of the gradients, n.
-void statistics(const Statistics& args, int64_t rows, int threads);
-void gradient(const Gradient& args, int64_t rows, int threads);
-void divergence(const Divergence& args, int64_t rows, int threads);
-void divergence_gradient(const Divergence& args, int64_t rows, int threads);
+void statistics(const Statistics& args, int threads);
+void gradient(const Gradient& args, int threads);
+void divergence(const Divergence& args, int threads);
+void divergence_gradient(const Divergence& args, int threads);
 
 }  // namespace m3::policy_loss

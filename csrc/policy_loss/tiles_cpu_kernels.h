@@ -2,9 +2,9 @@
 // namespace.
 //
 // A row of a tile is a few kilobytes that a matrix product has just left in L2: the first pass (transform, maximum)
-// brings it to L1, the second (exp, sums) reads it there. Sums run in kChains vectors over a block of kBlockVectors,
-// and from block to block in double, so a row of any length adds about as exactly as one block; their order depends on
-// the row's columns alone, neither on other rows nor on threads.
+// brings it to L1, the second (exp, sums) reads it there and fetches the next row. Sums run in kChains vectors over a
+// block of kBlockVectors, and from block to block in double, so a row of any length adds about as exactly as one block;
+// their order depends on the row's columns alone, neither on other rows nor on threads.
 //
 // A trait offers F (a vector of kLanes floats), its loads, stores and arithmetic, kFused (fma rounds once), and
 //   load_part, store_part      the first `count` lanes; the others read as `fill` and are not written
@@ -51,7 +51,7 @@ M3_INLINE typename S::F bounded_exponential(typename S::F x) {
   return exponential<S>(S::min(S::splat(89.0f), x));
 }
 
-// exp(x) - 1 for x <= 0, with a small relative error.
+// exp(x) - 1 for x <= 88, with a small relative error.
 template <class S>
 M3_INLINE typename S::F exponential_less_one(typename S::F x) {
   typename S::F t, n;
@@ -66,7 +66,7 @@ M3_INLINE typename S::F exponential_less_one(typename S::F x) {
   return S::fma(s, p, S::sub(s, S::splat(1.0f)));
 }
 
-// log(1 + y) for -1 < y <= 0, with a small relative error; 1 + y is at least `floor`. Cephes' polynomial.
+// log(1 + y) for y > -1, with a small relative error; 1 + y is at least `floor`. Cephes' polynomial.
 template <class S>
 M3_INLINE typename S::F log_of_one_plus(typename S::F y, typename S::F floor) {
   const typename S::F one = S::splat(1.0f), u = S::max(floor, S::add(one, y));
@@ -190,10 +190,12 @@ M3_INLINE float transform(float* row, int64_t columns, const Transform& t, float
 
 // {sum exp(z' - shift), sum exp(z' - shift) (z' - shift), sum exp(2 (z' - shift))}; 0 for what is not asked.
 template <class S, bool kWeighted, bool kSquared>
-M3_INLINE void exponential_sums(const float* row, int64_t columns, float shift, double (&totals)[3]) {
+M3_INLINE void exponential_sums(const float* row, const float* next, int64_t columns, float shift,
+                                double (&totals)[3]) {
   const typename S::F shifts = S::splat(shift);
   sum_row<S>(columns, totals,
              [&](auto extent, int64_t j, int count, typename S::F* sums) __attribute__((always_inline)) {
+               __builtin_prefetch(next + j);
                const typename S::F z = S::sub(read<S>(extent, row + j, count, kLowest), shifts), e = exponential<S>(z);
                sums[0] = S::add(sums[0], e);
                if constexpr (kWeighted) sums[1] = S::fma(e, S::zero_where_zero(e, z), sums[1]);
@@ -219,15 +221,16 @@ void statistics(const Statistics& a, int64_t i) {
 
   const float old = a.maximum[i], maximum = most > old ? most : old;
   const float shift = maximum == kLowest ? 0.0f : maximum;
+  const float* next = i + 1 < a.num_rows ? row + a.row_stride : row;
   double totals[3];
   if (a.weighted && a.squared)
-    exponential_sums<S, true, true>(row, a.columns, shift, totals);
+    exponential_sums<S, true, true>(row, next, a.columns, shift, totals);
   else if (a.weighted)
-    exponential_sums<S, true, false>(row, a.columns, shift, totals);
+    exponential_sums<S, true, false>(row, next, a.columns, shift, totals);
   else if (a.squared)
-    exponential_sums<S, false, true>(row, a.columns, shift, totals);
+    exponential_sums<S, false, true>(row, next, a.columns, shift, totals);
   else
-    exponential_sums<S, false, false>(row, a.columns, shift, totals);
+    exponential_sums<S, false, false>(row, next, a.columns, shift, totals);
 
   const double down = __builtin_isinf(old) ? 0.0 : (double)old - (double)maximum;  // 0 before the first tile
   const double factor = down == 0.0 ? 1.0 : __builtin_exp(down), total = a.total[i];
@@ -259,11 +262,12 @@ M3_INLINE typename S::F uncap(typename S::F g, typename S::F z, typename S::F in
 }
 
 template <class S, bool kPolynomial, bool kCapped>
-M3_INLINE void gradient_row(const float* row, float* out, int64_t columns, float lse, float base, float slope,
-                            float square, float inverse_cap) {
+M3_INLINE void gradient_row(const float* row, const float* next, float* out, int64_t columns, float lse, float base,
+                            float slope, float square, float inverse_cap) {
   const typename S::F shift = S::splat(lse), bases = S::splat(base), slopes = S::splat(slope),
                       squares = S::splat(square), inverse_caps = S::splat(inverse_cap);
   walk<S>(0, columns, [&](auto extent, int64_t j, int count, int) __attribute__((always_inline)) {
+    __builtin_prefetch(next + j);
     const typename S::F z = read<S>(extent, row + j, count, 0.0f), q = S::sub(z, shift), p = bounded_exponential<S>(q);
     typename S::F g = bases;
     if constexpr (kPolynomial) g = S::fma(squares, p, S::fma(slopes, S::zero_where_zero(p, q), g));
@@ -276,6 +280,8 @@ M3_INLINE void gradient_row(const float* row, float* out, int64_t columns, float
 template <class S>
 void gradient(const Gradient& a, int64_t i, float* scratch) {
   const float* row = a.logits + (a.rows ? a.rows[i] : i) * a.row_stride;
+  const int64_t after = i + 1 < a.num_rows ? i + 1 : i;
+  const float* next = a.logits + (a.rows ? a.rows[after] : after) * a.row_stride;
   float* out = a.out + i * a.out_stride;
   const int64_t* ids = a.ids + i * a.num_ids;
   const Slope to_z = slope_of(a.transform, i);
@@ -288,30 +294,33 @@ void gradient(const Gradient& a, int64_t i, float* scratch) {
               square = a.square ? a.square[i] * to_z.chain : 0.0f, inverse_cap = to_z.inverse_cap;
   if (a.slope || a.square) {
     if (to_z.capped)
-      gradient_row<S, true, true>(row, out, a.columns, lse, base, slope, square, inverse_cap);
+      gradient_row<S, true, true>(row, next, out, a.columns, lse, base, slope, square, inverse_cap);
     else
-      gradient_row<S, true, false>(row, out, a.columns, lse, base, slope, square, inverse_cap);
+      gradient_row<S, true, false>(row, next, out, a.columns, lse, base, slope, square, inverse_cap);
   } else if (to_z.capped) {
-    gradient_row<S, false, true>(row, out, a.columns, lse, base, slope, square, inverse_cap);
+    gradient_row<S, false, true>(row, next, out, a.columns, lse, base, slope, square, inverse_cap);
   } else {
-    gradient_row<S, false, false>(row, out, a.columns, lse, base, slope, square, inverse_cap);
+    gradient_row<S, false, false>(row, next, out, a.columns, lse, base, slope, square, inverse_cap);
   }
   for (int64_t k = 0; k < a.num_ids; k++)
     if (ids[k] >= a.first && ids[k] - a.first < a.columns) out[ids[k] - a.first] += scratch[k];
 }
 
 // -- divergence -------------------------------------------------------------------------------------------------------
-// log p - log m and log t - log m of the mixture m = beta t + rest p. With d = log t - log p and e = exp(-|d|) - 1:
-// log m = max(log p, log t) + log(1 + c e), where c is the share of the smaller of the two.
+// log p - log m and log t - log m of the mixture m = beta t + rest p, from d = log t - log p:
+//   log m - log p = log(1 + beta (exp(d) - 1))      up to a turn of d,
+//   log m - log t = log(1 + rest (exp(-d) - 1))     beyond it; the other difference is d away.
+// The turn (2 for small beta, -2 for large) lies where t begins to rule the mixture, so little cancels on either side.
 template <class S>
 M3_INLINE void to_mixture(typename S::F log_p, typename S::F log_t, float beta, float rest, typename S::F& p_to_m,
                           typename S::F& t_to_m) {
-  const typename S::F zero = S::splat(0.0f), d = S::sub(log_t, log_p);
-  const typename S::F e = exponential_less_one<S>(S::sub(zero, S::abs(d)));
-  const typename S::F share = S::where_positive(d, S::splat(rest), S::splat(beta));
+  const typename S::F zero = S::splat(0.0f), turn = S::splat(beta <= 0.5f ? 2.0f : -2.0f);
+  const typename S::F d = S::sub(log_t, log_p), away = S::sub(zero, d);
+  const typename S::F e = exponential_less_one<S>(S::where_greater(d, turn, away, d));
+  const typename S::F share = S::where_greater(d, turn, S::splat(rest), S::splat(beta));
   const typename S::F log_sum = log_of_one_plus<S>(S::mul(share, e), S::splat(beta < rest ? beta : rest));
-  p_to_m = S::sub(S::sub(zero, S::max(d, zero)), log_sum);
-  t_to_m = S::sub(S::min(d, zero), log_sum);
+  p_to_m = S::sub(S::where_greater(d, turn, away, zero), log_sum);
+  t_to_m = S::sub(S::where_greater(d, turn, zero, d), log_sum);
 }
 
 template <class S, Kind kKind>

@@ -38,7 +38,7 @@ struct Neon {
   static inline F abs(F a) { return vabsq_f32(a); }
   static inline F with_sign(F a, F sign) { return vbslq_f32(vdupq_n_u32(0x80000000u), sign, a); }
   static inline F zero_where_zero(F p, F a) { return bits(vbicq_u32(bits(a), vceqzq_f32(p))); }
-  static inline F where_positive(F d, F yes, F no) { return vbslq_f32(vcgtzq_f32(d), yes, no); }
+  static inline F where_greater(F a, F b, F yes, F no) { return vbslq_f32(vcgtq_f32(a, b), yes, no); }
   static inline F scaled_exp(F p, F t, F, F x) {
     return bits(vbicq_u32(bits(mul(p, power(t))), vcltq_f32(x, splat(kSmallest))));
   }

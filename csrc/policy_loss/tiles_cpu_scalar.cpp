@@ -40,7 +40,7 @@ struct Scalar {
   static inline F abs(F a) { return (F)((I)a & ~(I)splat(-0.0f)); }
   static inline F with_sign(F a, F sign) { return (F)((I)a | ((I)sign & (I)splat(-0.0f))); }
   static inline F zero_where_zero(F p, F a) { return (F)((I)a & ~(I)(p == splat(0.0f))); }
-  static inline F where_positive(F d, F yes, F no) { return choose(d > splat(0.0f), yes, no); }
+  static inline F where_greater(F a, F b, F yes, F no) { return choose(a > b, yes, no); }
   static inline F scaled_exp(F p, F t, F, F x) { return (F)((I)(p * power(t)) & ~(I)(x < splat(kSmallest))); }
   static inline F power(F t) { return (F)((I)t << 23); }
   static inline F split(F u, F& k) {

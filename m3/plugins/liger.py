@@ -8,8 +8,10 @@ needs Liger.
 What differs. importance_sampling_level="sequence" holds the sequence ratio constant and differentiates each token's own
 log-probability (docs/numerics.md): with Liger's advantages, one a sequence, value and gradient of the policy term are
 the same; ``advantages`` may also be (B, T), where Liger's form would give every token their mean. Log-ratios are held
-within +-20. "luspo" is TRL's sum over tokens / B. The KL metric is taken before ``use_bias_correction_kl``. ``compiled``
-and ``chunk_size`` change nothing: memory is bounded in bytes. "vespo", and "luspo" at token level, are refused.
+within +-20. "luspo" is TRL's, a sum over tokens / B. The KL metric is taken before ``use_bias_correction_kl``; for
+"cispo" the share of clipped tokens is of all beyond the bound, whatever the sign of their advantage.
+``compiled`` and ``chunk_size`` change nothing: memory is bounded in bytes. "vespo", and "luspo" at token level, are
+refused.
 """
 
 from __future__ import annotations
@@ -77,9 +79,11 @@ class FusedLinearGRPOLoss(nn.Module):
         by_sequence = importance_sampling_level == "sequence"
         if by_sequence and loss_type in ("cispo", "sapo"):
             want = f"'token' for loss_type={loss_type!r}"
-            raise refuse(op, "importance_sampling_level", want, importance_sampling_level)
+            raise refuse(op, "importance_sampling_level", want, repr(importance_sampling_level))
         if loss_type == "luspo" and not by_sequence:
-            raise refuse(op, "importance_sampling_level", "'sequence' for loss_type='luspo'", importance_sampling_level)
+            raise refuse(
+                op, "importance_sampling_level", "'sequence' for loss_type='luspo'", repr(importance_sampling_level)
+            )
         if loss_type == "dr_grpo" and max_completion_length is None:
             raise refuse(op, "max_completion_length", "tokens, for loss_type='dr_grpo'", max_completion_length)
         if loss_type == "cispo" and epsilon_high < 1:

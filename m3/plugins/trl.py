@@ -1,10 +1,10 @@
 """TRL's seam over our kernels: a GRPOTrainer whose per-token log-probabilities and entropies come from linear_logprobs.
 
-TRL gives its models a head that runs the backbone and projects hidden states, never forming logits; it calls the
-projection by a variable of its module ``trl.trainer.utils``. ``LinearLogprobs`` puts ours there while a trainer computes
-log-probabilities, so all the rest stays TRL's: wrappers (DDP, FSDP2, PEFT), images, router losses, the loss itself. Rows
-without a label are left out, on the CPU too. Tested with TRL 1.16; not for DeepSpeed ZeRO-3, whose head is gathered for
-the forward pass only.
+TRL gives its models a head that projects the hidden states of the backbone tile by tile; it calls the projection by a
+variable of its module ``trl.trainer.utils``. ``LinearLogprobs`` puts ours there while a trainer computes
+log-probabilities, so all the rest stays TRL's: wrappers (DDP, FSDP2, PEFT), images, router losses, the loss itself.
+Rows without a label are left out, on the CPU too. Tested with TRL 1.16; not for DeepSpeed ZeRO-3, whose head is
+gathered for the forward pass only.
 
     class Trainer(LinearLogprobs, GRPOTrainer): ...      # or GRPOTrainer of this file
 """

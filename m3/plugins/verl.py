@@ -2,8 +2,8 @@
 
 verl's models call ``FusedLinearForPPO`` where ``actor_rollout_ref.model.use_fused_kernels=True``; with
 ``fused_kernel_options.impl_backend=liger`` that calls ``.apply`` of a variable of its module. ``install()`` puts ours
-there, in each process that trains: from a module named in ``actor_rollout_ref.model.external_lib``, for example. Tested
-with verl 0.9.1.
+there; every process that trains must call it: let ``VERL_USE_EXTERNAL_MODULES`` name a module of yours that does.
+Tested with verl 0.9.1.
 """
 
 from __future__ import annotations

@@ -698,6 +698,8 @@ def compile_cases(target: str) -> list[CompileCase]:
         statistics_case("fp32", full=True),
         statistics_case("bf16", full=True),
         statistics_case("bf16", full=True, spans=True),
+        unaligned(statistics_case("fp32", full=True, spans=True)),
+        unaligned(statistics_case("bf16", full=True)),
         statistics_case("fp16"),
         case(
             "merge_statistics",
@@ -711,11 +713,13 @@ def compile_cases(target: str) -> list[CompileCase]:
         gradient_case("bf16", "bf16", full=True),
         gradient_case("fp32", "bf16", full=True),
         gradient_case("fp16", "fp16"),
+        unaligned(gradient_case("bf16", "bf16", full=True)),
         divergence_case("fp32", "forward"),
         divergence_case("bf16", "forward"),
         divergence_case("bf16", "reverse"),
         divergence_case("fp32", "js", spans=True),
         divergence_case("bf16", "js", spans=True),
+        unaligned(divergence_case("fp32", "js")),
         case(
             "merge_divergence",
             _merge_divergence_kernel,
@@ -728,6 +732,7 @@ def compile_cases(target: str) -> list[CompileCase]:
         divergence_gradient_case("bf16", "reverse", full=True),
         divergence_gradient_case("fp32", "js", full=True),
         divergence_gradient_case("bf16", "js", full=True),
+        unaligned(divergence_gradient_case("fp32", "js", full=True)),
     ]
 
 
@@ -736,6 +741,12 @@ def case(name: str, kernel: Any, signature: str, **constants: Any) -> CompileCas
     types = dict(entry.split() for entry in signature.split(", "))
     absent = dict.fromkeys(set(kernel.arg_names) - types.keys() - constants.keys())
     return CompileCase(name, kernel, types, absent | constants, OPTIONS)
+
+
+def unaligned(aligned: CompileCase) -> CompileCase:
+    """The same for an odd vocabulary: neither strides nor columns are divisible by 16."""
+    signature = {name: kind.removesuffix(":16") for name, kind in aligned.signature.items()}
+    return aligned._replace(name=f"{aligned.name}_odd", signature=signature)
 
 
 def statistics_case(dtype: str, *, full: bool = False, spans: bool = False) -> CompileCase:

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from m3kernels.policy_loss import losses
 from m3kernels.policy_loss.schedule import (
+    ROW_MULTIPLE,
     Chunk,
     Coefficients,
     Gradients,
@@ -34,7 +35,9 @@ from m3kernels.policy_loss.schedule import (
     coefficients,
     from_coefficients,
     from_divergence,
+    padded,
     softmax,
+    subset,
     take,
     tile_of,
 )
@@ -66,7 +69,7 @@ def linear_logprobs(
     head = Head(weight, bias, temperature, logit_scale, softcap)
     rows, vocabulary = len(hidden), len(weight)
     weights = Weights(head, rows)
-    keep = tiles.empty(rows * vocabulary if save_logits else 0, hidden)
+    keep = tiles.empty(padded(rows) * vocabulary if save_logits else 0, hidden)
     block = rows if save_logits else min(block_rows(hidden), rows)
     parts = []
     for start in range(0, rows, block or 1):
@@ -106,8 +109,8 @@ def linear_logprobs_backward(
     weights = Weights(head, len(hidden))
     c = Coefficients(base, slope, square, picked)
     active = active_rows(c)
-    kept = len(hidden)
-    rows: Selection = slice(0, kept)
+    kept = padded(len(hidden))
+    rows: Selection = slice(0, len(hidden))
     if active is not None:
         rows, c, lse = active, c.take(active), lse[active]
     chunk = take(hidden, ids, temperature, rows)
@@ -172,11 +175,11 @@ def linear_policy_loss(
     wanted = (wants_hidden, wants_weight, wants_bias)
     rows = token_weight.nonzero()[:, 0]
     whole = {"token": None, "step": step, "sequence": sequence}[losses.scope(loss, old_logprobs is not None)]
-    limit = max(workspace // (4 * max(len(weight), 1)), 1)
+    limit = rows_within(workspace, 4 * len(weight))
     plan = pieces(None if whole is None else whole[rows], len(rows), limit)
     largest = max((piece.stop - piece.start for piece in plan if piece.fits), default=0)
     weights = Weights(head, largest or limit)
-    keep = tiles.empty(largest * len(weight), hidden) if any(wanted) else None
+    keep = tiles.empty(padded(largest) * len(weight), hidden) if any(wanted) else None
     dtype = torch.float32 if wide_weight_grad else weight.dtype
     gradients = Gradients(tiles, hidden, head, wanted, dtype, len(plan))
     tally, value = losses.Tally(hidden), hidden.new_zeros((), dtype=torch.float64)
@@ -184,8 +187,8 @@ def linear_policy_loss(
         everything = len(rows) == len(hidden)
         selection: Selection = slice(piece.start, piece.stop) if everything else rows[piece.start : piece.stop]
         chunk = take(hidden, ids, temperature, selection)
-        n = len(chunk.x)
-        kept = keep[: n * len(weight)] if keep is not None and piece.fits else None
+        n, kept_rows = len(chunk.ids), len(chunk.x)
+        kept = keep[: kept_rows * len(weight)] if keep is not None and piece.fits else None
         found = (
             softmax(tiles, weights, chunk, kept, entropy=True, sum_sq=False)
             if piece.fits
@@ -200,20 +203,26 @@ def linear_policy_loss(
         lse = found.lse
         if active is not None:
             selection, c, lse = rows[piece.start : piece.stop][active], c.take(active), lse[active]
-            chunk = Chunk(*(None if part is None else part[active] for part in chunk))  # type: ignore[arg-type]
-        tally.counts["rows_differentiated"] += len(chunk.x)
-        tally.counts["rows_recomputed"] += 0 if piece.fits else len(chunk.x)
+            chunk = subset(chunk, active)
+        tally.counts["rows_differentiated"] += len(chunk.ids)
+        tally.counts["rows_recomputed"] += 0 if piece.fits else len(chunk.ids)
         form = from_coefficients(tiles, head, chunk, lse, c)
-        add_gradients(tiles, weights, chunk, kept, n, active, form, gradients, selection)
+        add_gradients(tiles, weights, chunk, kept, kept_rows, active, form, gradients, selection)
     return value.float(), *gradients.results(), tally.metrics()
+
+
+def rows_within(workspace: int, row_bytes: int) -> int:
+    """Rows of logits that fit, at least 1; a multiple of what products are padded to, where there are as many."""
+    rows = max(workspace // row_bytes, 1)
+    return rows // ROW_MULTIPLE * ROW_MULTIPLE or rows
 
 
 def softmax_in_blocks(tiles: Tiles, weights: Weights, chunk: Chunk) -> Softmax:
     """The softmax of more rows than the workspace has room for, block by block."""
     block = block_rows(chunk.x)
     parts = []
-    for start in range(0, len(chunk.x), block):
-        piece = Chunk(*(None if part is None else part[start : start + block] for part in chunk))  # type: ignore[arg-type]
+    for start in range(0, len(chunk.ids), block):
+        piece = subset(chunk, slice(start, start + block))
         parts.append(softmax(tiles, weights, piece, None, entropy=True, sum_sq=False))
     entropies = torch.cat([part.entropy for part in parts if part.entropy is not None])
     return Softmax(torch.cat([p.logprobs for p in parts]), torch.cat([p.lse for p in parts]), entropies, None)
@@ -264,11 +273,11 @@ def linear_distill_loss(
     teacher = Head(teacher_weight, teacher_bias, temperature, teacher_logit_scale, teacher_softcap)
     wanted = (wants_hidden, wants_weight, wants_bias)
     rows = token_weight.nonzero()[:, 0]
-    plan = pieces(None, len(rows), max(workspace // (8 * max(len(weight), 1)), 1))
+    plan = pieces(None, len(rows), rows_within(workspace, 8 * len(weight)))
     largest = max((piece.stop - piece.start for piece in plan), default=0)
     weights, teacher_weights = Weights(head, largest), Weights(teacher, largest)
     teacher_weights.columns = weights.columns
-    keep, teacher_keep = (tiles.empty(largest * len(weight), hidden) for _ in range(2))
+    keep, teacher_keep = (tiles.empty(padded(largest) * len(weight), hidden) for _ in range(2))
     dtype = torch.float32 if wide_weight_grad else weight.dtype
     gradients = Gradients(tiles, hidden, head, wanted, dtype, len(plan))
     tally, value = losses.Tally(hidden), hidden.new_zeros((), dtype=torch.float64)
@@ -276,13 +285,13 @@ def linear_distill_loss(
     for piece in plan:
         selection = rows[piece.start : piece.stop]
         chunk, teacher_chunk = (take(x, no_ids, temperature, selection) for x in (hidden, teacher_hidden))
-        n = len(chunk.x)
-        kept, teacher_kept = keep[: n * len(weight)], teacher_keep[: n * len(weight)]
+        n, kept_rows = len(chunk.ids), len(chunk.x)
+        kept, teacher_kept = (x[: kept_rows * len(weight)] for x in (keep, teacher_keep))
         found = softmax(tiles, weights, chunk, kept, entropy=True, sum_sq=False)
         other = softmax(tiles, teacher_weights, teacher_chunk, teacher_kept, entropy=False, sum_sq=False)
         divergence, center = (torch.zeros_like(found.lse) for _ in range(2))
         for first, last in weights.spans():
-            z, t = tile_of(kept, n, first, last), tile_of(teacher_kept, n, first, last)
+            z, t = (tile_of(x, kept_rows, first, last)[:n] for x in (kept, teacher_kept))
             tiles.divergence(z, t, found.lse, other.lse, kind, beta, divergence, center)
         scale = token_weight[selection]
         assert found.entropy is not None
@@ -290,6 +299,6 @@ def linear_distill_loss(
         tally.add(n, {"kl": divergence, "entropy": found.entropy})
         if any(wanted):
             tally.counts["rows_differentiated"] += n
-            form = from_divergence(tiles, head, chunk, teacher_kept, n, found.lse, other.lse, kind, beta, center, scale)
-            add_gradients(tiles, weights, chunk, kept, n, None, form, gradients, selection)
+            form = from_divergence(tiles, head, chunk, teacher_kept, found.lse, other.lse, kind, beta, center, scale)
+            add_gradients(tiles, weights, chunk, kept, kept_rows, None, form, gradients, selection)
     return value.float(), *gradients.results(), tally.metrics()

@@ -201,8 +201,11 @@ def linear_policy_loss(
         values, details = losses.evaluate(loss, logprobs[:, 0] if ids.shape[1] == 1 else logprobs, tokens, entropy)
         total = losses.total(values, tokens)
         found = differentiate(total, raw, (wants_hidden, wants_weight, wants_bias))
-    differentiated = len(rows) if wants_hidden or wants_weight or wants_bias else 0
-    metrics = losses.metrics(details, {"rows_differentiated": differentiated}, len(rows), hidden)
+        counts = dict.fromkeys(["rows_differentiated"], 0)
+        if wants_hidden or wants_weight or wants_bias:
+            slopes = differentiate(total, [logprobs, entropy, None], (True, True, False))
+            counts["rows_differentiated"] = int(((slopes[0] != 0).any(1) | (slopes[1] != 0)).sum())
+    metrics = losses.metrics(details, counts, len(rows), hidden)
     return total.detach().to(wide(hidden)), *narrow(found, hidden, weight, wide_weight_grad), metrics
 
 

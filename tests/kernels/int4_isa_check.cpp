@@ -12,8 +12,10 @@
 #include <string>
 #include <vector>
 
+#include "common/isa.h"
 #include "int4/gemm_cpu_driver.h"
 
+using namespace m3;
 using namespace m3::int4;
 
 namespace {

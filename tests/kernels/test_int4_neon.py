@@ -17,6 +17,7 @@ COMPILER, EMULATOR = "aarch64-linux-gnu-g++", "qemu-aarch64"
 FLAGS = ["-std=c++20", "-fopenmp", "-ffp-contract=off", "-fno-tree-reassoc", "-DM3_NEON", "-Icsrc"]
 ISA_FLAGS = ["-march=armv8.2-a+dotprod+fp16", "-O1"]  # the ISA of setup.py; all else is not optimised, to build fast
 SOURCES = {
+    "csrc/common/isa.cpp": [],
     "csrc/int4/gemm_cpu.cpp": [],
     "csrc/int4/gemm_cpu_scalar.cpp": [],
     "csrc/int4/gemm_cpu_neon.cpp": ISA_FLAGS,
