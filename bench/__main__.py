@@ -64,7 +64,9 @@ def parser() -> argparse.ArgumentParser:
     loss.add_argument("--rounds", type=int, help="at least this many")
     loss.add_argument("--no-memory", action="store_true", help="do not measure the peak of each arm")
     loss.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    loss.add_argument("--out", type=Path, help=f"JSON lines to add to (default: {record.RESULTS.name}/policy_loss.jsonl)")
+    loss.add_argument(
+        "--out", type=Path, help=f"JSON lines to add to (default: {record.RESULTS.name}/policy_loss.jsonl)"
+    )
 
     ceilings = commands.add_parser("roofline", help="what this machine can do at best")
     ceilings.add_argument("--threads", type=numbers, default=(1, 2))
@@ -144,14 +146,13 @@ def run_policy_loss(arguments: argparse.Namespace) -> int:
     out = arguments.out or record.RESULTS / "policy_loss.jsonl"
     found: list[record.LossRow] = []
     for head in heads:
-        for row in policy_loss.run(head, plan, say):
-            record.append(out, [row])
-            found.append(row)
-            if row is not None and row.arm == policy_loss.last_unit(plan, row):
-                print(report.loss_tables(report.same_case(found, row)), flush=True)
+        for case in policy_loss.run(head, plan, say):
+            record.append(out, case)
+            print(report.loss_tables(case), flush=True)
+            found += case
     lines = report.loss_acceptance(found)
     if arguments.preset and lines:
-        print(report.acceptance_table(lines))
+        print(report.acceptance_table(lines, "case"))
         return 0 if all(line.passed for line in lines) else 1
     return 0
 

@@ -1,8 +1,8 @@
 """The policy loss against other projects: cases, our own arms, the unit of time, peak memory, and the rows they give.
 
 ``python -m bench policy_loss`` measures named heads. One arm is one way to the loss and the gradients of hidden (T, D)
-and weight (V, D). The unit of time is one product (T, D) x (D, V), measured in the same rounds; of the tokens that count
-a schedule cannot take less than three. Arms of other projects: policy_loss_peers.py; the clock: harness.py.
+and weight (V, D). The unit of time is one product (T, D) x (D, V), measured in the same rounds; of the tokens that
+count a schedule cannot take less than three. Arms of other projects: policy_loss_peers.py; the clock: harness.py.
 """
 
 from __future__ import annotations
@@ -245,8 +245,8 @@ def peak_in_fresh_process(head: LossHead, dtype: str, density: float, name: str,
 
 
 # -- one case ---------------------------------------------------------------------------------------------------------
-def run(head: LossHead, plan: Plan, say: Callable[[str], None]) -> Iterator[LossRow]:
-    """All rows of one head: for each dtype and density, the arms side by side at each thread count."""
+def run(head: LossHead, plan: Plan, say: Callable[[str], None]) -> Iterator[list[LossRow]]:
+    """The rows of each case of one head: a dtype, density and thread count, all arms side by side."""
     for dtype in plan.dtypes:
         for density in plan.densities:
             problem = make_loss_problem(head, dtype, density, device=plan.device)
@@ -257,7 +257,7 @@ def run(head: LossHead, plan: Plan, say: Callable[[str], None]) -> Iterator[Loss
                 torch.cuda.empty_cache()
 
 
-def run_problem(problem: LossProblem, plan: Plan, say: Callable[[str], None]) -> Iterator[LossRow]:
+def run_problem(problem: LossProblem, plan: Plan, say: Callable[[str], None]) -> Iterator[list[LossRow]]:
     head, dtype, density = problem.head, problem.dtype, problem.density
     say(f"{head.name}, {dtype}, density {density}: the fp64 result")
     expected = expected_loss(problem)
@@ -279,7 +279,7 @@ def run_problem(problem: LossProblem, plan: Plan, say: Callable[[str], None]) ->
                     peaks[arm.name] = peak_in_fresh_process(head, dtype, density, arm.name, max(plan.threads))
         visit = cuda.visit if plan.device == "cuda" else harness.visit
         times, _ = harness.interleave(timed, seconds=plan.seconds, min_rounds=plan.min_rounds, visit=visit)
-        yield from rows(problem, plan, threads, arms, absent, gates, found, times, peaks)
+        yield list(rows(problem, plan, threads, arms, absent, gates, found, times, peaks))
 
 
 def rows(

@@ -120,7 +120,7 @@ class GemmRow(Row):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LossRow(Row):
-    """A policy loss with the gradients of hidden (T, D) and weight (V, D), or a product that is the unit of its time."""
+    """A policy loss with the gradients of hidden (T, D) and weight (V, D), or a product that is a unit of its time."""
 
     TIMED: ClassVar[tuple[str, ...]] = (*Row.TIMED, "units", "units_bf16", "peak_bytes")
 
@@ -131,7 +131,7 @@ class LossRow(Row):
     dtype: str  # of hidden and weight: fp32 or bf16
     density: float  # share of the tokens whose mask is 1
     errors: dict[str, float | None] | None = None  # of loss, d_hidden and d_weight; ``error`` is the worst
-    units: Triple | None = None  # time over that of one fp32 product (T, D) x (D, V) of the same round: median, p20, p80
+    units: Triple | None = None  # time over that of one fp32 product (T, D) x (D, V) of the same round
     units_bf16: Triple | None = None  # the same in bf16 products
     peak_bytes: int | None = None  # most memory beyond the inputs, the gradients among it
     peak_threads: int | None = None

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bench import cuda, ggml, harness, int4, record, report, roofline, workloads
-from bench.harness import Arm, Gate, Rotation, UnavailableError
+from bench.harness import Arm, Gate, GemmArm, Rotation, UnavailableError
 from bench.workloads import Experts, Linear, make_problem
 from m3kernels.int4 import int4_dequantize
 
@@ -23,7 +23,7 @@ PARTIAL = Linear(name="partial", n=128, k=192)  # the last group holds 64 column
 ROTATION = Rotation(span=2, parts=2)
 
 
-class Exact(Arm):
+class Exact(GemmArm):
     """x @ W.T in fp64, times ``factor``: a right arm or a wrong one."""
 
     def __init__(self, problem: workloads.Problem, factor: float = 1.0, name: str = "exact") -> None:
@@ -59,7 +59,7 @@ def problem() -> workloads.Problem:
     return make_problem(TINY, 5)
 
 
-def make_row(**changes: object) -> record.Row:
+def make_row(**changes: object) -> record.GemmRow:
     values = {
         "op": "int4_gemm",
         "shape": "4096x4096",
@@ -95,14 +95,14 @@ def make_row(**changes: object) -> record.Row:
         "date": "2026-11-22T00:00:00+00:00",
         "command": "python -m bench int4",
     }
-    return record.Row(**{**values, **changes})
+    return record.GemmRow(**{**values, **changes})
 
 
 # -- rows -------------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("gate", ["failed", "absent: not installed"])
-@pytest.mark.parametrize("name", record.TIMED)
+@pytest.mark.parametrize("name", record.GemmRow.TIMED)
 def test_a_row_without_a_passed_gate_carries_no_time(gate, name):
-    untimed = dict.fromkeys(record.TIMED)
+    untimed = dict.fromkeys(record.GemmRow.TIMED)
     kept = {**untimed, name: getattr(make_row(), name)}
     with pytest.raises(ValueError, match=f"Row: gate: want 'passed' for a row with {name}; got '{gate}'"):
         make_row(gate=gate, **kept)
@@ -116,13 +116,13 @@ def test_a_passed_gate_needs_an_error_within_tolerance(error):
 
 
 def test_an_unknown_gate_is_refused():
-    untimed = dict.fromkeys(record.TIMED)
+    untimed = dict.fromkeys(record.GemmRow.TIMED)
     with pytest.raises(ValueError, match="Row: gate: want 'passed', 'failed' or 'absent: why'; got 'maybe'"):
         make_row(gate="maybe", **untimed)
 
 
 def test_rows_survive_the_file(tmp_path):
-    rows = [make_row(), make_row(arm="ort_a4", gate="failed", error=math.nan, **dict.fromkeys(record.TIMED))]
+    rows = [make_row(), make_row(arm="ort_a4", gate="failed", error=math.nan, **dict.fromkeys(record.GemmRow.TIMED))]
     record.append(tmp_path / "sub" / "rows.jsonl", rows[:1])
     record.append(tmp_path / "sub" / "rows.jsonl", rows[1:])
     again = record.read(tmp_path / "sub" / "rows.jsonl")
@@ -210,7 +210,8 @@ def test_arms_that_fail_their_gate_are_not_timed(problem):
     for arm in arms:
         arm.load(problem.x)
     said: list[str] = []
-    timed, gates = int4.pass_gates(arms, functools.partial(problem.result, 5), said.append)
+    gate = functools.partial(harness.gate, expected=functools.partial(problem.result, 5))
+    timed, gates = harness.pass_gates(arms, gate, {}, said.append)
     assert [arm.name for arm in timed] == ["right"]
     assert gates["wrong"] == Gate(error=pytest.approx(0.01, rel=1e-3), tolerance=1e-5)
     assert said == ["  wrong: gate failed: error 1.00e-02, tolerance 1e-05: no time"]
@@ -428,7 +429,7 @@ def test_experts_give_a_row_per_arm_and_m(small_ceilings):
 
 
 # -- report -----------------------------------------------------------------------------------------------------------
-def acceptance_rows() -> list[record.Row]:
+def acceptance_rows() -> list[record.GemmRow]:
     """One thread, M = 1 and 4 on 4096x4096; ours 1.2 times as fast as ONNX Runtime and twice as fast as OpenVINO."""
     rows = []
     for m in (1, 4):
@@ -439,22 +440,22 @@ def acceptance_rows() -> list[record.Row]:
             make_row(m=m, arm="m3_int16", computes="int16", lossy=False, error=2e-5, ratios=ratios),
             make_row(m=m, arm="ort_a4", median_s=1.2e-3),
             make_row(m=m, arm="ov", median_s=2e-3, **exact),
-            make_row(m=m, arm="ark_int8", gate="failed", error=1.0, **dict.fromkeys(record.TIMED)),
+            make_row(m=m, arm="ark_int8", gate="failed", error=1.0, **dict.fromkeys(record.GemmRow.TIMED)),
         ]
     return rows
 
 
 def test_acceptance_lines():
-    lines = {(line.what, line.m): line for line in report.acceptance(acceptance_rows())}
+    lines = {(line.what, line.case): line for line in report.acceptance(acceptance_rows())}
     assert {key: (line.got, line.passed) for key, line in lines.items()} == {
-        ("m3_int8 over ONNX Runtime level 4", 1): (1.2, True),
-        ("m3_int8 of read bandwidth", 1): (0.865, True),
-        ("m3_int16 over the best exact peer", 1): (2.0, False),
-        ("m3_exact over the best exact peer", 1): (None, False),
-        ("m3_int8 over ONNX Runtime level 4", 4): (1.2, False),
-        ("m3_int16 over the best lossy peer", 4): (1.2, True),
-        ("m3_int16 over the best exact peer", 4): (2.0, False),
-        ("m3_exact over the best exact peer", 4): (None, False),
+        ("m3_int8 over ONNX Runtime level 4", "1"): (1.2, True),
+        ("m3_int8 of read bandwidth", "1"): (0.865, True),
+        ("m3_int16 over the best exact peer", "1"): (2.0, False),
+        ("m3_exact over the best exact peer", "1"): (None, False),
+        ("m3_int8 over ONNX Runtime level 4", "4"): (1.2, False),
+        ("m3_int16 over the best lossy peer", "4"): (1.2, True),
+        ("m3_int16 over the best exact peer", "4"): (2.0, False),
+        ("m3_exact over the best exact peer", "4"): (None, False),
     }
     text = report.acceptance_table(list(lines.values()))
     assert "3 of 8 lines pass" in text
@@ -474,7 +475,7 @@ def test_two_threads_are_compared_with_one_of_the_same_rounds():
 
 def test_the_report_holds_tables_plots_and_reasons(tmp_path):
     pytest.importorskip("matplotlib")
-    absent = make_row(m=4, arm="ov_int8", gate="absent: not here", error=None, **dict.fromkeys(record.TIMED))
+    absent = make_row(m=4, arm="ov_int8", gate="absent: not here", error=None, **dict.fromkeys(record.GemmRow.TIMED))
     record.append(tmp_path / "results" / "int4.jsonl", [*acceptance_rows(), absent])
     report.write(tmp_path / "results", tmp_path / "docs" / "benchmarks.md")
     text = (tmp_path / "docs" / "benchmarks.md").read_text()

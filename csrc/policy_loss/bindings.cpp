@@ -1,4 +1,5 @@
 // Python border of the policy_loss family's CPU kernels: integers that are addresses, sizes that Python has validated.
+#include <algorithm>
 #include <optional>
 
 #include "common/border_cpu.h"
@@ -37,7 +38,7 @@ Matrix matrix_of(const char* op, const char* argument, const MatrixTuple& tuple)
   check(rows <= 1 || (stride >= columns && stride <= most / rows), op, argument,
         "rows that lie one after another, under 2**40 elements", stride);
   check(address || !rows || !columns, op, argument, "memory", "none");
-  return {at<float>(address), rows, columns, stride};
+  return {at<float>(address), rows, columns, rows > 1 ? stride : std::max<int64_t>(1, columns)};
 }
 
 void check_shape(const char* op, const char* argument, const Matrix& m, int64_t rows, int64_t columns) {
@@ -64,9 +65,11 @@ const int64_t* rows_of(const char* op, const std::optional<SpanTuple>& rows, int
 // after it is written, unless the two are column ranges of one matrix.
 void check_apart(const char* op, const char* read, const Matrix& in, const Matrix& out, bool same_rows) {
   if (in.begin() >= out.end() || out.begin() >= in.end()) return;
-  if (same_rows && in.data == out.data && (in.stride == out.stride || in.rows == 1)) return;
-  const int64_t distance = ((int64_t)(out.begin() - in.begin()) / 4 % in.stride + in.stride) % in.stride;
-  const bool beside = in.stride == out.stride && distance >= in.columns && distance + out.columns <= in.stride;
+  if (same_rows && in.data == out.data && in.stride == out.stride) return;
+  const int64_t stride = in.rows > 1 ? in.stride : out.stride;
+  const int64_t distance = ((int64_t)(out.begin() - in.begin()) / 4 % stride + stride) % stride;
+  const bool beside = (in.rows <= 1 || out.rows <= 1 || in.stride == out.stride) && distance >= in.columns &&
+                      distance + out.columns <= stride;
   check(beside, op, "out", std::string("memory apart from ") + read + (same_rows ? ", or the same" : ""), "an overlap");
 }
 

@@ -11,9 +11,10 @@ What follows from Eq 8 and is kept: without violations it is GRPO's advantage, e
 nothing; other steps of a rollout keep their advantage. A negative R would be *raised* by a penalty: it is refused.
 
 Groups of little variance. Eq 8 is GRPO's advantage plus (gamma_j - 1) R / (sigma + eps). The first term is at most
-(R - 1) / sqrt(R) for R rollouts, whatever sigma; the second grows without bound as sigma goes to 0: a group of equal
-rewards would give a mild violation an advantage of -1e5. Dropping such groups would silence penalties exactly when
-they are all that is left to learn. So the second term, and only it, is divided by max(sigma + eps, min_std):
+(n - 1) / sqrt(n) for n rollouts, whatever sigma; the second grows without bound as sigma goes to 0: a group of equal
+rewards would give a mild violation an advantage of -1e5 and drown the batch. Dropping such groups would silence
+penalties exactly when they are all that is left to learn. So the second term, and only it, is divided by
+max(sigma + eps, min_std):
 
     A_j = (R - mu) / (sigma + eps)  +  (gamma_j - 1) R / max(sigma + eps, min_std)
 

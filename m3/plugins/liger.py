@@ -132,7 +132,8 @@ class FusedLinearGRPOLoss(nn.Module):
         """(loss, metrics): the mean KL estimate, where beta is not 0, and the share of clipped tokens.
 
         Args:
-            _input: (B, T, D) hidden states. lin_weight: (V, D). bias: (V,) or None.
+            _input: (B, T, D) hidden states. lin_weight: (V, D) and bias: (V,) or None are cast to their dtype, as under
+                autocast.
             selected_token_ids, attention_mask: (B, T), the tokens and which of them count.
             advantages: (B,) or (B, T).
             ref_per_token_logps, old_per_token_logps: (B, T), in nats, or None.
@@ -156,7 +157,7 @@ class FusedLinearGRPOLoss(nn.Module):
             mask = mask / mask.sum(1, keepdim=True).clamp(min=1.0)
         loss, found = linear_policy_loss(
             _input,
-            lin_weight,
+            lin_weight.to(_input.dtype),
             selected_token_ids,
             advantages,
             old_per_token_logps,
@@ -164,7 +165,7 @@ class FusedLinearGRPOLoss(nn.Module):
             mask=mask,
             spec=gate if self.loss_type == "sapo" else spec,
             normaliser=self.normaliser(attention_mask, num_items_in_batch),
-            bias=bias,
+            bias=None if bias is None else bias.to(_input.dtype),
             temperature=self.temperature,
         )
         clipped = found["clip_high"] if self.loss_type == "cispo" else found["clip_low"] + found["clip_high"]

@@ -55,7 +55,8 @@ class FusedLinearForPPO(nn.Module):
         """(log-probabilities, entropies), in nats, fp32, of the shape of input_ids.
 
         Args:
-            hidden_states: (B, L, D) or (T, D). vocab_weights: (V, D). input_ids: (B, L) or (T,), already shifted.
+            hidden_states: (B, L, D) or (T, D). vocab_weights: (V, D), cast to the dtype of hidden_states.
+            input_ids: (B, L) or (T,), already shifted.
             temperature: > 0, divides the logits.
         """
         op = type(self).__name__
@@ -65,7 +66,7 @@ class FusedLinearForPPO(nn.Module):
             raise refuse(op, "input_ids", f"{tuple(hidden_states.shape[:-1])}", input_ids)
         found = linear_logprobs(
             hidden_states.flatten(0, -2),
-            vocab_weights,
+            vocab_weights.to(hidden_states.dtype),
             input_ids.flatten().to(torch.int64),
             temperature=temperature,
             entropy=True,

@@ -16,6 +16,7 @@ from torch.autograd.function import once_differentiable
 
 from m3kernels.library import define
 from m3kernels.policy_loss.arguments import check_main_grad
+from m3kernels.policy_loss.schedule import coefficients, two_sum
 from m3kernels.policy_loss.types import METRICS
 
 Metrics = dict[str, Tensor]
@@ -114,10 +115,10 @@ class LogprobsNode(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         h, w = hidden.detach().contiguous(), weight.detach().contiguous()
         b = None if bias is None else bias.detach().contiguous()
-        logprobs, lse, entropy, sum_sq, logits = logprobs_op(h, w, ids, b, temperature, *options)
+        logprobs, lse, low, entropy, sum_sq, logits = logprobs_op(h, w, ids, b, temperature, *options)
         if group is not None:
-            logprobs, lse, entropy, sum_sq = over_ranks(logprobs, lse, entropy, sum_sq, group)
-        ctx.save_for_backward(hidden, weight, bias, ids, temperature, lse, entropy, sum_sq, logits)
+            logprobs, lse, low, entropy, sum_sq = over_ranks(logprobs, lse, entropy, sum_sq, group)
+        ctx.save_for_backward(hidden, weight, bias, ids, temperature, lse, low, entropy, sum_sq, logits)
         ctx.options, ctx.group = options, group
         ctx.set_materialize_grads(False)
         return logprobs, lse, entropy, sum_sq
@@ -127,17 +128,15 @@ class LogprobsNode(torch.autograd.Function):
     def backward(
         ctx: Any, d_logprobs: Tensor | None, d_lse: Tensor | None, d_entropy: Tensor | None, d_sum_sq: Tensor | None
     ) -> tuple[Tensor | None, ...]:
-        hidden, weight, bias, ids, temperature, lse, entropy, sum_sq, logits = ctx.saved_tensors
+        hidden, weight, bias, ids, temperature, lse, low, entropy, sum_sq, logits = ctx.saved_tensors
         o: Options = ctx.options
-        picked = lse.new_zeros(ids.shape) if d_logprobs is None else d_logprobs.contiguous()
-        base = -picked.sum(1)
-        if d_lse is not None:
-            base += d_lse
-        slope = square = None
-        if d_entropy is not None and o.entropy:
-            slope, base = -d_entropy, base - d_entropy * entropy
-        if d_sum_sq is not None and o.sum_sq:
-            square, base = 2 * d_sum_sq, base - 2 * d_sum_sq * sum_sq
+        c = coefficients(
+            low,
+            lse.new_zeros(ids.shape) if d_logprobs is None else d_logprobs.contiguous(),
+            d_lse,
+            None if d_entropy is None or not o.entropy else (entropy, d_entropy),
+            None if d_sum_sq is None or not o.sum_sq else (sum_sq, d_sum_sq),
+        )
         wanted = ctx.needs_input_grad[:3]
         found = logprobs_backward_op(
             hidden.contiguous(),
@@ -147,10 +146,7 @@ class LogprobsNode(torch.autograd.Function):
             temperature,
             lse,
             logits,
-            base,
-            slope,
-            square,
-            picked,
+            *c,
             o.logit_scale,
             o.softcap,
             o.first_id,
@@ -164,13 +160,13 @@ class LogprobsNode(torch.autograd.Function):
 
 def over_ranks(
     logprobs: Tensor, lse: Tensor, entropy: Tensor, sum_sq: Tensor, group: dist.ProcessGroup
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Put together what the ranks found over their parts of the vocabulary; an id is -inf on all ranks but one."""
     top = lse.clone()
     dist.all_reduce(top, dist.ReduceOp.MAX, group=group)
     total = (lse - top).exp()
     dist.all_reduce(total, group=group)
-    whole = top + total.log()
+    whole, low = two_sum(top, total.log())
     shift = lse - whole  # log of this rank's share of the probability
     logprobs = logprobs + shift[:, None]
     dist.all_reduce(logprobs, dist.ReduceOp.MAX, group=group)
@@ -180,7 +176,7 @@ def over_ranks(
     if sum_sq.numel():
         sum_sq = (2 * shift).exp() * sum_sq
         dist.all_reduce(sum_sq, group=group)
-    return logprobs, whole, entropy, sum_sq
+    return logprobs, whole, low, entropy, sum_sq
 
 
 # -- ops --------------------------------------------------------------------------------------------------------------
@@ -194,7 +190,7 @@ def fake_logprobs(
     first_id: int, entropy: bool, sum_sq: bool, save_logits: bool, workspace: int,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     rows, dtype = hidden.shape[0], wide_dtype(hidden)
-    sizes = (rows, rows if entropy else 0, rows if sum_sq else 0, rows * weight.shape[0] if save_logits else 0)
+    sizes = (rows, rows, rows if entropy else 0, rows if sum_sq else 0, rows * weight.shape[0] if save_logits else 0)
     return hidden.new_empty(ids.shape, dtype=dtype), *(hidden.new_empty(size, dtype=dtype) for size in sizes)
 
 
@@ -222,7 +218,7 @@ logprobs_op = define(
     __package__,
     f"linear_logprobs(Tensor hidden, Tensor weight, Tensor ids, {HEAD}, float logit_scale, float softcap, "
     "int first_id, bool entropy, bool sum_sq, bool save_logits, int workspace) -> "
-    "(Tensor logprobs, Tensor lse, Tensor entropy, Tensor sum_sq, Tensor logits)",
+    "(Tensor logprobs, Tensor lse, Tensor lse_low, Tensor entropy, Tensor sum_sq, Tensor logits)",
     fake=fake_logprobs,
 )
 logprobs_backward_op = define(

@@ -9,7 +9,8 @@ differentiate these few lines. Sources: two-sided clip arXiv 1707.06347, dual cl
 
 from __future__ import annotations
 
-import json
+import ast
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor
 
 from m3kernels.checks import refuse
-from m3kernels.policy_loss.types import METRICS, DistillSpec, LossSpec, Tokens
+from m3kernels.policy_loss.types import COUNTS, METRICS, DistillSpec, LossSpec, Tokens
 
 LOG_RATIO_LIMIT = 20.0  # nats; a ratio beyond e^20 is no information, and exp must not overflow
 SMALLEST_TAIL = 1e-7  # probability of "all other ids" below which its logarithm is not resolved in fp32
@@ -157,20 +158,24 @@ def expectation(logprobs: Tensor, values: Tensor) -> Tensor:
 
 
 # -- a loss as a function, its metrics as numbers ---------------------------------------------------------------------
-def from_json(text: str) -> LossSpec | DistillSpec:
-    """The spec whose ``to_json`` gave ``text``."""
-    fields: dict[str, Any] = json.loads(text)
-    return (LossSpec if fields.pop("loss") == "policy" else DistillSpec)(**fields)
+@functools.lru_cache(maxsize=256)
+def from_text(text: str) -> LossSpec | DistillSpec:
+    """The spec whose ``to_text`` gave ``text``."""
+    kind, *parts = text.split(" ")
+    pairs = (part.partition("=") for part in parts)
+    fields: dict[str, Any] = {name: ast.literal_eval(value) for name, _, value in pairs}
+    return LossSpec(**fields) if kind == "policy" else DistillSpec(**fields)
 
 
 def evaluate(loss: str | TokenLoss, logprobs: Tensor, tokens: Tokens, entropy: Tensor | None) -> tuple[Tensor, Details]:
     """(losses (n,) before weights, details) of a spec's text or of a user's function."""
     if not isinstance(loss, str):
         return loss(logprobs, tokens, entropy), {}
-    spec = from_json(loss)
+    spec = from_text(loss)
     if isinstance(spec, LossSpec):
         return policy_loss(logprobs, tokens, entropy, spec)
-    return distill_loss(logprobs, tokens, spec), {}
+    details = {} if entropy is None else {"entropy": entropy.detach()}
+    return distill_loss(logprobs, tokens, spec), details
 
 
 def total(values: Tensor, tokens: Tokens) -> Tensor:
@@ -189,7 +194,7 @@ def scope(loss: str | TokenLoss, has_old_logprobs: bool) -> str:
     """
     if not isinstance(loss, str):
         return getattr(loss, "scope", "token")
-    spec = from_json(loss)
+    spec = from_text(loss)
     if not isinstance(spec, LossSpec):
         return "token"
     if spec.sampler_level == "sequence":
@@ -202,14 +207,12 @@ class Tally:
 
     def __init__(self, like: Tensor) -> None:
         self.sums = torch.zeros(len(METRICS), dtype=torch.float64, device=like.device)
-        self.asked: set[str] = set()
-        self.counts = dict.fromkeys(("tokens", "rows_computed", "rows_differentiated", "rows_recomputed"), 0)
+        self.counts = dict.fromkeys(COUNTS, 0)
 
     def add(self, rows: int, details: Details) -> None:
         """Count rows whose details are (rows,) tensors."""
         self.counts["tokens"] += rows
         self.counts["rows_computed"] += rows
-        self.asked |= set(details)
         for name, values in details.items():
             place = METRICS.index(name)
             if name != "ratio_max":
@@ -218,16 +221,20 @@ class Tally:
                 self.sums[place] = torch.maximum(self.sums[place], values.max())
 
     def metrics(self) -> Tensor:
-        """(len(METRICS),) fp64; nan for what no detail told."""
+        """(len(METRICS),) fp64; 0 for what no detail told, and for means over no tokens."""
         found = self.sums.clone()
         for place, name in enumerate(METRICS):
             if name in self.counts:
                 found[place] = self.counts[name]
-            elif name not in self.asked or not self.counts["tokens"]:
-                found[place] = torch.nan
             elif name != "ratio_max":
-                found[place] /= self.counts["tokens"]
+                found[place] /= max(self.counts["tokens"], 1)
         return found
+
+
+def named(metrics: Tensor, loss: object) -> dict[str, Tensor]:
+    """Those of the metrics (len(METRICS),) that a loss has a value for, by name."""
+    asked = loss.metrics if isinstance(loss, (LossSpec, DistillSpec)) else COUNTS
+    return {name: value for name, value in zip(METRICS, metrics.unbind(), strict=True) if name in asked}
 
 
 def metrics(details: Details, counts: dict[str, int], rows: int, like: Tensor) -> Tensor:

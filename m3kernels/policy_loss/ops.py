@@ -220,7 +220,7 @@ def linear_policy_loss(
         check_stream(op, name, stream, ids.shape, hidden)
     check_needs(op, spec, ref_logprobs, sampler_logprobs)
     tokens = policy_tokens(op, spec, layout, ids.shape, advantages, streams, normaliser)
-    loss = spec.to_json() if isinstance(spec, LossSpec) else spec
+    loss = spec.to_text() if isinstance(spec, LossSpec) else spec
     return one_pass(
         op, hidden, weight, bias, ids, temperature, tokens, loss, logit_scale, softcap, workspace_bytes,
         accumulate_main_grad,
@@ -264,15 +264,17 @@ def policy_loss_from_logprobs(
     if isinstance(spec, LossSpec) and spec.uses_entropy and entropy is None:
         raise refuse(op, "entropy", f"a tensor like logprobs, for entropy_coef={spec.entropy_coef}", None)
     tokens = policy_tokens(op, spec, layout, logprobs.shape, advantages, streams, normaliser)
-    loss = spec.to_json() if isinstance(spec, LossSpec) else spec
+    loss = spec.to_text() if isinstance(spec, LossSpec) else spec
     rows = tokens.weight.nonzero()[:, 0]
     wide = torch.float64 if logprobs.dtype == torch.float64 else torch.float32
     chosen = logprobs.reshape(-1)[rows].to(wide)
     entropies = None if entropy is None else entropy.reshape(-1)[rows].to(wide)
     taken = tokens.take(rows)
     values, details = losses.evaluate(loss, chosen, taken, entropies)
-    metrics = losses.metrics(details, {}, len(rows), logprobs)
-    return losses.total(values, taken), dict(zip(METRICS, metrics.unbind(), strict=True))
+    metrics = losses.named(losses.metrics(details, {}, len(rows), logprobs), spec)
+    if entropy is None:
+        metrics.pop("entropy", None)
+    return losses.total(values, taken), metrics
 
 
 def linear_distill_loss(
@@ -340,7 +342,7 @@ def linear_distill_loss(
         assert teacher is not None
         tokens = Tokens(weight=weights, teacher_logprobs=teacher.view(len(weights), -1))
         return one_pass(
-            op, hidden, weight, bias, ids, temperature, tokens, spec.to_json(), logit_scale, softcap, workspace_bytes,
+            op, hidden, weight, bias, ids, temperature, tokens, spec.to_text(), logit_scale, softcap, workspace_bytes,
             accumulate_main_grad,
         )  # fmt: skip
     if ids is not None or teacher_logprobs is not None:

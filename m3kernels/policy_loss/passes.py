@@ -65,7 +65,7 @@ def linear_logprobs(
     sum_sq: bool,
     save_logits: bool,
     workspace: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     head = Head(weight, bias, temperature, logit_scale, softcap)
     rows, vocabulary = len(hidden), len(weight)
     weights = Weights(head, rows)
@@ -78,11 +78,12 @@ def linear_logprobs(
         parts.append(softmax(tiles, weights, chunk, saved, entropy=entropy, sum_sq=sum_sq, first_id=first_id))
     empty = hidden.new_empty(0, dtype=torch.float32)
     if not parts:
-        return hidden.new_empty(ids.shape, dtype=torch.float32), empty, empty.clone(), empty.clone(), keep
-    logprobs, lse = torch.cat([part.logprobs for part in parts]), torch.cat([part.lse for part in parts])
+        none = (empty.clone() for _ in range(4))
+        return hidden.new_empty(ids.shape, dtype=torch.float32), *none, keep  # type: ignore[return-value]
+    logprobs, lse, low = (torch.cat(column) for column in zip(*(part[:3] for part in parts), strict=True))
     entropies = torch.cat([part.entropy for part in parts if part.entropy is not None]) if entropy else empty
     squares = torch.cat([part.sum_sq for part in parts if part.sum_sq is not None]) if sum_sq else empty.clone()
-    return logprobs, lse, entropies, squares, keep
+    return logprobs, lse, low, entropies, squares, keep
 
 
 def linear_logprobs_backward(
@@ -225,7 +226,8 @@ def softmax_in_blocks(tiles: Tiles, weights: Weights, chunk: Chunk) -> Softmax:
         piece = subset(chunk, slice(start, start + block))
         parts.append(softmax(tiles, weights, piece, None, entropy=True, sum_sq=False))
     entropies = torch.cat([part.entropy for part in parts if part.entropy is not None])
-    return Softmax(torch.cat([p.logprobs for p in parts]), torch.cat([p.lse for p in parts]), entropies, None)
+    logprobs, lse, low = (torch.cat(column) for column in zip(*(part[:3] for part in parts), strict=True))
+    return Softmax(logprobs, lse, low, entropies, None)
 
 
 def differentiate(
@@ -243,7 +245,8 @@ def differentiate(
         if total.requires_grad:
             grads = torch.autograd.grad(total, (logprobs, entropy), allow_unused=True)
     d_logprobs = torch.zeros_like(found.logprobs) if grads[0] is None else grads[0].reshape(found.logprobs.shape)
-    return coefficients(found, d_logprobs, grads[1], None), total.detach(), details
+    d_entropy = None if grads[1] is None else (found.entropy, grads[1])
+    return coefficients(found.lse_low, d_logprobs, entropy=d_entropy), total.detach(), details
 
 
 # -- divergence from a teacher's head ---------------------------------------------------------------------------------

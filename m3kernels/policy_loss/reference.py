@@ -95,7 +95,7 @@ def linear_logprobs(
     sum_sq: bool,
     save_logits: bool,
     workspace: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     logits = logits64(hidden, Head(weight, bias, temperature, logit_scale, softcap))
     lse = logits.logsumexp(-1)
     logp = logits - lse[:, None]
@@ -106,12 +106,13 @@ def linear_logprobs(
     found = (
         picked.clamp(max=0),
         lse,
+        lse - lse.to(wide(hidden)).double(),
         losses.expectation(logp, -logp) if entropy else empty,
         p.square().sum(-1) if sum_sq else empty,
         logits.reshape(-1) if save_logits else empty,
     )
-    logprobs, lse, entropies, squares, saved = (x.to(wide(hidden), copy=True) for x in found)
-    return logprobs, lse, entropies, squares, saved
+    logprobs, lse, low, entropies, squares, saved = (x.to(wide(hidden), copy=True) for x in found)
+    return logprobs, lse, low, entropies, squares, saved
 
 
 def linear_logprobs_backward(

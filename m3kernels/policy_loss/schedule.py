@@ -104,6 +104,7 @@ class Softmax(NamedTuple):
 
     logprobs: Tensor  # (n, K), at most 0
     lse: Tensor  # (n,)
+    lse_low: Tensor  # (n,) what rounding took from lse: log sum exp is lse + lse_low
     entropy: Tensor | None  # (n,)
     sum_sq: Tensor | None  # (n,)
 
@@ -163,12 +164,22 @@ def softmax(
         )
     log_total = state.total.log()
     shifted = (state.picked - state.maximum[:, None]) - log_total[:, None]
+    lse, low = two_sum(state.maximum, log_total)
     return Softmax(
         logprobs=shifted.clamp(max=0.0),
-        lse=state.maximum + log_total,
+        lse=lse,
+        lse_low=low,
         entropy=None if state.weighted is None else log_total - state.weighted / state.total,
         sum_sq=None if state.squared is None else state.squared / state.total.square(),
     )
+
+
+def two_sum(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """(a + b rounded, what rounding took), exact for finite numbers. Source: Knuth, TAOCP 2, 4.2.2."""
+    total = a + b
+    part = total - a
+    low = (a - (total - part)) + (b - part)
+    return total, torch.where(low.isfinite(), low, 0.0)
 
 
 # -- gradients --------------------------------------------------------------------------------------------------------
@@ -295,17 +306,25 @@ class Coefficients(NamedTuple):
         return Coefficients(self.base[rows], slope, square, self.picked[rows])
 
 
-def coefficients(found: Softmax, logprobs: Tensor, entropy: Tensor | None, sum_sq: Tensor | None) -> Coefficients:
-    """Coefficients of dz from d loss / d logprobs (n, K), d entropy (n,), d sum_sq (n,)."""
-    base = -logprobs.sum(1)
+def coefficients(
+    lse_low: Tensor,
+    logprobs: Tensor,
+    lse: Tensor | None = None,
+    entropy: tuple[Tensor, Tensor] | None = None,
+    sum_sq: tuple[Tensor, Tensor] | None = None,
+) -> Coefficients:
+    """Coefficients of dz from d loss / d logprobs (n, K), d lse (n,), and (value, d loss / d value) of the others.
+
+    A tile's p is exp(z - lse) with lse rounded; exp(-lse_low) mends it, which matters for 1 - p where p is nearly 1.
+    """
+    mend = torch.exp(-lse_low)
+    base = -logprobs.sum(1) if lse is None else lse - logprobs.sum(1)
     slope = square = None
     if entropy is not None:
-        assert found.entropy is not None
-        slope, base = -entropy, base - entropy * found.entropy
+        slope, base = -entropy[1] * mend, base - entropy[0] * entropy[1]
     if sum_sq is not None:
-        assert found.sum_sq is not None
-        square, base = 2 * sum_sq, base - 2 * sum_sq * found.sum_sq
-    return Coefficients(base, slope, square, logprobs)
+        square, base = 2 * sum_sq[1] * mend * mend, base - 2 * sum_sq[0] * sum_sq[1]
+    return Coefficients(base * mend, slope, square, logprobs)
 
 
 def from_coefficients(tiles: Tiles, head: Head, chunk: Chunk, lse: Tensor, c: Coefficients, first_id: int = 0) -> Form:

@@ -8,7 +8,6 @@ them over a head.
 from __future__ import annotations
 
 import dataclasses
-import json
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -21,7 +20,7 @@ KL_ESTIMATORS = ("k1", "k2", "k3")
 AGGREGATIONS = ("token_mean", "sequence_mean", "constant")
 DIVERGENCES = ("clip_forward", "forward", "reverse", "js")
 
-# Means over the tokens with a weight, except the maximum and the counts of rows. nan: not asked for by this loss.
+# Means over the tokens with a weight, except the maximum and the counts of rows.
 METRICS = (
     "ratio_mean",
     "ratio_max",
@@ -37,6 +36,7 @@ METRICS = (
     "rows_differentiated",  # of them, rows whose gradient was formed: those with a coefficient that is not 0
     "rows_recomputed",  # of them, rows whose logits were formed twice: their sequence exceeds the workspace
 )
+COUNTS = METRICS[-4:]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -114,9 +114,19 @@ class LossSpec:
     def uses_entropy(self) -> bool:
         return self.entropy_coef > 0
 
-    def to_json(self) -> str:
-        """Text from which ``losses.from_json`` makes this spec again."""
-        return json.dumps({"loss": "policy", **dataclasses.asdict(self)})
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """Names of the metrics that this loss has a value for, in the order of METRICS."""
+        absent = {"clip_low"} if self.clip == "one_sided" else set()
+        absent |= {"clip_low", "clip_high"} if self.clip == "none" else set()
+        absent |= set() if self.dual_clip is not None else {"dual_clip"}
+        absent |= set() if self.kl_coef > 0 else {"kl"}
+        absent |= set() if self.sampler_level is not None else {"sampler_weight"}
+        return tuple(name for name in METRICS if name not in absent)
+
+    def to_text(self) -> str:
+        """Text from which ``losses.from_text`` makes this spec again."""
+        return "policy " + " ".join([f"{name}={getattr(self, name)!r}" for name in POLICY_FIELDS])
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -143,9 +153,17 @@ class DistillSpec:
     def uses_entropy(self) -> bool:
         return False
 
-    def to_json(self) -> str:
-        """Text from which ``losses.from_json`` makes this spec again."""
-        return json.dumps({"loss": "distill", **dataclasses.asdict(self)})
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """Names of the metrics that this loss has a value for."""
+        return ("entropy", *COUNTS)
+
+    def to_text(self) -> str:
+        """Text from which ``losses.from_text`` makes this spec again."""
+        return f"distill divergence={self.divergence!r} beta={self.beta!r}"
+
+
+POLICY_FIELDS = tuple(field.name for field in dataclasses.fields(LossSpec))
 
 
 class Head(NamedTuple):

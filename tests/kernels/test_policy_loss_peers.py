@@ -85,6 +85,7 @@ class Trl:
             use_bias_correction_kl=False,
             max_completion_length=None,
             entropy_coef=0.0,
+            items=data["mask"].sum(),
         )
         stated |= settings
         here = object.__new__(self.trainer)
@@ -114,7 +115,7 @@ class Trl:
             old_per_token_logps=data["old"],
             ref_per_token_logps=data["ref"],
             importance_sampling_ratio=ratio,
-            num_items_in_batch=data["mask"].sum(),
+            num_items_in_batch=stated["items"],
         )
         loss = here._compute_loss(None, inputs)
         return loss.detach(), *torch.autograd.grad(loss, data["logprobs"])
@@ -172,9 +173,13 @@ class Verl:
         )
         if kl is not None:
             penalty = self.algorithms.kl_penalty(data["logprobs"], data["ref"], kl[0])
-            whole = self.algorithms.agg_loss(penalty, data["mask"], aggregation, **config.global_batch_info)
-            value = value + kl[1] * whole
+            value = value + kl[1] * self.aggregate(penalty, data, aggregation, config)
+        if config.entropy_coeff:
+            value = value - config.entropy_coeff * self.aggregate(data["entropy"], data, aggregation, config)
         return value.detach(), *torch.autograd.grad(value, data["logprobs"])
+
+    def aggregate(self, values: Tensor, data: dict[str, Tensor], aggregation: str, config: Any) -> Tensor:
+        return self.algorithms.agg_loss(values, data["mask"], aggregation, **config.global_batch_info)
 
 
 @pytest.fixture
@@ -297,6 +302,7 @@ VERL = {
     "k1": (dict(kl=("k1", 0.1)), dict(dual_clip=3.0, kl_coef=0.1, kl_estimator="k1")),
     "k2": (dict(kl=("k2", 0.1)), dict(dual_clip=3.0, kl_coef=0.1, kl_estimator="k2")),
     "k3": (dict(kl=("low_var_kl", 0.1)), dict(dual_clip=3.0, kl_coef=0.1, kl_estimator="k3")),
+    "entropy": (dict(entropy_coeff=0.05), dict(dual_clip=3.0, entropy_coef=0.05)),
 }
 
 
@@ -317,6 +323,27 @@ def test_verl_leaves_out_empty_sequences_as_we_do(verl):
     data["mask"][1] = 0
     wanted = verl(data, aggregation="seq-mean-token-mean")
     alike(ours(data, LossSpec(dual_clip=3.0, aggregation="sequence_mean")), wanted, rtol=1e-7)
+
+
+GLOBAL = {
+    "tokens": ("token_mean", dict(batch_num_tokens=50, dp_size=2), 25.0),
+    "sequences": ("sequence_mean", dict(global_batch_size=16, dp_size=2), 8.0),
+    "constant": ("constant", dict(global_batch_size=16, loss_scale_factor=16), 256.0),
+}
+
+
+@pytest.mark.parametrize(("aggregation", "info", "normaliser"), GLOBAL.values(), ids=GLOBAL)
+def test_normaliser_is_the_global_count_of_verl(verl, aggregation, info, normaliser):
+    """What a rank divides by: the count of the whole batch over dp_size, since gradients are then averaged."""
+    data = batch()
+    mode, spec, _ = AGGREGATIONS[aggregation]
+    wanted = verl(data, aggregation=mode, global_batch_info=info)
+    alike(ours(data, LossSpec(dual_clip=3.0, **spec), normaliser), wanted, rtol=1e-7)
+
+
+def test_normaliser_is_the_number_of_items_of_trl(trl):
+    data = batch()
+    alike(ours(data, LossSpec(), normaliser=50.0), trl(data, items=torch.tensor(50.0)))
 
 
 SAMPLERS = {

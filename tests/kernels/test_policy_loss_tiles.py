@@ -1,12 +1,10 @@
 """The native CPU tile kernels of policy_loss on every instruction set that runs here, against plain torch in fp64.
 
-Values, running sums over many tiles, rows that do not see each other, threads that do not matter, hostile memory, and
-every error of the border.
+Values, running sums over many tiles, rows that do not see each other, threads that do not matter, hostile memory.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator
 from types import ModuleType
 from typing import Any
@@ -17,10 +15,10 @@ from torch import Tensor
 
 from m3kernels import _cpu_ext
 from m3kernels.policy_loss import _cpu, tiles
+from m3kernels.policy_loss.reference import TOLERANCE
 from m3kernels.policy_loss.tiles import State, new_state
 from m3kernels.testing import bitwise_equal, check_error, relative_error, surrounded_by_nan
 
-TOLERANCE = {"c": 1.5, "eps": 1e-6}
 ISAS = ("avx512", "avx2", "neon", "scalar")  # those with tile kernels of their own
 TWINS = {"avx512vnni": "avx512", "avxvnni": "avx2"}
 FAR = 2**40  # an id of no vocabulary
@@ -591,164 +589,12 @@ def test_huge_pages_change_no_value() -> None:
     assert torch.equal(buffer, torch.arange(3_000_001, dtype=torch.float32))
 
 
-# -- errors of the border ---------------------------------------------------------------------------------------------
-Z = torch.randn(3, 8)
-IDS = torch.zeros(3, 2, dtype=torch.int64)
-
-
-def vector(n: int = 3) -> Tensor:
-    return torch.zeros(n)
-
-
-def state(**change: Tensor) -> State:
-    return new_state(3, 2, entropy=True, sum_sq=True, like=Z)._replace(**change)
-
-
-GOOD: dict[str, dict[str, Any]] = {
-    "statistics": dict(
-        logits=Z.clone(), ids=IDS, first=0, bias=vector(8), logit_scale=1.0, softcap=0.0,
-        inverse_temperature=vector(), state=state(),
-    ),
-    "gradient": dict(
-        logits=Z, rows=None, ids=IDS, first=0, lse=vector(), base=vector(), slope=vector(), square=vector(),
-        picked=torch.zeros(3, 2), logit_scale=1.0, softcap=0.0, inverse_temperature=vector(), out=torch.zeros(3, 8),
-    ),
-    "divergence": dict(
-        student=Z, teacher=Z, student_lse=vector(), teacher_lse=vector(), kind="js", beta=0.5, value=vector(),
-        center=vector(),
-    ),
-    "divergence_gradient": dict(
-        student=Z, teacher=Z, rows=None, student_lse=vector(), teacher_lse=vector(), kind="js", beta=0.5,
-        center=vector(), weight=vector(), logit_scale=1.0, softcap=0.0, inverse_temperature=vector(),
-        out=torch.zeros(3, 8),
-    ),
-}  # fmt: skip
-OVERLAP = torch.zeros(64)
-ERRORS: dict[str, tuple[str, dict[str, Any], str]] = {
-    "logits-dtype": ("statistics", dict(logits=Z.double()), "logits: want a matrix of float32; got (3, 8) float64"),
-    "logits-vector": ("statistics", dict(logits=vector()), "logits: want a matrix of float32; got (3,) float32"),
-    "logits-columns": (
-        "statistics", dict(logits=torch.zeros(8, 3).t()), "logits: want contiguous rows; got a column stride of 3"
-    ),
-    "logits-rows": (
-        "statistics", dict(logits=Z[:1].expand(3, 8)),
-        "logits: want rows that lie one after another, under 2**40 elements; got 0",
-    ),
-    "ids-dtype": ("statistics", dict(ids=IDS.int()), "ids: want contiguous int64; got (3, 2) int32"),
-    "ids-vector": ("statistics", dict(ids=IDS[:, 0].contiguous()), "ids: want (n, K) int64; got (3,) int64"),
-    "ids-rows": ("statistics", dict(ids=IDS[:2]), "ids: want 6 elements; got 4"),
-    "ids-strided": ("statistics", dict(ids=IDS.t().contiguous().t()), "ids: want contiguous int64; got (3, 2) int64"),
-    "first": ("statistics", dict(first=-1), "first: want at least 0; got -1"),
-    "bias": ("statistics", dict(bias=vector(7)), "bias: want 8 elements; got 7"),
-    "temperature": (
-        "statistics", dict(inverse_temperature=vector(4)), "inverse_temperature: want 3 elements; got 4"
-    ),
-    "temperature-expanded": (
-        "statistics", dict(inverse_temperature=torch.ones(1).expand(3)),
-        "inverse_temperature: want contiguous float32; got (3,) float32",
-    ),
-    "maximum": ("statistics", dict(state=state(maximum=vector(2))), "maximum: want 3 elements; got 2"),
-    "total": ("statistics", dict(state=state(total=vector(2))), "total: want 3 elements; got 2"),
-    "total-dtype": (
-        "statistics", dict(state=state(total=vector().double())), "total: want contiguous float32; got (3,) float64"
-    ),
-    "picked": ("statistics", dict(state=state(picked=torch.zeros(3, 1))), "picked: want 6 elements; got 3"),
-    "weighted": ("statistics", dict(state=state(weighted=vector(2))), "weighted: want 3 elements; got 2"),
-    "squared": ("statistics", dict(state=state(squared=vector(2))), "squared: want 3 elements; got 2"),
-    "gradient-row-high": (
-        "gradient", dict(rows=torch.tensor([0, 3, 1])), "rows: want values in 0..2; got 3"
-    ),
-    "gradient-row-low": ("gradient", dict(rows=torch.tensor([0, -1, 1])), "rows: want values in 0..2; got -1"),
-    "gradient-rows-short": ("gradient", dict(rows=torch.tensor([0, 1])), "rows: want 3 elements; got 2"),
-    "gradient-rows-dtype": (
-        "gradient", dict(rows=torch.tensor([0, 1, 2], dtype=torch.int32)),
-        "rows: want contiguous int64; got (3,) int32",
-    ),
-    "gradient-out-rows": ("gradient", dict(out=torch.zeros(2, 8)), "out: want 3 rows; got 2"),
-    "gradient-out-columns": ("gradient", dict(out=torch.zeros(3, 7)), "out: want (3, 8); got (3, 7)"),
-    "gradient-out-dtype": (
-        "gradient", dict(out=torch.zeros(3, 8, dtype=torch.bfloat16)),
-        "out: want a matrix of float32; got (3, 8) bfloat16",
-    ),
-    "gradient-out-expanded": (
-        "gradient", dict(out=torch.zeros(8).expand(3, 8)),
-        "out: want rows that lie one after another, under 2**40 elements; got 0",
-    ),
-    "gradient-overlap": (
-        "gradient", dict(logits=OVERLAP[:24].view(3, 8), out=OVERLAP[8:32].view(3, 8)),
-        "out: want memory apart from logits, or the same; got an overlap",
-    ),
-    "gradient-overlap-of-rows": (
-        "gradient",
-        dict(logits=OVERLAP[:24].view(3, 8), rows=torch.tensor([2, 1, 0]), out=OVERLAP[:24].view(3, 8)),
-        "out: want memory apart from logits; got an overlap",
-    ),
-    "gradient-lse": ("gradient", dict(lse=vector(2)), "lse: want 3 elements; got 2"),
-    "gradient-base": ("gradient", dict(base=vector(2)), "base: want 3 elements; got 2"),
-    "gradient-slope": ("gradient", dict(slope=vector(2)), "slope: want 3 elements; got 2"),
-    "gradient-square": ("gradient", dict(square=vector(2)), "square: want 3 elements; got 2"),
-    "gradient-picked": ("gradient", dict(picked=torch.zeros(3, 3)), "picked: want 6 elements; got 9"),
-    "gradient-ids": ("gradient", dict(ids=IDS[:1]), "ids: want 6 elements; got 2"),
-    "gradient-temperature": (
-        "gradient", dict(inverse_temperature=vector(1)), "inverse_temperature: want 3 elements; got 1"
-    ),
-    "teacher": ("divergence", dict(teacher=torch.zeros(3, 9)), "teacher: want (3, 8); got (3, 9)"),
-    "student-lse": ("divergence", dict(student_lse=vector(1)), "student_lse: want 3 elements; got 1"),
-    "teacher-lse": ("divergence", dict(teacher_lse=vector(1)), "teacher_lse: want 3 elements; got 1"),
-    "value": ("divergence", dict(value=vector(1)), "value: want 3 elements; got 1"),
-    "center": ("divergence", dict(center=vector(1)), "center: want 3 elements; got 1"),
-    "beta": ("divergence", dict(beta=1.0), "beta: want 0 < beta < 1; got 1"),
-    "kind": ("divergence", dict(kind="jeffreys"), "kind: want forward, reverse or js; got jeffreys"),
-    "divergence-row": ("divergence_gradient", dict(rows=torch.tensor([9, 0, 0])), "rows: want values in 0..2; got 9"),
-    "divergence-weight": ("divergence_gradient", dict(weight=vector(1)), "weight: want 3 elements; got 1"),
-    "divergence-center": ("divergence_gradient", dict(center=vector(1)), "center: want 3 elements; got 1"),
-    "divergence-out": ("divergence_gradient", dict(out=torch.zeros(3, 7)), "out: want (3, 8); got (3, 7)"),
-    "divergence-overlap": (
-        "divergence_gradient", dict(teacher=OVERLAP[:24].view(3, 8), out=OVERLAP[4:28].view(3, 8)),
-        "out: want memory apart from teacher, or the same; got an overlap",
-    ),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("name", ERRORS)
-def test_border_refuses(name: str) -> None:
-    function, change, message = ERRORS[name]
-    with pytest.raises(ValueError, match=f"^{re.escape(f'{function}: {message}')}$"):
-        getattr(_cpu, function)(**{**GOOD[function], **change})
-
-
-@pytest.mark.parametrize("function", GOOD)
-def test_border_accepts_what_the_errors_change(function: str) -> None:
-    getattr(_cpu, function)(**GOOD[function])
-
-
-@pytest.mark.parametrize("threads", (0, 4097))
-def test_border_refuses_a_number_of_threads(threads: int) -> None:
-    vectors = [(vector().data_ptr(), 3)] * 4
-    matrix = (Z.data_ptr(), 3, 8, 8)
-    with pytest.raises(ValueError, match=re.escape(f"divergence: threads: want 1..4096; got {threads}")):
-        _cpu_ext.policy_loss_divergence(matrix, matrix, *vectors[:2], 0, 0.5, *vectors[2:], threads)
-
-
-@pytest.mark.parametrize(
-    ("matrix", "message"),
-    (
-        ((0, 3, 8, 8), "student: want memory; got none"),
-        ((8, -1, 8, 8), "student: want sizes in 0 .. 2**40 - 1; got (-1, 8)"),
-        ((8, 3, 2**40, 2**40), "student: want sizes in 0 .. 2**40 - 1; got (3, 1099511627776)"),
-        ((8, 3, 8, 2**39), "student: want rows that lie one after another, under 2**40 elements; got 549755813888"),
-    ),
-    ids=("no-memory", "negative", "columns", "stride"),
-)
-def test_border_refuses_a_matrix(matrix: tuple[int, ...], message: str) -> None:
-    with pytest.raises(ValueError, match=re.escape(f"divergence: {message}")):
-        _cpu_ext.policy_loss_divergence(matrix, matrix, (8, 3), (8, 3), 0, 0.5, (8, 3), (8, 3), 1)
-
-
-def test_columns_of_one_matrix_are_apart(isa: str) -> None:
+@pytest.mark.parametrize("some", (None, (3,), (4, 0)), ids=str)
+def test_columns_of_one_matrix_are_apart(isa: str, some: tuple[int, ...] | None) -> None:
     """Logits and out side by side in one buffer do not overlap, though their spans do."""
-    made = make_gradient(5, 40)
+    made = make_gradient(5, 40, some=some)
     both = torch.cat((made["z"], torch.full((5, 40), torch.nan)), 1)
-    _cpu.gradient(both[:, :40], *(made[name] for name in GRADIENT_NAMES), both[:, 40:])
+    out = both[: len(made["ids"]), 40:]
+    _cpu.gradient(both[:, :40], *(made[name] for name in GRADIENT_NAMES), out)
     assert bitwise_equal(both[:, :40], made["z"])
-    assert bitwise_equal(both[:, 40:], run_gradient(_cpu, torch.float32, **made))
+    assert bitwise_equal(out, run_gradient(_cpu, torch.float32, **made))

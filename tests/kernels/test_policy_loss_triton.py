@@ -1,4 +1,4 @@
-"""The Triton tile kernels of policy_loss: run on a GPU, or interpreted where there is none; compiled for GPUs not here.
+"""The Triton tile kernels of policy_loss: run on a GPU, or interpreted where there is none.
 
 Exact values are those of the plain-torch tile kernels in fp64, and those of autograd. Interpreted, bf16 is tested too:
 the kernels only load and store it, and round by bits where the interpreter would cut off.
@@ -6,68 +6,36 @@ the kernels only load and store it, and round by bits where the interpreter woul
 
 from __future__ import annotations
 
-import concurrent.futures
 import itertools
-import json
-import os
-import re
-import subprocess
-import sys
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from triton_tiles import (
+    DEVICE,
+    cloned,
+    divergence_gradient_inputs,
+    divergence_inputs,
+    doubled,
+    every_dtype,
+    every_kind,
+    gradient_inputs,
+    in_triton,
+    statistics_inputs,
+)
 
 from m3kernels.policy_loss import tiles
 from m3kernels.policy_loss.reference import TOLERANCE
 from m3kernels.policy_loss.tiles import State, new_state
 from m3kernels.testing import bitwise_equal, check_error, relative_error, surrounded_by_nan, uninitialized_is_nan
-from m3kernels.triton_compile import SHARED_LIMIT, TARGETS
 
-triton = pytest.importorskip("triton", reason="Triton is not installed")
+pytest.importorskip("triton", reason="Triton is not installed")
 _triton = pytest.importorskip("m3kernels.policy_loss._triton")
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-BUDGET = json.loads((Path(__file__).parent / "policy_loss_triton_budget.json").read_text())
-FAR = 2**40  # an id of no vocabulary
 # The interpreter computes both sides of a select: an infinite logit meets the branch not taken.
 pytestmark = pytest.mark.filterwarnings("ignore:(invalid value|overflow) encountered:RuntimeWarning")
 needs_gpu = pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA GPU")
-every_dtype = pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float16), ids=str)
-every_kind = pytest.mark.parametrize(("kind", "beta"), (("forward", 0.0), ("reverse", 0.0), ("js", 0.3)))
-
-
-def in_triton(test: Callable[..., None]) -> Callable[..., None]:
-    """Marks the test as a GPU test where there is a GPU; elsewhere the interpreter runs it."""
-    return pytest.mark.gpu(test) if DEVICE == "cuda" else test
-
-
-def doubled(value: Any) -> Any:
-    """fp64 in place of every floating tensor, a copy in place of every other one."""
-    if isinstance(value, State):
-        return State(*map(doubled, value))
-    if not isinstance(value, Tensor):
-        return value
-    return value.double() if value.is_floating_point() else value.clone()
-
-
-def cloned(value: Any) -> Any:
-    if isinstance(value, State):
-        return State(*map(cloned, value))
-    return value.clone() if isinstance(value, Tensor) else value
-
-
-def random_ids(rows: int, ids: int, first: int, columns: int) -> Tensor:
-    """(rows, ids): the first column, the last, one before and one after the tile, repeats, and ids of nothing."""
-    table = torch.randint(first - 2, first + columns + 2, (rows, ids), device=DEVICE)
-    edges = [first, first + columns - 1, first - 1, first + columns, -1, FAR, -(2**63), first]
-    table[:, : len(edges)] = torch.tensor(edges, device=DEVICE)[:ids]
-    if ids == 1:
-        table[:, 0] = torch.randint(first, first + columns, (rows,), device=DEVICE)
-    return table
 
 
 # -- statistics -------------------------------------------------------------------------------------------------------
@@ -91,38 +59,6 @@ STATISTICS: dict[str, dict[str, Any]] = {
         entropy=True, sum_sq=True,
     ),
 }  # fmt: skip
-
-
-def statistics_inputs(
-    rows: int,
-    columns: int,
-    ids: int = 1,
-    first: int = 0,
-    *,
-    bias: bool = False,
-    logit_scale: float = 1.0,
-    softcap: float = 0.0,
-    temperature: bool = False,
-    entropy: bool = False,
-    sum_sq: bool = False,
-    dtype: torch.dtype,
-) -> list[Any]:
-    """Arguments of ``statistics``, with a state that has seen 50 other columns."""
-    logits = (4 * torch.randn(rows, columns, device=DEVICE)).to(dtype)
-    state = new_state(rows, ids, entropy=entropy, sum_sq=sum_sq, like=logits)
-    table = random_ids(rows, ids, first, columns)
-    before = 4 * torch.randn(rows, 50, device=DEVICE)
-    tiles.statistics(before, table, first + columns, None, 1.0, 0.0, None, state)
-    return [
-        logits,
-        table,
-        first,
-        torch.randn(columns, device=DEVICE) if bias else None,
-        logit_scale,
-        softcap,
-        torch.rand(rows, device=DEVICE) + 0.5 if temperature else None,
-        state,
-    ]
 
 
 def check_statistics(before: list[Any], after: list[Any]) -> None:
@@ -250,46 +186,6 @@ GRADIENT: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-def gradient_inputs(
-    rows: int,
-    columns: int,
-    ids: int = 1,
-    first: int = 0,
-    *,
-    some: list[int] | None = None,
-    slope: bool = False,
-    square: bool = False,
-    logit_scale: float = 1.0,
-    softcap: float = 0.0,
-    temperature: bool = False,
-    dtype: torch.dtype,
-    out: torch.dtype | None = None,
-) -> list[Any]:
-    """Arguments of ``gradient``, with out full of nan."""
-    n = rows if some is None else len(some)
-    inverse_temperature = torch.rand(n, device=DEVICE) + 0.5 if temperature else None
-    logits = 3 * torch.randn(rows, columns, device=DEVICE)
-    if softcap:
-        logits = 0.5 * softcap * (logits / softcap).tanh()  # u stays within the cap whatever the temperature
-    logits = logits.to(dtype)
-    selected = logits if some is None else logits[some]
-    return [
-        logits,
-        None if some is None else torch.tensor(some, device=DEVICE),
-        random_ids(n, ids, first, columns),
-        first,
-        selected.float().logsumexp(1) + 0.5 * torch.rand(n, device=DEVICE),
-        torch.randn(n, device=DEVICE),
-        torch.randn(n, device=DEVICE) if slope else None,
-        torch.randn(n, device=DEVICE) if square else None,
-        torch.randn(n, ids, device=DEVICE),
-        logit_scale,
-        softcap,
-        inverse_temperature,
-        torch.full((n, columns), torch.nan, dtype=out or dtype, device=DEVICE),
-    ]
-
-
 @in_triton
 @every_dtype
 @pytest.mark.parametrize("case", GRADIENT)
@@ -377,20 +273,6 @@ DIVERGENCE: dict[str, dict[str, Any]] = {
 }
 
 
-def two_models(rows: int, columns: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(student, teacher, their lse): a tile of longer rows, so its probabilities add up to less than 1."""
-    student, teacher = ((3 * torch.randn(rows, columns, device=DEVICE)).to(dtype) for _ in range(2))
-    lses = (z.float().logsumexp(1) + 0.5 * torch.rand(rows, device=DEVICE) for z in (student, teacher))
-    return student, teacher, *lses
-
-
-def divergence_inputs(rows: int, columns: int, kind: str, beta: float, dtype: torch.dtype) -> list[Any]:
-    """Arguments of ``divergence``, with sums that have seen other tiles."""
-    student, teacher, student_lse, teacher_lse = two_models(rows, columns, dtype)
-    value, center = torch.rand(2, rows, device=DEVICE)
-    return [student, teacher, student_lse, teacher_lse, kind, beta, value, center]
-
-
 @in_triton
 @every_dtype
 @every_kind
@@ -472,39 +354,6 @@ DIVERGENCE_GRADIENT: dict[str, dict[str, Any]] = {
     "temperature": dict(rows=3, columns=61, temperature=True, logit_scale=-0.7),
     "everything": dict(rows=6, columns=2055, some=[5, 1], softcap=30.0, temperature=True, logit_scale=0.6),
 }
-
-
-def divergence_gradient_inputs(
-    rows: int,
-    columns: int,
-    kind: str,
-    beta: float,
-    dtype: torch.dtype,
-    *,
-    some: list[int] | None = None,
-    logit_scale: float = 1.0,
-    softcap: float = 0.0,
-    temperature: bool = False,
-) -> list[Any]:
-    student, teacher, student_lse, teacher_lse = two_models(rows, columns, dtype)
-    selected = torch.arange(rows, device=DEVICE) if some is None else torch.tensor(some, device=DEVICE)
-    n = len(selected)
-    inverse_temperature = torch.rand(n, device=DEVICE) + 0.5 if temperature else None
-    return [
-        student,
-        teacher,
-        None if some is None else selected,
-        student_lse[selected],
-        teacher_lse[selected],
-        kind,
-        beta,
-        torch.rand(n, device=DEVICE),
-        torch.randn(n, device=DEVICE),
-        logit_scale,
-        softcap,
-        inverse_temperature,
-        torch.full((n, columns), torch.nan, dtype=dtype, device=DEVICE),
-    ]
 
 
 @in_triton
@@ -726,95 +575,3 @@ def test_a_whole_vocabulary_on_a_gpu(dtype: torch.dtype) -> None:
     _triton.statistics(*again)
     assert bitwise_equal(again[0], after[0])
     assert all(bitwise_equal(x, y) for x, y in zip(again[-1], after[-1], strict=True))
-
-
-# -- compiled for GPUs that are not here ------------------------------------------------------------------------------
-def run_uninterpreted(*arguments: str) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_DEFAULT_FP_FUSION": "0", "OMP_NUM_THREADS": "1"}
-    return subprocess.run([sys.executable, *arguments], env=environment, capture_output=True, text=True)
-
-
-@pytest.fixture(scope="session")
-def costs() -> dict[str, dict[str, dict[str, int]]]:
-    """{target: {case: cost}}: two targets at a time; compiled kernels stay in Triton's cache."""
-
-    def compiled(target: str) -> dict[str, dict[str, int]]:
-        result = run_uninterpreted("-m", "m3kernels.triton_compile", "m3kernels.policy_loss._triton", target)
-        assert result.returncode == 0, result.stderr
-        return json.loads(result.stdout)[target]
-
-    with concurrent.futures.ThreadPoolExecutor(2) as pool:
-        return dict(zip(TARGETS, pool.map(compiled, TARGETS), strict=True))
-
-
-@pytest.mark.parametrize("target", TARGETS)
-def test_every_case_has_a_budget(target: str) -> None:
-    assert {case.name for case in _triton.compile_cases(target)} == set(BUDGET[target])
-
-
-@pytest.mark.parametrize(("target", "case"), [(target, case) for target in TARGETS for case in BUDGET[target]])
-def test_compiles_within_its_budget(costs: dict[str, dict[str, dict[str, int]]], target: str, case: str) -> None:
-    cost, budget = costs[target][case], BUDGET[target][case]
-    assert cost["shared"] <= SHARED_LIMIT[target]
-    if triton.__version__ == BUDGET["triton"]:
-        assert {name: cost[name] for name in budget if cost[name] > budget[name]} == {}
-
-
-@pytest.mark.parametrize("target", TARGETS)
-def test_nothing_spills(costs: dict[str, dict[str, dict[str, int]]], target: str) -> None:
-    assert {case: cost["spills"] for case, cost in costs[target].items() if cost["spills"]} == {}
-
-
-INTERMEDIATE = """
-import json
-import triton
-from m3kernels import triton_compile
-from m3kernels.policy_loss import _triton
-compile, kept = triton.compile, []
-triton_compile.read_nvidia = lambda compiled: (0, 0, "")
-triton.compile = lambda *args, **options: kept.append(compile(*args, **options)) or kept[-1]
-cases = _triton.compile_cases("sm_90")
-for case in cases:
-    triton_compile.compile_case(case, "sm_90")
-print(json.dumps({case.name: [one.asm["ttir"], one.asm["ptx"]] for case, one in zip(cases, kept, strict=True)}))
-"""
-
-
-@pytest.fixture(scope="session")
-def intermediate(costs: dict[str, Any]) -> dict[str, list[str]]:
-    """{case: [Triton's intermediate code, PTX]} for sm_90, from the cache that ``costs`` has filled."""
-    result = run_uninterpreted("-c", INTERMEDIATE)
-    assert result.returncode == 0, result.stderr
-    return json.loads(result.stdout)
-
-
-PRODUCT = re.compile(r"(%\S+) = arith\.muli (%\S+), (%\S+) : (?:tensor<[\dx]*)?(i\d+)>?")
-
-
-@pytest.mark.parametrize("case", BUDGET["sm_90"])
-def test_offsets_of_rows_have_64_bits(intermediate: dict[str, list[str]], case: str) -> None:
-    """In 32 bits an index is only ever multiplied by a constant: a block or span of columns, never by a stride."""
-    code = intermediate[case][0]
-    constants = set(re.findall(r"(%\S+) = arith\.constant ", code))
-    products = PRODUCT.findall(code)
-    assert len(products) == code.count("arith.muli")
-    assert [product for product in products if product[3] == "i32" and not constants & set(product[1:3])] == []
-    assert [product for product in products if product[3] == "i64"]
-
-
-@pytest.mark.parametrize("case", [case for case in BUDGET["sm_90"] if "merge" not in case and "odd" not in case])
-def test_tiles_are_read_16_bytes_at_a_time(intermediate: dict[str, list[str]], case: str) -> None:
-    code = intermediate[case][1]
-    assert "ld.global.v4.b32" in code
-    assert ("st.global.v4.b32" in code) == ("gradient" in case or "full" in case)
-    assert not re.search(r"\b(atom|red)\.", code)
-
-
-def test_cpu_tensors_are_refused_without_the_interpreter() -> None:
-    program = (
-        "import torch\n"
-        "from m3kernels.policy_loss import _triton\n"
-        "assert 'TRITON_INTERPRET=1' in _triton.unsupported('linear_logprobs', torch.zeros(2, 3))\n"
-    )
-    result = run_uninterpreted("-c", program)
-    assert result.returncode == 0, result.stderr

@@ -153,6 +153,15 @@ def test_bf16():
         assert relative(found, wanted) <= max(1.5 * relative(other, wanted), 2**-8)
 
 
+def test_hidden_states_in_bf16_over_weights_in_fp32():
+    """As under autocast: the head is rounded to bf16 as Liger rounds it, and its gradient comes in fp32."""
+    call = {**batch(), "_input": batch()["_input"].detach().bfloat16().requires_grad_()}
+    found, wanted = run(FusedLinearGRPOLoss(), call), run(Liger(compiled=False), call)
+    torch.testing.assert_close(found[0], wanted[0], rtol=2e-2, atol=2e-3)
+    assert [grad.dtype for grad in found[2]] == [torch.bfloat16, torch.float32, torch.float32]
+    assert max(relative(*pair) for pair in zip(found[2], wanted[2], strict=True)) < 2e-2
+
+
 def test_upstream_gradient_is_honoured():
     call = batch()
     value, _ = FusedLinearGRPOLoss()(**call)

@@ -103,6 +103,25 @@ def test_projection_follows_autocast():
     assert found.equal(rounded)
 
 
+def test_projection_of_no_rows_stays_joined_to_the_model():
+    """A micro-batch without a label contributes a gradient of 0 instead of failing."""
+    hidden, weight = torch.randn(5, 8, requires_grad=True), torch.randn(11, 8, requires_grad=True)
+    logprobs, entropy, *_ = plugin.Projection.apply(
+        hidden[:0], weight, None, torch.zeros(0, dtype=torch.int64), 1.0, 16
+    )
+    (logprobs.sum() + entropy.sum()).backward()
+    assert logprobs.shape == entropy.shape == (0,)
+    assert not hidden.grad.any()
+    assert not weight.grad.any()
+
+
+def test_projection_refuses_a_head_that_does_not_outlive_the_forward_pass(monkeypatch):
+    monkeypatch.setattr(plugin, "is_deepspeed_zero3_enabled", lambda: True)
+    message = "Projection: weight: want a head that outlives the forward pass; got one under DeepSpeed ZeRO-3"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        plugin.Projection.apply(torch.zeros(1, 2), torch.zeros(3, 2), None, torch.zeros(1), 1.0, 16)
+
+
 def test_projection_refuses_what_it_cannot_give():
     message = "Projection: outputs: want of ['entropy', 'log_probs', 'log_sum_sq_probs']; got ['mean_logits']"
     with pytest.raises(ValueError, match=re.escape(message)):

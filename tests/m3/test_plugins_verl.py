@@ -122,3 +122,13 @@ def test_advantages_are_those_of_verl(function, divide):
         rewards.reshape(20, 1).clone(), torch.ones(20, 1), groups, norm_adv_by_std_in_grpo=divide
     )
     torch.testing.assert_close(function(rewards).reshape(20, 1), theirs)
+
+
+def test_group_of_one_is_judged_by_verl_and_refused_by_us():
+    """Against a mean of 0 and a deviation of 1 its advantage is its reward: a baseline of nothing."""
+    algorithms = pytest.importorskip("verl.trainer.ppo.core_algos", reason="verl is not installed wholly")
+    rewards = torch.tensor([[0.75]])
+    theirs, _ = algorithms.compute_grpo_outcome_advantage(rewards.clone(), torch.ones(1, 1), [0])
+    assert theirs.item() == pytest.approx(0.75, abs=1e-5)
+    with pytest.raises(ValueError, match=re.escape("grpo.advantages: rewards: want (P, R >= 2) floating; got (1, 1)")):
+        grpo.advantages(rewards)
