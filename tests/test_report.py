@@ -14,7 +14,10 @@ from m3kernels import __main__ as report
 from m3kernels import dispatch
 
 ROOT = Path(__file__).parent.parent
-OPS = ["int4_dequantize", "int4_gemm", "int4_grouped_gemm", "int4_moe"]
+OPS = [
+    "int4_dequantize", "int4_gemm", "int4_grouped_gemm", "int4_moe",
+    "linear_distill_loss", "linear_logprobs", "linear_logprobs_backward", "linear_policy_loss",
+]  # fmt: skip
 
 
 def test_every_op_is_served_by_the_native_room_on_cpu():
@@ -58,7 +61,7 @@ def test_command_prints_what_is_built_and_who_serves(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
-    assert [line.split()[0] for line in lines[-2 * len(OPS) :: 2]] == sorted(
-        OPS, key=list(report.EXAMPLES["int4"]()).index
-    )
+    told = [line.split()[0] for line in lines[-2 * len(OPS) :: 2]]
+    assert told == [op for examples in report.EXAMPLES.values() for op in examples()]
+    assert sorted(told) == OPS
     assert any(line.startswith("cpu module") and "this CPU runs" in line and "chosen" in line for line in lines)

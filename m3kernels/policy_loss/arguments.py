@@ -100,7 +100,7 @@ def check_batch(
     check_ids(op, ids, shape, hidden, columns=columns)
     layout = check_mask(op, mask, shape, hidden, segment_ids, cu_seqlens)
     if ids.is_cpu and not torch.compiler.is_compiling():
-        check_range(op, ids.reshape(layout.mask.numel(), -1)[layout.mask != 0], vocabulary)
+        check_range(op, per_row(ids, layout.mask.numel())[layout.mask != 0], vocabulary)
     return layout
 
 
@@ -154,3 +154,9 @@ def workspace_of(op: str, workspace_bytes: object, hidden: Tensor) -> int:
     if type(workspace_bytes) is not int or workspace_bytes < 1:
         raise refuse(op, "workspace_bytes", "an int >= 1, or None", workspace_bytes)
     return workspace_bytes
+
+
+def per_row(stream: Tensor, rows: int) -> Tensor:
+    """A stream of ``rows`` tokens, or of K columns for each, as (rows, K)."""
+    columns = stream.numel() // rows if rows else 1
+    return stream.reshape(rows, columns)

@@ -16,22 +16,25 @@ from torch.autograd.function import once_differentiable
 
 from m3kernels.library import define
 from m3kernels.policy_loss.arguments import check_main_grad
-from m3kernels.policy_loss.schedule import coefficients, two_sum
+from m3kernels.policy_loss.schedule import coefficients, padded, two_sum
 from m3kernels.policy_loss.types import METRICS
 
-Metrics = dict[str, Tensor]
 Call = Callable[[Tensor, Tensor, "Tensor | None", tuple[bool, bool, bool], bool], tuple[Tensor, ...]]
 
 
 def formed(
-    op: str, hidden: Tensor, weight: Tensor, bias: Tensor | None, call: Call, accumulate_main_grad: bool
-) -> tuple[Tensor, Metrics]:
-    """Run ``call``, which gives (loss, dX, dW, db, metrics), as one node of the autograd graph."""
+    op: str,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    call: Call,
+    accumulate_main_grad: bool,
+) -> tuple[Tensor, Tensor]:
+    """(loss, metrics): run ``call``, which gives (loss, dX, dW, db, metrics), as one node of the autograd graph."""
     main = check_main_grad(op, weight, accumulate_main_grad)
     grad = torch.is_grad_enabled()
     wanted = tuple(grad and x is not None and x.requires_grad for x in (hidden, weight, bias))
-    loss, metrics = FormedForward.apply(hidden, weight, bias, call, wanted, main)
-    return loss, dict(zip(METRICS, metrics.unbind(), strict=True))
+    return FormedForward.apply(hidden, weight, bias, call, wanted, main)
 
 
 class FormedForward(torch.autograd.Function):
@@ -118,7 +121,7 @@ class LogprobsNode(torch.autograd.Function):
         logprobs, lse, low, entropy, sum_sq, logits = logprobs_op(h, w, ids, b, temperature, *options)
         if group is not None:
             logprobs, lse, low, entropy, sum_sq = over_ranks(logprobs, lse, entropy, sum_sq, group)
-        ctx.save_for_backward(hidden, weight, bias, ids, temperature, lse, low, entropy, sum_sq, logits)
+        ctx.save_for_backward(hidden, weight, bias, ids, temperature, logprobs, lse, low, entropy, sum_sq, logits)
         ctx.options, ctx.group = options, group
         ctx.set_materialize_grads(False)
         return logprobs, lse, entropy, sum_sq
@@ -128,11 +131,10 @@ class LogprobsNode(torch.autograd.Function):
     def backward(
         ctx: Any, d_logprobs: Tensor | None, d_lse: Tensor | None, d_entropy: Tensor | None, d_sum_sq: Tensor | None
     ) -> tuple[Tensor | None, ...]:
-        hidden, weight, bias, ids, temperature, lse, low, entropy, sum_sq, logits = ctx.saved_tensors
+        hidden, weight, bias, ids, temperature, logprobs, lse, low, entropy, sum_sq, logits = ctx.saved_tensors
         o: Options = ctx.options
         c = coefficients(
-            low,
-            lse.new_zeros(ids.shape) if d_logprobs is None else d_logprobs.contiguous(),
+            (logprobs, torch.zeros_like(logprobs) if d_logprobs is None else d_logprobs.contiguous()),
             d_lse,
             None if d_entropy is None or not o.entropy else (entropy, d_entropy),
             None if d_sum_sq is None or not o.sum_sq else (sum_sq, d_sum_sq),
@@ -145,6 +147,7 @@ class LogprobsNode(torch.autograd.Function):
             None if bias is None else bias.contiguous(),
             temperature,
             lse,
+            low,
             logits,
             *c,
             o.logit_scale,
@@ -190,7 +193,8 @@ def fake_logprobs(
     first_id: int, entropy: bool, sum_sq: bool, save_logits: bool, workspace: int,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     rows, dtype = hidden.shape[0], wide_dtype(hidden)
-    sizes = (rows, rows, rows if entropy else 0, rows if sum_sq else 0, rows * weight.shape[0] if save_logits else 0)
+    saved = padded(rows) * weight.shape[0] if save_logits else 0
+    sizes = (rows, rows, rows if entropy else 0, rows if sum_sq else 0, saved)
     return hidden.new_empty(ids.shape, dtype=dtype), *(hidden.new_empty(size, dtype=dtype) for size in sizes)
 
 
@@ -223,8 +227,9 @@ logprobs_op = define(
 )
 logprobs_backward_op = define(
     __package__,
-    f"linear_logprobs_backward(Tensor hidden, Tensor weight, Tensor ids, {HEAD}, Tensor lse, Tensor logits, "
-    "Tensor base, Tensor? slope, Tensor? square, Tensor picked, float logit_scale, float softcap, int first_id, "
+    f"linear_logprobs_backward(Tensor hidden, Tensor weight, Tensor ids, {HEAD}, Tensor lse, Tensor lse_low, "
+    "Tensor logits, Tensor base, Tensor? slope, Tensor? square, Tensor picked, Tensor complement, "
+    "float logit_scale, float softcap, int first_id, "
     f"{WANTED}) -> (Tensor d_hidden, Tensor d_weight, Tensor d_bias)",
     fake=lambda hidden, weight, *rest: fake_gradients(hidden, weight, rest[-3:], weight.dtype),
 )

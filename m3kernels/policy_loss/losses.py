@@ -24,8 +24,8 @@ from m3kernels.policy_loss.types import COUNTS, METRICS, DistillSpec, LossSpec, 
 LOG_RATIO_LIMIT = 20.0  # nats; a ratio beyond e^20 is no information, and exp must not overflow
 SMALLEST_TAIL = 1e-7  # probability of "all other ids" below which its logarithm is not resolved in fp32
 
-TokenLoss = Callable[[Tensor, Tokens, "Tensor | None"], Tensor]
 Details = dict[str, Tensor]  # metric -> its value at each token
+TokenLoss = Callable[[Tensor, Tokens, "Tensor | None"], "Tensor | tuple[Tensor, Details]"]
 
 
 # -- parts ------------------------------------------------------------------------------------------------------------
@@ -168,9 +168,10 @@ def from_text(text: str) -> LossSpec | DistillSpec:
 
 
 def evaluate(loss: str | TokenLoss, logprobs: Tensor, tokens: Tokens, entropy: Tensor | None) -> tuple[Tensor, Details]:
-    """(losses (n,) before weights, details) of a spec's text or of a user's function."""
+    """(losses (n,) before weights, details) of a spec's text or of a user's function, which may leave details out."""
     if not isinstance(loss, str):
-        return loss(logprobs, tokens, entropy), {}
+        found = loss(logprobs, tokens, entropy)
+        return found if isinstance(found, tuple) else (found, {})
     spec = from_text(loss)
     if isinstance(spec, LossSpec):
         return policy_loss(logprobs, tokens, entropy, spec)
@@ -233,7 +234,7 @@ class Tally:
 
 def named(metrics: Tensor, loss: object) -> dict[str, Tensor]:
     """Those of the metrics (len(METRICS),) that a loss has a value for, by name."""
-    asked = loss.metrics if isinstance(loss, (LossSpec, DistillSpec)) else COUNTS
+    asked = getattr(loss, "metrics", COUNTS)
     return {name: value for name, value in zip(METRICS, metrics.unbind(), strict=True) if name in asked}
 
 

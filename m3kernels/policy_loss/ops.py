@@ -8,8 +8,6 @@ reference.py; the registered ops m3kernels::linear_*: autograd.py.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -25,12 +23,12 @@ from m3kernels.policy_loss.arguments import (
     check_needs,
     check_range,
     check_stream,
+    per_row,
     temperature_rows,
     workspace_of,
 )
 from m3kernels.policy_loss.autograd import (
     LogprobsNode,
-    Metrics,
     Options,
     distill_op,
     formed,
@@ -38,6 +36,8 @@ from m3kernels.policy_loss.autograd import (
     policy_op,
 )
 from m3kernels.policy_loss.types import AGGREGATIONS, METRICS, DistillSpec, Logprobs, LossSpec, Tokens, check_choice
+
+Metrics = dict[str, Tensor]
 
 
 def linear_logprobs(
@@ -102,7 +102,7 @@ def linear_logprobs(
     fits = hidden.shape[0] * weight.shape[0] * 4 <= workspace
     save = grad and (fits if save_logits == "auto" else bool(save_logits))
     options = Options(float(logit_scale), float(softcap), start, bool(entropy), bool(sum_sq), save, workspace)
-    columns = ids.reshape(ids.shape[0], ids[0].numel() if len(ids) else 1).to(torch.int64).contiguous()
+    columns = per_row(ids, len(hidden)).to(torch.int64).contiguous()
     found = LogprobsNode.apply(hidden, weight, bias, columns, scale, options, process_group)
     logprobs, lse, entropies, squares = found
     return Logprobs(logprobs.view(ids.shape), lse, entropies if entropy else None, squares if sum_sq else None)
@@ -136,7 +136,7 @@ def linear_logprobs_backward(
     check_stream(op, "grad_logprobs", grad_logprobs, ids.shape, hidden)
     check_stream(op, "lse", lse, hidden.shape[:1], hidden)
     wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
-    picked = grad_logprobs.to(wide).reshape(len(hidden), ids[0].numel() if len(ids) else 1).contiguous()
+    picked = per_row(grad_logprobs.to(wide), len(hidden)).contiguous()
     bias = None if bias is None else bias.contiguous()
     d_hidden, d_weight, d_bias = logprobs_backward_op(
         hidden.contiguous(),
@@ -145,10 +145,12 @@ def linear_logprobs_backward(
         bias,
         temperature_rows(op, temperature, hidden.shape[:1], hidden),
         lse.to(wide).contiguous(),
+        hidden.new_zeros(len(hidden), dtype=wide),
         hidden.new_empty(0, dtype=wide),
         -picked.sum(1),
         None,
         None,
+        torch.zeros_like(picked),
         picked,
         float(logit_scale),
         float(softcap),
@@ -207,8 +209,8 @@ def linear_policy_loss(
         accumulate_main_grad: in the backward pass add the gradient of weight, in fp32, to ``weight.main_grad`` and give
             None to autograd (or, where ``weight.grad_added_to_main_grad`` exists, set it and give an empty tensor).
     Returns:
-        (loss, 0-D fp32 (fp64 for fp64 input); metrics, 0-D fp64 tensors named METRICS, without gradient). Gradients are
-        accumulated in fp32 and scaled by the upstream gradient. Without grad mode no gradient is formed.
+        (loss, 0-D fp32 (fp64 for fp64 input); metrics, 0-D fp64 tensors without gradient, named as in spec.metrics).
+        Gradients are accumulated in fp32 and scaled by the upstream gradient. Without grad mode none are formed.
     Raises: as linear_logprobs.
     """
     op = "linear_policy_loss"
@@ -220,9 +222,8 @@ def linear_policy_loss(
         check_stream(op, name, stream, ids.shape, hidden)
     check_needs(op, spec, ref_logprobs, sampler_logprobs)
     tokens = policy_tokens(op, spec, layout, ids.shape, advantages, streams, normaliser)
-    loss = spec.to_text() if isinstance(spec, LossSpec) else spec
     return one_pass(
-        op, hidden, weight, bias, ids, temperature, tokens, loss, logit_scale, softcap, workspace_bytes,
+        op, hidden, weight, bias, ids, temperature, tokens, spec, logit_scale, softcap, workspace_bytes,
         accumulate_main_grad,
     )  # fmt: skip
 
@@ -340,9 +341,9 @@ def linear_distill_loss(
         weights = batch.weights(op, layout, aggregation, constant_length, normaliser)
         teacher = batch.flat(teacher_logprobs)
         assert teacher is not None
-        tokens = Tokens(weight=weights, teacher_logprobs=teacher.view(len(weights), -1))
+        tokens = Tokens(weight=weights, teacher_logprobs=per_row(teacher.view(ids.shape), len(weights)))
         return one_pass(
-            op, hidden, weight, bias, ids, temperature, tokens, spec.to_text(), logit_scale, softcap, workspace_bytes,
+            op, hidden, weight, bias, ids, temperature, tokens, spec, logit_scale, softcap, workspace_bytes,
             accumulate_main_grad,
         )  # fmt: skip
     if ids is not None or teacher_logprobs is not None:
@@ -373,7 +374,9 @@ def linear_distill_loss(
             spec.divergence, float(spec.beta), *wanted, wide, workspace,
         )  # fmt: skip
 
-    return formed(op, rows, weight, bias, call, accumulate_main_grad)
+    loss, metrics = formed(op, rows, weight, bias, call, accumulate_main_grad)
+    named = losses.named(metrics, spec)
+    return loss, {"kl": metrics[METRICS.index("kl")], **named}
 
 
 def policy_tokens(
@@ -413,20 +416,22 @@ def one_pass(
     ids: Tensor,
     temperature: float | Tensor,
     tokens: Tokens,
-    loss: Any,
+    spec: LossSpec | DistillSpec | losses.TokenLoss,
     logit_scale: float,
     softcap: float,
     workspace_bytes: int | None,
     accumulate_main_grad: bool,
 ) -> tuple[Tensor, Metrics]:
+    described = spec.to_text() if isinstance(spec, (LossSpec, DistillSpec)) else spec
     rows = hidden.reshape(-1, hidden.shape[-1]).contiguous()
-    columns = ids.reshape(len(rows), -1).to(torch.int64).contiguous()
+    columns = per_row(ids, len(rows)).to(torch.int64).contiguous()
     scale = temperature_rows(op, temperature, hidden.shape[:-1], hidden)
     workspace = workspace_of(op, workspace_bytes, hidden)
 
     def call(h: Tensor, w: Tensor, b: Tensor | None, wanted: tuple[bool, bool, bool], wide: bool) -> tuple[Tensor, ...]:
         return policy_op(
-            h, w, columns, b, scale, *tokens, float(logit_scale), float(softcap), loss, *wanted, wide, workspace
+            h, w, columns, b, scale, *tokens, float(logit_scale), float(softcap), described, *wanted, wide, workspace
         )
 
-    return formed(op, rows, weight, bias, call, accumulate_main_grad)
+    loss, metrics = formed(op, rows, weight, bias, call, accumulate_main_grad)
+    return loss, losses.named(metrics, spec)

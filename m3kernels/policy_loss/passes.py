@@ -94,11 +94,13 @@ def linear_logprobs_backward(
     bias: Tensor | None,
     temperature: Tensor | None,
     lse: Tensor,
+    lse_low: Tensor,
     logits: Tensor,
     base: Tensor,
     slope: Tensor | None,
     square: Tensor | None,
     picked: Tensor,
+    complement: Tensor,
     logit_scale: float,
     softcap: float,
     first_id: int,
@@ -108,15 +110,15 @@ def linear_logprobs_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     head = Head(weight, bias, temperature, logit_scale, softcap)
     weights = Weights(head, len(hidden))
-    c = Coefficients(base, slope, square, picked)
+    c = Coefficients(base, slope, square, picked, complement)
     active = active_rows(c)
     kept = padded(len(hidden))
     rows: Selection = slice(0, len(hidden))
     if active is not None:
-        rows, c, lse = active, c.take(active), lse[active]
+        rows, c, lse, lse_low = active, c.take(active), lse[active], lse_low[active]
     chunk = take(hidden, ids, temperature, rows)
     gradients = Gradients(tiles, hidden, head, (wants_hidden, wants_weight, wants_bias), weight.dtype, 1)
-    form = from_coefficients(tiles, head, chunk, lse, c, first_id)
+    form = from_coefficients(tiles, head, chunk, lse, lse_low, c, first_id)
     add_gradients(tiles, weights, chunk, logits if logits.numel() else None, kept, active, form, gradients, rows)
     return gradients.results()
 
@@ -195,19 +197,20 @@ def linear_policy_loss(
             if piece.fits
             else softmax_in_blocks(tiles, weights, chunk)
         )
-        c, total, details = differentiate(loss, found, tokens.take(rows[piece.start : piece.stop]))
+        c, total, details = differentiate(loss, found, tokens, rows[piece.start : piece.stop])
         tally.add(n, details)
         value += total
         if not any(wanted):
             continue
         active = active_rows(c)
-        lse = found.lse
+        lse, lse_low = found.lse, found.lse_low
         if active is not None:
-            selection, c, lse = rows[piece.start : piece.stop][active], c.take(active), lse[active]
+            selection, c = rows[piece.start : piece.stop][active], c.take(active)
+            lse, lse_low = lse[active], lse_low[active]
             chunk = subset(chunk, active)
         tally.counts["rows_differentiated"] += len(chunk.ids)
         tally.counts["rows_recomputed"] += 0 if piece.fits else len(chunk.ids)
-        form = from_coefficients(tiles, head, chunk, lse, c)
+        form = from_coefficients(tiles, head, chunk, lse, lse_low, c)
         add_gradients(tiles, weights, chunk, kept, kept_rows, active, form, gradients, selection)
     return value.float(), *gradients.results(), tally.metrics()
 
@@ -231,11 +234,12 @@ def softmax_in_blocks(tiles: Tiles, weights: Weights, chunk: Chunk) -> Softmax:
 
 
 def differentiate(
-    loss: str | losses.TokenLoss, found: Softmax, tokens: Tokens
+    loss: str | losses.TokenLoss, found: Softmax, tokens: Tokens, rows: Tensor
 ) -> tuple[Coefficients, Tensor, losses.Details]:
     """(coefficients of dz, weighted sum of the losses, details) of n tokens, by autograd on n numbers."""
     assert found.entropy is not None
     with torch.inference_mode(False), torch.enable_grad():
+        tokens = tokens.take(rows)
         single = found.logprobs.shape[1] == 1
         logprobs = (found.logprobs[:, 0] if single else found.logprobs).clone().requires_grad_()
         entropy = found.entropy.clone().requires_grad_()
@@ -246,7 +250,7 @@ def differentiate(
             grads = torch.autograd.grad(total, (logprobs, entropy), allow_unused=True)
     d_logprobs = torch.zeros_like(found.logprobs) if grads[0] is None else grads[0].reshape(found.logprobs.shape)
     d_entropy = None if grads[1] is None else (found.entropy, grads[1])
-    return coefficients(found.lse_low, d_logprobs, entropy=d_entropy), total.detach(), details
+    return coefficients((found.logprobs, d_logprobs), entropy=d_entropy), total.detach(), details
 
 
 # -- divergence from a teacher's head ---------------------------------------------------------------------------------
@@ -295,13 +299,13 @@ def linear_distill_loss(
         divergence, center = (torch.zeros_like(found.lse) for _ in range(2))
         for first, last in weights.spans():
             z, t = (tile_of(x, kept_rows, first, last)[:n] for x in (kept, teacher_kept))
-            tiles.divergence(z, t, found.lse, other.lse, kind, beta, divergence, center)
+            tiles.divergence(z, t, found.lse, found.lse_low, other.lse, other.lse_low, kind, beta, divergence, center)
         scale = token_weight[selection]
         assert found.entropy is not None
         value += (divergence * scale).sum()
         tally.add(n, {"kl": divergence, "entropy": found.entropy})
         if any(wanted):
             tally.counts["rows_differentiated"] += n
-            form = from_divergence(tiles, head, chunk, teacher_kept, found.lse, other.lse, kind, beta, center, scale)
+            form = from_divergence(tiles, head, chunk, teacher_kept, found, other, kind, beta, center, scale)
             add_gradients(tiles, weights, chunk, kept, kept_rows, None, form, gradients, selection)
     return value.float(), *gradients.results(), tally.metrics()

@@ -11,9 +11,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from m3kernels.policy_loss import losses
+from m3kernels.policy_loss.schedule import padded
 from m3kernels.policy_loss.types import Head, Tokens
 
 # Error of a result against fp64, as a multiple c of the error of torch in the same dtype (full logits, autograd), plus
@@ -109,7 +111,7 @@ def linear_logprobs(
         lse - lse.to(wide(hidden)).double(),
         losses.expectation(logp, -logp) if entropy else empty,
         p.square().sum(-1) if sum_sq else empty,
-        logits.reshape(-1) if save_logits else empty,
+        F.pad(logits, (0, 0, 0, padded(len(logits)) - len(logits))).reshape(-1) if save_logits else empty,
     )
     logprobs, lse, low, entropies, squares, saved = (x.to(wide(hidden), copy=True) for x in found)
     return logprobs, lse, low, entropies, squares, saved
@@ -122,11 +124,13 @@ def linear_logprobs_backward(
     bias: Tensor | None,
     temperature: Tensor | None,
     lse: Tensor,
+    lse_low: Tensor,
     logits: Tensor,
     base: Tensor,
     slope: Tensor | None,
     square: Tensor | None,
     picked: Tensor,
+    complement: Tensor,
     logit_scale: float,
     softcap: float,
     first_id: int,
@@ -136,7 +140,7 @@ def linear_logprobs_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     head = Head(weight, bias, temperature, logit_scale, softcap)
     z = logits64(hidden, head)
-    q = z - lse.double()[:, None]
+    q = z - lse.double()[:, None] - lse_low.double()[:, None]
     p = q.exp()
     g = p * base.double()[:, None]
     if slope is not None:
@@ -144,7 +148,9 @@ def linear_logprobs_backward(
     if square is not None:
         g += square.double()[:, None] * p * p
     inside = (ids >= first_id) & (ids < first_id + len(weight))
-    g.scatter_add_(1, torch.where(inside, ids - first_id, 0), torch.where(inside, picked.double(), 0.0))
+    column = torch.where(inside, ids - first_id, 0)
+    at_ids = picked.double() * p.gather(1, column) + complement.double()
+    g.scatter_add_(1, column, torch.where(inside, at_ids, 0.0))
     if temperature is not None:
         g /= temperature.double()[:, None]
         z = z * temperature.double()[:, None]
@@ -188,10 +194,10 @@ def linear_policy_loss(
     workspace: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     streams = (advantages, old_logprobs, ref_logprobs, sampler_logprobs, teacher_logprobs)
-    adv, old, ref, sampler, teacher = (None if x is None else x.double() for x in streams)
-    rows = token_weight.nonzero()[:, 0]
-    tokens = Tokens(token_weight.double(), adv, old, ref, sampler, teacher, sequence, step).take(rows)
     with torch.inference_mode(False), torch.enable_grad():
+        adv, old, ref, sampler, teacher = (None if x is None else x.double() for x in streams)
+        rows = token_weight.nonzero()[:, 0]
+        tokens = Tokens(token_weight.double(), adv, old, ref, sampler, teacher, sequence, step).take(rows)
         raw = [None if x is None else x.detach().double().clone().requires_grad_() for x in (hidden, weight, bias)]
         x, w, b = raw
         assert x is not None and w is not None
@@ -252,11 +258,11 @@ def linear_distill_loss(
     wide_weight_grad: bool,
     workspace: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    rows = token_weight.nonzero()[:, 0]
-    scale = None if temperature is None else temperature[rows]
-    head = Head(teacher_weight, teacher_bias, scale, teacher_logit_scale, teacher_softcap)
-    teacher = logits64(teacher_hidden[rows], head).log_softmax(-1)
     with torch.inference_mode(False), torch.enable_grad():
+        rows = token_weight.nonzero()[:, 0]
+        scale = None if temperature is None else temperature[rows]
+        head = Head(teacher_weight, teacher_bias, scale, teacher_logit_scale, teacher_softcap)
+        teacher = logits64(teacher_hidden[rows], head).log_softmax(-1)
         raw = [None if x is None else x.detach().double().clone().requires_grad_() for x in (hidden, weight, bias)]
         x, w, b = raw
         assert x is not None and w is not None

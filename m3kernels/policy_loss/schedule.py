@@ -294,41 +294,45 @@ def transform(tiles: Tiles, weights: Weights, chunk: Chunk, part: slice, first: 
 
 
 class Coefficients(NamedTuple):
-    """dz of a row is p * (base + slope * log p + square * p), plus picked[k] at ids[k]."""
+    """dz of n rows in terms of p and log p: the arguments of ``tiles.gradient``."""
 
     base: Tensor  # (n,)
     slope: Tensor | None  # (n,)
     square: Tensor | None  # (n,)
     picked: Tensor  # (n, K)
+    complement: Tensor  # (n, K)
 
-    def take(self, rows: Tensor) -> Coefficients:
+    def take(self, rows: Selection) -> Coefficients:
         slope, square = (None if x is None else x[rows] for x in (self.slope, self.square))
-        return Coefficients(self.base[rows], slope, square, self.picked[rows])
+        return Coefficients(self.base[rows], slope, square, self.picked[rows], self.complement[rows])
 
 
 def coefficients(
-    lse_low: Tensor,
-    logprobs: Tensor,
+    logprobs: tuple[Tensor, Tensor],
     lse: Tensor | None = None,
     entropy: tuple[Tensor, Tensor] | None = None,
     sum_sq: tuple[Tensor, Tensor] | None = None,
 ) -> Coefficients:
-    """Coefficients of dz from d loss / d logprobs (n, K), d lse (n,), and (value, d loss / d value) of the others.
+    """Coefficients from d loss / d lse (n,), and (value, d loss / d value) of logprobs (n, K), entropy, sum_sq (n,).
 
-    A tile's p is exp(z - lse) with lse rounded; exp(-lse_low) mends it, which matters for 1 - p where p is nearly 1.
+    With q = log p: d log p_k / dz_j = 1(j = k) - p_j,  dH / dz_j = -p_j (q_j + H),  d sum p^2 / dz_j = 2 p_j (p_j - S).
     """
-    mend = torch.exp(-lse_low)
-    base = -logprobs.sum(1) if lse is None else lse - logprobs.sum(1)
+    value, picked = logprobs
+    base = -picked.sum(1)
+    if lse is not None:
+        base = base + lse
     slope = square = None
     if entropy is not None:
-        slope, base = -entropy[1] * mend, base - entropy[0] * entropy[1]
+        slope, base = -entropy[1], base - entropy[0] * entropy[1]
     if sum_sq is not None:
-        square, base = 2 * sum_sq[1] * mend * mend, base - 2 * sum_sq[0] * sum_sq[1]
-    return Coefficients(base * mend, slope, square, logprobs)
+        square, base = 2 * sum_sq[1], base - 2 * sum_sq[0] * sum_sq[1]
+    return Coefficients(base, slope, square, picked, -picked * torch.expm1(value))
 
 
-def from_coefficients(tiles: Tiles, head: Head, chunk: Chunk, lse: Tensor, c: Coefficients, first_id: int = 0) -> Form:
-    """The form of add_gradients for a loss of log-probabilities; chunk, lse and c are those of the n rows."""
+def from_coefficients(
+    tiles: Tiles, head: Head, chunk: Chunk, lse: Tensor, lse_low: Tensor, c: Coefficients, first_id: int = 0
+) -> Form:
+    """The form of add_gradients for a loss of log-probabilities; chunk, lse, lse_low and c are those of the n rows."""
 
     def form(z: Tensor, rows: Tensor | None, part: slice, first: int, last: int, out: Tensor) -> None:
         tiles.gradient(
@@ -337,10 +341,8 @@ def from_coefficients(tiles: Tiles, head: Head, chunk: Chunk, lse: Tensor, c: Co
             chunk.ids[part],
             first_id + first,
             lse[part],
-            c.base[part],
-            None if c.slope is None else c.slope[part],
-            None if c.square is None else c.square[part],
-            c.picked[part],
+            lse_low[part],
+            *c.take(part),
             head.logit_scale,
             head.softcap,
             None if chunk.inverse_temperature is None else chunk.inverse_temperature[part],
@@ -365,8 +367,8 @@ def from_divergence(
     head: Head,
     chunk: Chunk,
     teacher_kept: Tensor,
-    lse: Tensor,
-    teacher_lse: Tensor,
+    student: Softmax,
+    teacher: Softmax,
     kind: str,
     beta: float,
     center: Tensor,
@@ -379,8 +381,10 @@ def from_divergence(
             z,
             tile_of(teacher_kept, len(chunk.x), first, last)[part],
             rows,
-            lse[part],
-            teacher_lse[part],
+            student.lse[part],
+            student.lse_low[part],
+            teacher.lse[part],
+            teacher.lse_low[part],
             kind,
             beta,
             center[part],

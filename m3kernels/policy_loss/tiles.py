@@ -7,7 +7,8 @@ A tile is R rows (tokens) by C columns (a run of the vocabulary that starts at i
 ``statistics`` turns z into z' and adds the tile to an online softmax; ``gradient`` gives d loss / d z; ``divergence``
 and ``divergence_gradient`` do the same for two models' logits. A room has four functions of these names and arguments,
 and writes only into ``logits`` (or ``student``), ``state``, ``value``, ``center`` and ``out``. Ids outside the tile are
-skipped. Every row is computed by itself, so results depend neither on the other rows nor on the number of threads.
+skipped. A log sum exp comes in two parts, rounded (lse) and what rounding took (lse_low). Every row is computed by
+itself, so results depend neither on the other rows nor on the number of threads.
 """
 
 from __future__ import annotations
@@ -101,31 +102,40 @@ def gradient(
     ids: Tensor,
     first: int,
     lse: Tensor,
+    lse_low: Tensor,
     base: Tensor,
     slope: Tensor | None,
     square: Tensor | None,
     picked: Tensor,
+    complement: Tensor,
     logit_scale: float,
     softcap: float,
     inverse_temperature: Tensor | None,
     out: Tensor,
 ) -> None:
-    """out = (p * (base + slope * log p + square * p) + sum_k picked[k] at ids[k]) * dz'/dz, p = exp(z' - lse).
+    """out = dz'/dz * d loss / dz', with p = exp(q), q = (z' - lse) - lse_low:
 
-    ``rows`` (n,) int64 names rows of ``logits`` (None: all); everything else is (n, ...). ``out`` may be ``logits``.
+        d loss / dz' = p * (base + slope * q + square * p), and at each of the ids k  + p * picked[k] + complement[k]
+
+    Where base is -picked, as for one log-probability, a complement of -picked * expm1(log p) makes the gradient at the
+    id exact however near p is to 1. ``rows`` (n,) int64 names rows of ``logits`` (None: all); everything else is
+    (n, ...). ``out`` may be ``logits``.
     """
     z = (logits if rows is None else logits[rows]).to(lse.dtype)
-    q = z - lse[:, None]
+    q = (z - lse[:, None]) - lse_low[:, None]
     p = q.exp()
     g = base[:, None]
     if slope is not None:
         g = g + slope[:, None] * torch.where(p == 0, 0.0, q)
     if square is not None:
         g = g + square[:, None] * p
-    g = p * g
     column, inside = in_tile(ids, first, logits.shape[1])
+    hits = torch.zeros_like(p)
     if logits.shape[1]:
-        g.scatter_add_(1, column, torch.where(inside, picked, 0.0))
+        hits.scatter_add_(1, column, torch.where(inside, picked, 0.0))
+    g = p * (g + hits)
+    if logits.shape[1]:
+        g.scatter_add_(1, column, torch.where(inside, complement, 0.0))
     chain(g, z, logit_scale, softcap, inverse_temperature, out)
 
 
@@ -143,7 +153,9 @@ def divergence(
     student: Tensor,
     teacher: Tensor,
     student_lse: Tensor,
+    student_low: Tensor,
     teacher_lse: Tensor,
+    teacher_low: Tensor,
     kind: str,
     beta: float,
     value: Tensor,
@@ -153,7 +165,8 @@ def divergence(
 
     forward: KL(t || p);  reverse: KL(p || t);  js: beta KL(t || m) + (1 - beta) KL(p || m), m = beta t + (1 - beta) p.
     """
-    log_p, log_t = student.to(value.dtype) - student_lse[:, None], teacher.to(value.dtype) - teacher_lse[:, None]
+    log_p = (student.to(value.dtype) - student_lse[:, None]) - student_low[:, None]
+    log_t = (teacher.to(value.dtype) - teacher_lse[:, None]) - teacher_low[:, None]
     p, t = log_p.exp(), log_t.exp()
     if kind == "forward":
         value += terms(t, log_t - log_p).sum(1)
@@ -173,7 +186,9 @@ def divergence_gradient(
     teacher: Tensor,
     rows: Tensor | None,
     student_lse: Tensor,
+    student_low: Tensor,
     teacher_lse: Tensor,
+    teacher_low: Tensor,
     kind: str,
     beta: float,
     center: Tensor,
@@ -185,7 +200,8 @@ def divergence_gradient(
 ) -> None:
     """out = weight * d divergence / dz of the student's raw logits; ``rows`` and ``out`` as in ``gradient``."""
     z, other = ((x if rows is None else x[rows]).to(weight.dtype) for x in (student, teacher))
-    log_p, log_t = z - student_lse[:, None], other - teacher_lse[:, None]
+    log_p = (z - student_lse[:, None]) - student_low[:, None]
+    log_t = (other - teacher_lse[:, None]) - teacher_low[:, None]
     p = log_p.exp()
     if kind == "forward":
         g = p - log_t.exp()

@@ -25,7 +25,7 @@ METRICS = (
     "ratio_mean",
     "ratio_max",
     "clip_low",  # share with ratio < 1 - clip_low and a negative advantage
-    "clip_high",  # share with ratio > 1 + clip_high and a positive advantage
+    "clip_high",  # share with ratio > 1 + clip_high and a positive advantage; one_sided: and any advantage
     "dual_clip",  # share beyond dual_clip with a negative advantage
     "approx_kl",  # nats; k3 of the old policy against this one
     "kl",  # nats; the chosen estimator against the reference
