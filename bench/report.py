@@ -112,10 +112,11 @@ class Line:
     p20: float | None = None
     p80: float | None = None
     instead: bool = False  # another line, which passes, was promised as an alternative
+    void: bool = False  # the figure does not count: what it presupposes does not hold
 
     @property
     def reached(self) -> bool:
-        if self.got is None:
+        if self.got is None or self.void:
             return False
         return self.got <= self.want if self.at_most else self.got >= self.want
 
@@ -198,7 +199,7 @@ def acceptance_table(lines: Sequence[Line], case: str = "M") -> str:
 UNIT_GOALS = {1.0: 3.2, 0.4: 1.3}  # fp32 products that m3_one_pass may take, by density
 TILE_BYTES = 64 << 20  # default workspace of m3_one_pass on a CPU
 BF16_OVER = {"torch": 15.0, "trl": 15.0}
-AHEAD, SMALLER = 1.3, 3.0  # of the best rival: in time at equal memory, or in memory at equal time
+AHEAD, SMALLER = 1.3, 3.0  # of every rival: in time without more memory, or in memory without more time
 EQUAL = 1.05  # two figures no further apart than this count as equal
 ACCEPTED_HEADS = ("smollm2-135m.t1024", "qwen3-0.6b.t256")
 LONG_HEADS = ("narrow.t8192", "narrow.t65536")
@@ -295,26 +296,33 @@ def loss_case_lines(place: Mapping[str, Any], arms: Mapping[str, LossRow], dtype
 
 
 def rival_lines(place: Mapping[str, Any], arms: Mapping[str, LossRow]) -> list[Line]:
-    """Time against the best rival at equal memory, and memory against the best at equal time: either was promised.
+    """Of each rival ours was to be ahead: in time without more memory, or in memory without more time.
 
-    The best rival at equal memory is the fastest of those that need no more than ours (the fastest of all, where all
-    need more); at equal time, the smallest of those that are no slower (of all, where all are slower).
+    Shown against the rival that comes closest to having neither, in both measures; what counts is the better of them.
     """
     ours = arms.get("m3_one_pass")
-    rivals = [row for name, row in arms.items() if not name.startswith("m3_") and not is_product(row)]
-    known = [row for row in rivals if row.peak_bytes and row.median_s]
-    if ours is None or not ours.peak_bytes or not ours.median_s or not known:
+    rivals = {name: row for name, row in arms.items() if not name.startswith("m3_") and not is_product(row)}
+    ratios = (ours.ratios if ours else None) or {}
+    found = {
+        name: (ratios[name], row.peak_bytes / ours.peak_bytes)
+        for name, row in rivals.items()
+        if ours and ours.peak_bytes and row.peak_bytes and name in ratios
+    }
+    if not found:
         return []
-    size, span = ours.peak_bytes * EQUAL, ours.median_s * EQUAL
-    fast = min([row for row in known if row.peak_bytes <= size] or known, key=lambda row: row.median_s or 0.0)
-    small = min([row for row in known if row.median_s <= span] or known, key=lambda row: row.peak_bytes or 0)
-    time = dict(zip(("got", "p20", "p80"), (ours.ratios or {}).get(fast.arm, (None,) * 3), strict=True))
-    memory = (small.peak_bytes or 0) / ours.peak_bytes
-    faster = Line(**place, what="time over the best rival at equal memory", peer=fast.arm, want=AHEAD, **time)
-    smaller = Line(**place, what="or: memory of the best rival at equal time", peer=small.arm, want=SMALLER, got=memory)
+    faster = {name: time[0] / AHEAD if memory >= 1 / EQUAL else 0.0 for name, (time, memory) in found.items()}
+    smaller = {name: memory / SMALLER if time[0] >= 1 / EQUAL else 0.0 for name, (time, memory) in found.items()}
+    closest = min(found, key=lambda name: max(faster[name], smaller[name]))
+    time, memory = found[closest]
+    first = {
+        "what": "time over the closest rival",
+        "want": AHEAD,
+        **dict(zip(("got", "p20", "p80"), time, strict=True)),
+    }
+    second = {"what": "or: memory of the closest rival", "want": SMALLER, "got": memory}
     return [
-        dataclasses.replace(faster, instead=smaller.reached),
-        dataclasses.replace(smaller, instead=faster.reached),
+        Line(**place, peer=closest, **first, instead=smaller[closest] >= 1, void=faster[closest] == 0),
+        Line(**place, peer=closest, **second, instead=faster[closest] >= 1, void=smaller[closest] == 0),
     ]
 
 
@@ -361,6 +369,10 @@ def loss_plot(rows: Sequence[LossRow], stem: Path) -> list[Path]:
             axis.axhline(3 * density, color="black", linestyle="--", label="three products")
         where = "GPU" if first.device == "cuda" else f"{count} thread(s)"
         axis.set(xscale="log", yscale="log", title=f"{dtype}, density {density}, {where}")
+        for scale in (axis.xaxis, axis.yaxis):
+            scale.set_major_formatter("{x:g}")
+            scale.set_minor_formatter("{x:g}")
+        axis.tick_params(which="minor", labelsize=7)
         axis.set_xlabel("peak memory beyond the inputs, MiB")
         axis.grid(True, which="both", alpha=0.25)
     for line in axes:
@@ -442,9 +454,13 @@ linear_cross_entropy; `gemms` the three bare products of the tokens that count, 
 """
 
 
-def machine_text(row: Row) -> str:
-    versions = row.machine.get("versions")
-    named = ", ".join(f"{name} {version}" for name, version in versions.items()) if isinstance(versions, dict) else ""
+def machine_text(rows: Sequence[Row]) -> str:
+    """The machine of the last of the rows, and the last version of each package that any of them saw."""
+    row, versions = rows[-1], {}
+    for each in rows:
+        told = each.machine.get("versions")
+        versions |= told if isinstance(told, dict) else {}
+    named = ", ".join(f"{name} {version}" for name, version in versions.items())
     where = f"{row.machine['gpu']}, host " if "gpu" in row.machine else ""
     return f"{where}{row.machine['cpu']}, {row.machine['cores']} cores; Python {row.machine['python']}, {named}"
 
@@ -540,9 +556,10 @@ def machine_key(row: Row) -> tuple[str, str]:
 
 def machine_section(rows: Sequence[Row], out: Path) -> str:
     """The text of one machine: what it is; per family the promises if measured, each shape with plot and tables."""
-    last = max(rows, key=lambda row: row.date)
+    rows = sorted(rows, key=lambda row: row.date)
+    last = rows[-1]
     commits = ", ".join(sorted({row.commit + (" (with changes)" if row.dirty else "") for row in rows}))
-    parts = [f"## {machine_key(last)[1]}\n", f"{machine_text(last)}. Commit {commits}; last run {last.date}.\n"]
+    parts = [f"## {machine_key(last)[1]}\n", f"{machine_text(rows)}. Commit {commits}; last run {last.date}.\n"]
     slug = re.sub(r"[^a-z0-9]+", "-", machine_key(last)[1].lower()).strip("-")
     parts += gemm_parts([row for row in rows if isinstance(row, GemmRow)], slug, out)
     parts += loss_parts([row for row in rows if isinstance(row, LossRow)], slug, out)

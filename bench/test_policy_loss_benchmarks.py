@@ -1,7 +1,7 @@
 """The arms of policy_loss.py as pytest-benchmark cases: ``pytest bench --benchmark-only [--benchmark-compare]``.
 
 One thread, a quarter of the tokens of the smaller head; each case passes its error gate first. The arms run one after
-another here, so compare runs of one arm with each other; ``python -m bench policy_loss`` interleaves arms to compare them.
+another here, so compare runs of one arm with each other; ``python -m bench policy_loss`` interleaves arms.
 """
 
 from __future__ import annotations

@@ -81,7 +81,8 @@ def check_mask(
         low, high = mask.detach().aminmax()
         if not (low >= 0 and high < torch.inf):
             raise refuse(op, "mask", "finite numbers >= 0", f"{float(low)}..{float(high)}")
-    return batch.layout(op, mask, segment_ids, cu_seqlens)
+    wide = torch.float64 if like.dtype == torch.float64 else torch.float32
+    return batch.layout(op, mask, segment_ids, cu_seqlens, wide)
 
 
 def check_batch(

@@ -34,8 +34,10 @@ def flat(stream: Tensor | None) -> Tensor | None:
     return stream.detach().reshape(-1).to(torch.float64 if stream.dtype == torch.float64 else torch.float32)
 
 
-def layout(op: str, mask: Tensor, segment_ids: Tensor | None, cu_seqlens: Tensor | None) -> Layout:
-    """The layout of a batch whose mask is (B, L) or (T,); checks segment_ids and cu_seqlens."""
+def layout(
+    op: str, mask: Tensor, segment_ids: Tensor | None, cu_seqlens: Tensor | None, dtype: torch.dtype
+) -> Layout:
+    """The layout of a batch whose mask is (B, L) or (T,), numbers in dtype; checks segment_ids and cu_seqlens."""
     device, count = mask.device, mask.numel()
     if mask.ndim == 2:
         if cu_seqlens is not None:
@@ -49,7 +51,7 @@ def layout(op: str, mask: Tensor, segment_ids: Tensor | None, cu_seqlens: Tensor
         sequences = len(bounds) - 1
         lengths = (bounds[1:] - bounds[:-1]).to(device)
         sequence = torch.arange(sequences, device=device).repeat_interleave(lengths, output_size=count)
-    weights = mask.detach().reshape(-1).to(torch.float64 if mask.dtype == torch.float64 else torch.float32)
+    weights = mask.detach().reshape(-1).to(dtype)
     if segment_ids is None:
         segments = (weights != 0).to(torch.int64)
     elif is_strided(segment_ids) and segment_ids.shape == mask.shape and not segment_ids.is_floating_point():
