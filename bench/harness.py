@@ -174,8 +174,11 @@ def interleave(
     max_rounds: int = 200,
     visit: Callable[[Arm, int], float] = visit,
     probe: Callable[[], float] | None = None,
+    first_untimed: bool = True,
 ) -> tuple[Times, list[float]]:
     """Rounds of one visit per arm until ``seconds`` are over; at least min_rounds, at most max_rounds.
+
+    ``first_untimed``: a round before them does not count (first touches, lazy initialisation).
 
     Returns: seconds per product by arm name, one entry a round, and one result of ``probe`` a round.
     """
@@ -183,7 +186,7 @@ def interleave(
     if len(set(names)) != len(names):
         raise ValueError(f"interleave: arms: want distinct names; got {names}")
     order, shuffle = list(arms), random.Random(0)
-    for arm in arms:  # untimed: first touches, lazy initialisation
+    for arm in arms if first_untimed else ():
         visit(arm, 0)
     times: Times = {name: [] for name in names}
     probes: list[float] = []

@@ -83,6 +83,8 @@ class Torch(PeerLoss):
 
     def __init__(self, problem: LossProblem, threads: int, *, compact: bool) -> None:
         super().__init__(problem, threads)
+        if compact and len(problem.rows) == problem.head.tokens:
+            raise UnavailableError("every token counts: the same as torch")
         self.compact = compact
 
     def forward(self) -> Tensor:

@@ -440,7 +440,8 @@ the token-mean clipped loss (clip 0.2, one advantage a sequence, given old log-p
 V columns, and the gradients of hidden (T, D) and weight (V, D). "Density" is the share of the tokens whose mask is 1,
 scattered; one of those in each sequence is clipped. Times are given in units: over that of one product (T, D) x (D, V)
 of all T tokens by torch.mm in fp32 in the same round, and for bf16 also in bf16; three products per token that counts
-are the least a schedule can take. An arm has a time only if the loss and both gradients pass their gate against fp64:
+are the least a schedule can take. Each timed run follows an untimed one of the same arm, so that memory which a virtual
+machine's host took back is there again. An arm has a time only if the loss and both gradients pass their gate against fp64:
 relative RMS error at most 1e-5 in fp32, 1e-2 in bf16. "Peak" is the most memory that one run adds to a process that
 holds the inputs, the gradients among it (a fresh process for each arm and its resident memory; on a GPU, torch's
 allocations); "workspace" is the peak without the gradients returned. "Over m3_one_pass": how many times as fast.

@@ -205,7 +205,7 @@ def test_the_gate_sees_a_missing_gradient(leaf):
             super().run(part)
             getattr(self.problem, leaf).grad = None
 
-    arm = Half(problem, 1, compact=True)
+    arm = Half(problem, 1, compact=False)
     arm.name = "half"
     gate = policy_loss.gate(arm, expected, {})
     assert math.isnan(gate.error)
@@ -225,6 +225,11 @@ def test_what_a_peer_raises_becomes_its_reason():
     assert (timed, gates) == ([], {})
     assert absent == {"broken": "does not run here: KeyError: 'no such kernel'"}
     assert said == ["  broken: absent: does not run here: KeyError: 'no such kernel'"]
+
+
+def test_compaction_by_hand_needs_a_mask():
+    with pytest.raises(UnavailableError, match="every token counts: the same as torch"):
+        Torch(make_loss_problem(TINY, "fp32", 1.0), 1, compact=True)
 
 
 def test_a_package_that_is_not_there_is_named():
@@ -296,6 +301,14 @@ def test_a_case_gives_a_row_per_arm_and_unit(monkeypatch):
             assert (row.errors is None) is report.is_product(row)
         unit = next(row for row in case if row.arm == "gemm_fp32")
         assert unit.units == (1.0, 1.0, 1.0)
+
+
+def test_a_timed_run_follows_an_untimed_one_and_starts_without_gradients():
+    arm = Torch(make_loss_problem(TINY, "fp32", 1.0), 1, compact=False)
+    left: list[bool] = []
+    run, arm.run = arm.run, lambda part: (left.append(arm.problem.weight.grad is None), run(part))
+    assert policy_loss.visit(arm, 0) > 0
+    assert left == [True, True]
 
 
 def test_a_failed_gate_gives_a_row_without_time(monkeypatch):
@@ -448,7 +461,7 @@ def test_tables_leave_out_columns_that_are_empty():
 
 def test_a_loss_arm_starts_without_gradients():
     problem = make_loss_problem(TINY, "fp32", 1.0)
-    arm = Torch(problem, 1, compact=True)
+    arm = Torch(problem, 1, compact=False)
     assert isinstance(arm, LossArm)
     arm.run(0)
     arm.enter()

@@ -119,8 +119,8 @@ void statistics_of(const MatrixTuple& logits, const IdsTuple& ids, SpanTuple bia
 }
 
 void gradient_of(const MatrixTuple& logits, const std::optional<SpanTuple>& rows, const IdsTuple& ids, SpanTuple lse,
-                 SpanTuple base, SpanTuple slope, SpanTuple square, SpanTuple picked, const TransformTuple& transform,
-                 const MatrixTuple& out, int threads) {
+                 SpanTuple lse_low, SpanTuple base, SpanTuple slope, SpanTuple square, SpanTuple picked,
+                 SpanTuple complement, const TransformTuple& transform, const MatrixTuple& out, int threads) {
   const char* op = "gradient";
   const Matrix z = matrix_of(op, "logits", logits), g = matrix_of(op, "out", out);
   const int64_t n = g.rows;
@@ -129,10 +129,12 @@ void gradient_of(const MatrixTuple& logits, const std::optional<SpanTuple>& rows
   check_apart(op, "logits", z, g, !which);
   check_ids(op, ids, n);
   check_span(op, "lse", lse, n, false);
+  check_span(op, "lse_low", lse_low, n, false);
   check_span(op, "base", base, n, false);
   check_span(op, "slope", slope, n, true);
   check_span(op, "square", square, n, true);
   check_span(op, "picked", picked, n * std::get<1>(ids), false);
+  check_span(op, "complement", complement, n * std::get<1>(ids), false);
   check_threads(op, threads);
   const Gradient a{.logits = z.data,
                    .num_rows = n,
@@ -144,10 +146,12 @@ void gradient_of(const MatrixTuple& logits, const std::optional<SpanTuple>& rows
                    .ids = at<int64_t>(std::get<0>(ids)),
                    .num_ids = std::get<1>(ids),
                    .lse = at<float>(lse),
+                   .lse_low = at<float>(lse_low),
                    .base = at<float>(base),
                    .slope = at<float>(slope),
                    .square = at<float>(square),
                    .picked = at<float>(picked),
+                   .complement = at<float>(complement),
                    .out = g.data,
                    .out_stride = g.stride};
   py::gil_scoped_release release;
@@ -156,26 +160,31 @@ void gradient_of(const MatrixTuple& logits, const std::optional<SpanTuple>& rows
 
 // The part that both functions share: two matrices of logits, their normalisers, the kind.
 Divergence divergence_base(const char* op, const Matrix& student, const Matrix& teacher, int64_t rows,
-                           const SpanTuple& student_lse, const SpanTuple& teacher_lse, int kind, double beta) {
+                           const SpanTuple& student_lse, const SpanTuple& student_low, const SpanTuple& teacher_lse,
+                           const SpanTuple& teacher_low, int kind, double beta) {
   check_shape(op, "teacher", teacher, student.rows, student.columns);
   check(kind >= 0 && kind <= int(Kind::kJs), op, "kind", "0 (forward), 1 (reverse) or 2 (js)", kind);
   check(kind != int(Kind::kJs) || (beta > 0.0 && beta < 1.0), op, "beta", "0 < beta < 1", beta);
   check_span(op, "student_lse", student_lse, rows, false);
+  check_span(op, "student_low", student_low, rows, false);
   check_span(op, "teacher_lse", teacher_lse, rows, false);
+  check_span(op, "teacher_low", teacher_low, rows, false);
   Divergence a{};
   a.student = student.data, a.student_stride = student.stride;
   a.teacher = teacher.data, a.teacher_stride = teacher.stride;
   a.num_rows = rows, a.columns = student.columns;
-  a.student_lse = at<float>(student_lse), a.teacher_lse = at<float>(teacher_lse);
+  a.student_lse = at<float>(student_lse), a.student_low = at<float>(student_low);
+  a.teacher_lse = at<float>(teacher_lse), a.teacher_low = at<float>(teacher_low);
   a.kind = Kind(kind), a.beta = (float)beta, a.rest = (float)(1.0 - beta);
   return a;
 }
 
-void divergence_of(const MatrixTuple& student, const MatrixTuple& teacher, SpanTuple student_lse, SpanTuple teacher_lse,
-                   int kind, double beta, SpanTuple value, SpanTuple center, int threads) {
+void divergence_of(const MatrixTuple& student, const MatrixTuple& teacher, SpanTuple student_lse, SpanTuple student_low,
+                   SpanTuple teacher_lse, SpanTuple teacher_low, int kind, double beta, SpanTuple value,
+                   SpanTuple center, int threads) {
   const char* op = "divergence";
   const Matrix s = matrix_of(op, "student", student), t = matrix_of(op, "teacher", teacher);
-  Divergence a = divergence_base(op, s, t, s.rows, student_lse, teacher_lse, kind, beta);
+  Divergence a = divergence_base(op, s, t, s.rows, student_lse, student_low, teacher_lse, teacher_low, kind, beta);
   check_span(op, "value", value, s.rows, false);
   check_span(op, "center", center, s.rows, false);
   check_threads(op, threads);
@@ -185,14 +194,14 @@ void divergence_of(const MatrixTuple& student, const MatrixTuple& teacher, SpanT
 }
 
 void divergence_gradient_of(const MatrixTuple& student, const MatrixTuple& teacher,
-                            const std::optional<SpanTuple>& rows, SpanTuple student_lse, SpanTuple teacher_lse,
-                            int kind, double beta, SpanTuple center, SpanTuple weight, const TransformTuple& transform,
-                            const MatrixTuple& out, int threads) {
+                            const std::optional<SpanTuple>& rows, SpanTuple student_lse, SpanTuple student_low,
+                            SpanTuple teacher_lse, SpanTuple teacher_low, int kind, double beta, SpanTuple center,
+                            SpanTuple weight, const TransformTuple& transform, const MatrixTuple& out, int threads) {
   const char* op = "divergence_gradient";
   const Matrix s = matrix_of(op, "student", student), t = matrix_of(op, "teacher", teacher),
                g = matrix_of(op, "out", out);
   const int64_t n = g.rows;
-  Divergence a = divergence_base(op, s, t, n, student_lse, teacher_lse, kind, beta);
+  Divergence a = divergence_base(op, s, t, n, student_lse, student_low, teacher_lse, teacher_low, kind, beta);
   check_shape(op, "out", g, n, s.columns);
   a.rows = rows_of(op, rows, s.rows, n);
   check_apart(op, "student", s, g, !a.rows);

@@ -58,7 +58,7 @@ void statistics(const Statistics& args, int threads) {
 
 void gradient(const Gradient& args, int threads) {
   const Kernels& isa = kernels();
-  for_each_row(args.num_rows, args.columns, args.num_ids, threads,
+  for_each_row(args.num_rows, args.columns, 2 * args.num_ids, threads,
                [&](int64_t i, float* scratch) { isa.gradient(args, i, scratch); });
 }
 

@@ -27,7 +27,8 @@ struct Statistics {
   float *maximum, *total, *picked, *weighted, *squared;  // (R,), picked (R, K); weighted and squared may be null
 };
 
-// out = (p * (base + slope * log p + square * p) + sum_k picked[k] at ids[k]) * dz'/dz, p = exp(z' - lse)
+// out = p * (base + slope * q + square * p) * dz'/dz,   q = (z' - lse) - lse_low,   p = exp(q);
+// at each of the ids k, base + picked[k] in place of base, and complement[k] * dz'/dz more
 struct Gradient {
   const float* logits;  // (R, C), z'
   int64_t num_rows;     // n
@@ -36,8 +37,9 @@ struct Gradient {
   Transform transform;
   const int64_t* ids;  // (n, K)
   int64_t num_ids;
-  const float *lse, *base, *slope, *square, *picked;  // (n,), picked (n, K); slope and square may be null
-  float* out;                                         // (n, C)
+  const float *lse, *lse_low, *base, *slope, *square;  // (n,); slope and square may be null
+  const float *picked, *complement;                    // (n, K)
+  float* out;                                          // (n, C)
   int64_t out_stride;
 };
 
@@ -49,8 +51,8 @@ struct Divergence {
   const float *student, *teacher;  // (R, C)
   int64_t num_rows;                // n; R for divergence
   int64_t student_stride, teacher_stride, columns;
-  const int64_t* rows;                     // divergence_gradient alone; null: row i
-  const float *student_lse, *teacher_lse;  // (n,)
+  const int64_t* rows;                                                 // divergence_gradient alone; null: row i
+  const float *student_lse, *student_low, *teacher_lse, *teacher_low;  // (n,)
   Kind kind;
   float beta, rest;       // rest = 1 - beta
   float *value, *center;  // (n,): divergence adds to both; its gradient reads center
@@ -60,7 +62,7 @@ struct Divergence {
   int64_t out_stride;
 };
 
-// Each function does row i and nothing else. scratch: num_ids floats.
+// Each function does row i and nothing else. scratch: 2 * num_ids floats.
 struct Kernels {
   void (*statistics)(const Statistics& args, int64_t i);
   void (*gradient)(const Gradient& args, int64_t i, float* scratch);

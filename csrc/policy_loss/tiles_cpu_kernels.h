@@ -261,20 +261,67 @@ M3_INLINE typename S::F uncap(typename S::F g, typename S::F z, typename S::F in
   return S::mul(g, S::mul(S::sub(one, w), S::add(one, w)));
 }
 
+// log p of z'. The two parts of log sum exp go one after the other: the first difference is all but exact.
+template <class S>
+M3_INLINE typename S::F log_probability(typename S::F z, typename S::F lse, typename S::F lse_low) {
+  return S::sub(S::sub(z, lse), lse_low);
+}
+
+// What all columns of a row share; slope and square hold the chain of dz'/dz.
+template <class S>
+struct RowGradient {
+  typename S::F lse, lse_low, slope, square, inverse_cap;
+};
+
 template <class S, bool kPolynomial, bool kCapped>
-M3_INLINE void gradient_row(const float* row, const float* next, float* out, int64_t columns, float lse, float base,
-                            float slope, float square, float inverse_cap) {
-  const typename S::F shift = S::splat(lse), bases = S::splat(base), slopes = S::splat(slope),
-                      squares = S::splat(square), inverse_caps = S::splat(inverse_cap);
-  walk<S>(0, columns, [&](auto extent, int64_t j, int count, int) __attribute__((always_inline)) {
+M3_INLINE typename S::F gradient_of(const RowGradient<S>& r, typename S::F z, typename S::F base) {
+  const typename S::F q = log_probability<S>(z, r.lse, r.lse_low), p = bounded_exponential<S>(q);
+  typename S::F g = base;
+  if constexpr (kPolynomial) g = S::fma(r.square, p, S::fma(r.slope, S::zero_where_zero(p, q), g));
+  g = S::mul(p, g);
+  if constexpr (kCapped) g = uncap<S>(g, z, r.inverse_cap);
+  return g;
+}
+
+// The columns of ids are computed once more from their z', which scratch keeps (K), with what `picked` adds up to
+// there (scratch + K): where base + picked is 0, so is the gradient that `complement` is added to. Ids may repeat.
+template <class S, bool kPolynomial, bool kCapped>
+M3_INLINE void gradient_row(const Gradient& a, int64_t i, const float* row, const float* next, float* scratch) {
+  const Slope to_z = slope_of(a.transform, i);
+  const float own_base = a.base[i], slope = a.slope ? a.slope[i] * to_z.chain : 0.0f,
+              square = a.square ? a.square[i] * to_z.chain : 0.0f;
+  const RowGradient<S> r{S::splat(a.lse[i]), S::splat(a.lse_low[i]), S::splat(slope), S::splat(square),
+                         S::splat(to_z.inverse_cap)};
+  const typename S::F base = S::splat(own_base * to_z.chain), chain = S::splat(to_z.chain);
+  const int64_t* ids = a.ids + i * a.num_ids;
+  const float *picked = a.picked + i * a.num_ids, *complement = a.complement + i * a.num_ids;
+  float *out = a.out + i * a.out_stride, *kept = scratch, *hits = scratch + a.num_ids;
+  const auto each_id = [&](auto visit) __attribute__((always_inline)) {
+    for (int64_t k = 0; k < a.num_ids; k++)
+      if (ids[k] >= a.first && ids[k] - a.first < a.columns) visit(k, ids[k] - a.first);
+  };
+  for (int64_t k = 0; k < 2 * a.num_ids; k++) scratch[k] = 0.0f;
+  each_id([&](int64_t k, int64_t j) { kept[k] = row[j]; });  // before out, which may be row, is written
+
+  walk<S>(0, a.columns, [&](auto extent, int64_t j, int count, int) __attribute__((always_inline)) {
     __builtin_prefetch(next + j);
-    const typename S::F z = read<S>(extent, row + j, count, 0.0f), q = S::sub(z, shift), p = bounded_exponential<S>(q);
-    typename S::F g = bases;
-    if constexpr (kPolynomial) g = S::fma(squares, p, S::fma(slopes, S::zero_where_zero(p, q), g));
-    g = S::mul(p, g);
-    if constexpr (kCapped) g = uncap<S>(g, z, inverse_caps);
-    write<S>(extent, out + j, count, g);
+    write<S>(extent, out + j, count,
+             gradient_of<S, kPolynomial, kCapped>(r, read<S>(extent, row + j, count, 0.0f), base));
   });
+
+  each_id([&](int64_t, int64_t j) { out[j] = 0.0f; });
+  each_id([&](int64_t k, int64_t j) { out[j] += picked[k]; });
+  each_id([&](int64_t k, int64_t j) { hits[k] = out[j]; });
+  walk<S>(0, a.num_ids, [&](auto extent, int64_t k, int count, int) __attribute__((always_inline)) {
+    const typename S::F z = read<S>(extent, kept + k, count, 0.0f);
+    const typename S::F sum = S::mul(S::add(S::splat(own_base), read<S>(extent, hits + k, count, 0.0f)), chain);
+    typename S::F rest = S::mul(read<S>(extent, complement + k, count, 0.0f), chain);
+    if constexpr (kCapped) rest = uncap<S>(rest, z, r.inverse_cap);
+    write<S>(extent, hits + k, count, gradient_of<S, kPolynomial, kCapped>(r, z, sum));
+    write<S>(extent, kept + k, count, rest);
+  });
+  each_id([&](int64_t k, int64_t j) { out[j] = hits[k]; });
+  each_id([&](int64_t k, int64_t j) { out[j] += kept[k]; });
 }
 
 template <class S>
@@ -282,28 +329,17 @@ void gradient(const Gradient& a, int64_t i, float* scratch) {
   const float* row = a.logits + (a.rows ? a.rows[i] : i) * a.row_stride;
   const int64_t after = i + 1 < a.num_rows ? i + 1 : i;
   const float* next = a.logits + (a.rows ? a.rows[after] : after) * a.row_stride;
-  float* out = a.out + i * a.out_stride;
-  const int64_t* ids = a.ids + i * a.num_ids;
-  const Slope to_z = slope_of(a.transform, i);
-  for (int64_t k = 0; k < a.num_ids; k++) {  // before out, which may be row, is written
-    if (ids[k] < a.first || ids[k] - a.first >= a.columns) continue;
-    const float w = row[ids[k] - a.first] * to_z.inverse_cap;
-    scratch[k] = a.picked[i * a.num_ids + k] * to_z.chain * (to_z.capped ? (1.0f - w) * (1.0f + w) : 1.0f);
-  }
-  const float lse = a.lse[i], base = a.base[i] * to_z.chain, slope = a.slope ? a.slope[i] * to_z.chain : 0.0f,
-              square = a.square ? a.square[i] * to_z.chain : 0.0f, inverse_cap = to_z.inverse_cap;
+  const bool capped = a.transform.softcap > 0.0f;
   if (a.slope || a.square) {
-    if (to_z.capped)
-      gradient_row<S, true, true>(row, next, out, a.columns, lse, base, slope, square, inverse_cap);
+    if (capped)
+      gradient_row<S, true, true>(a, i, row, next, scratch);
     else
-      gradient_row<S, true, false>(row, next, out, a.columns, lse, base, slope, square, inverse_cap);
-  } else if (to_z.capped) {
-    gradient_row<S, false, true>(row, next, out, a.columns, lse, base, slope, square, inverse_cap);
+      gradient_row<S, true, false>(a, i, row, next, scratch);
+  } else if (capped) {
+    gradient_row<S, false, true>(a, i, row, next, scratch);
   } else {
-    gradient_row<S, false, false>(row, next, out, a.columns, lse, base, slope, square, inverse_cap);
+    gradient_row<S, false, false>(a, i, row, next, scratch);
   }
-  for (int64_t k = 0; k < a.num_ids; k++)
-    if (ids[k] >= a.first && ids[k] - a.first < a.columns) out[ids[k] - a.first] += scratch[k];
 }
 
 // -- divergence -------------------------------------------------------------------------------------------------------
@@ -325,12 +361,15 @@ M3_INLINE void to_mixture(typename S::F log_p, typename S::F log_t, float beta, 
 
 template <class S, Kind kKind>
 M3_INLINE void divergence_row(const Divergence& a, const float* student, const float* teacher, int64_t i) {
-  const typename S::F student_lse = S::splat(a.student_lse[i]), teacher_lse = S::splat(a.teacher_lse[i]);
+  const typename S::F student_lse = S::splat(a.student_lse[i]), student_low = S::splat(a.student_low[i]);
+  const typename S::F teacher_lse = S::splat(a.teacher_lse[i]), teacher_low = S::splat(a.teacher_low[i]);
   double totals[2];  // from t, from p
   sum_row<S>(a.columns, totals,
              [&](auto extent, int64_t j, int count, typename S::F* sums) __attribute__((always_inline)) {
-               const typename S::F log_p = S::sub(read<S>(extent, student + j, count, kLowest), student_lse);
-               const typename S::F log_t = S::sub(read<S>(extent, teacher + j, count, kLowest), teacher_lse);
+               const typename S::F log_p =
+                   log_probability<S>(read<S>(extent, student + j, count, kLowest), student_lse, student_low);
+               const typename S::F log_t =
+                   log_probability<S>(read<S>(extent, teacher + j, count, kLowest), teacher_lse, teacher_low);
                typename S::F p_to_m, t_to_m;
                if constexpr (kKind == Kind::kJs)
                  to_mixture<S>(log_p, log_t, a.beta, a.rest, p_to_m, t_to_m);
@@ -365,12 +404,14 @@ void divergence(const Divergence& a, int64_t i) {
 template <class S, Kind kKind, bool kCapped>
 M3_INLINE void divergence_gradient_row(const Divergence& a, const float* student, const float* teacher, int64_t i) {
   const Slope to_z = slope_of(a.transform, i);
-  const typename S::F student_lse = S::splat(a.student_lse[i]), teacher_lse = S::splat(a.teacher_lse[i]);
+  const typename S::F student_lse = S::splat(a.student_lse[i]), student_low = S::splat(a.student_low[i]);
+  const typename S::F teacher_lse = S::splat(a.teacher_lse[i]), teacher_low = S::splat(a.teacher_low[i]);
   const typename S::F weight = S::splat(a.weight[i] * to_z.chain), center = S::splat(a.center[i]);
   float* out = a.out + i * a.out_stride;
   walk<S>(0, a.columns, [&](auto extent, int64_t j, int count, int) __attribute__((always_inline)) {
-    const typename S::F z = read<S>(extent, student + j, count, 0.0f), log_p = S::sub(z, student_lse);
-    const typename S::F log_t = S::sub(read<S>(extent, teacher + j, count, 0.0f), teacher_lse);
+    const typename S::F z = read<S>(extent, student + j, count, 0.0f);
+    const typename S::F log_p = log_probability<S>(z, student_lse, student_low);
+    const typename S::F log_t = log_probability<S>(read<S>(extent, teacher + j, count, 0.0f), teacher_lse, teacher_low);
     const typename S::F p = bounded_exponential<S>(log_p);
     typename S::F g;
     if constexpr (kKind == Kind::kForward) {

@@ -90,6 +90,12 @@ def _softplus(x):
 
 
 @triton.jit
+def _log_p(z, lse, lse_low):
+    """Log p of z'. The parts of log sum exp go one after the other: the first difference is all but exact."""
+    return (z - lse) - lse_low
+
+
+@triton.jit
 def _term(p, difference):
     """p * difference, 0 where p is."""
     return tl.where(p == 0.0, 0.0, p * difference)
@@ -134,10 +140,27 @@ def _add_to_state(at, mask, maximum, total, weighted, squared, new_maximum, new_
 
 
 @triton.jit
-def _add_picked(g, column, start, at, value, BLOCK: tl.constexpr):
-    """g + value in the column ``at`` (64 bits, may lie outside) of the block that begins at ``start``."""
+def _add_at_id(x, column, start, at, value, BLOCK: tl.constexpr):
+    """x + value in the column ``at`` (64 bits, may lie outside) of the block that begins at ``start``."""
     inside = (at >= start) & (at < start + BLOCK)
-    return tl.where(column == tl.where(inside, at, -1).to(tl.int32), g + value, g)
+    return tl.where(column == tl.where(inside, at, -1).to(tl.int32), x + value, x)
+
+
+@triton.jit
+def _add_at_ids(x, column, start, ids, values, row, first, ids_per_row, BLOCK: tl.constexpr, BLOCK_IDS: tl.constexpr):
+    """x + values[row, k] in the column of each ids[row, k]; BLOCK_IDS of 1 says that a row has one id."""
+    if BLOCK_IDS == 1:
+        x = _add_at_id(x, column, start, tl.load(ids + row) - first, tl.load(values + row), BLOCK)
+    else:
+        ids += row * ids_per_row
+        values += row * ids_per_row
+        for k in range(0, ids_per_row, BLOCK_IDS):
+            index = k + tl.arange(0, BLOCK_IDS)
+            at = tl.load(ids + index, mask=index < ids_per_row, other=-1) - first
+            if tl.sum(((index < ids_per_row) & (at >= start) & (at < start + BLOCK)).to(tl.int32), 0) > 0:
+                for j in range(k, tl.minimum(k + BLOCK_IDS, ids_per_row)):
+                    x = _add_at_id(x, column, start, tl.load(ids + j) - first, tl.load(values + j), BLOCK)
+    return x
 
 
 @triton.jit
@@ -202,7 +225,8 @@ def _statistics_kernel(
     for start in range(begin, end, BLOCK):
         column = start + within
         mask = column < end
-        z = tl.load(logits + column, mask=mask, other=float("-inf")).to(tl.float32)  # (LANES, VECTOR)
+        z = tl.load(logits + column, mask=mask, other=0.0 if TRANSFORM else float("-inf"))  # (LANES, VECTOR)
+        z = z.to(tl.float32)
         if TRANSFORM:
             if bias is not None:
                 z += tl.load(bias + column, mask=mask, other=0.0)
@@ -333,18 +357,21 @@ def statistics(
 
 # -- gradient ---------------------------------------------------------------------------------------------------------
 # Grid: (rows * column blocks), blocks fastest. A program owns BLOCK columns of row i of ``out``: reads row ``rows[i]``
-# of the logits, writes the gradient, possibly over it. Ids are compared with the columns; where a row has many,
-# BLOCK_IDS at a time are first looked at together, and most blocks have none.
+# of the logits, writes the gradient, possibly over it. Ids are compared with the columns, for picked and
+# again for complement; where a row has many, BLOCK_IDS at a time are first looked at together, and most blocks have
+# none.
 @triton.jit(do_not_specialize=["first", "ids_per_row"])
 def _gradient_kernel(
     logits,
     rows,
     ids,
     lse,
+    lse_low,
     base,
     slope,
     square,
     picked,
+    complement,
     inverse_temperature,
     out,
     stride,
@@ -367,25 +394,15 @@ def _gradient_kernel(
     if rows is not None:
         source = tl.load(rows + row)
     z = tl.load(logits + source * stride + column, mask=mask, other=0.0).to(tl.float32)
-    q = z - tl.load(lse + row)
+    q = _log_p(z, tl.load(lse + row), tl.load(lse_low + row))
     p = tl.exp(q)
-    g = tl.load(base + row)
+    g = tl.broadcast_to(tl.load(base + row), (BLOCK,))
+    g = _add_at_ids(g, column, start, ids, picked, row, first, ids_per_row, BLOCK, BLOCK_IDS)
     if slope is not None:
         g = g + tl.load(slope + row) * tl.where(p == 0.0, 0.0, q)
     if square is not None:
         g = g + tl.load(square + row) * p
-    g = p * g
-    if BLOCK_IDS == 1:
-        g = _add_picked(g, column, start, tl.load(ids + row) - first, tl.load(picked + row), BLOCK)
-    else:
-        ids += row * ids_per_row
-        picked += row * ids_per_row
-        for k in range(0, ids_per_row, BLOCK_IDS):
-            index = k + tl.arange(0, BLOCK_IDS)
-            at = tl.load(ids + index, mask=index < ids_per_row, other=-1) - first
-            if tl.sum(((index < ids_per_row) & (at >= start) & (at < start + BLOCK)).to(tl.int32), 0) > 0:
-                for j in range(k, tl.minimum(k + BLOCK_IDS, ids_per_row)):
-                    g = _add_picked(g, column, start, tl.load(ids + j) - first, tl.load(picked + j), BLOCK)
+    g = _add_at_ids(p * g, column, start, ids, complement, row, first, ids_per_row, BLOCK, BLOCK_IDS)
     at = out + row * out_stride + column
     _store_gradient(g, z, at, mask, row, inverse_temperature, logit_scale, softcap, SOFTCAP)
 
@@ -396,10 +413,12 @@ def gradient(
     ids: Tensor,
     first: int,
     lse: Tensor,
+    lse_low: Tensor,
     base: Tensor,
     slope: Tensor | None,
     square: Tensor | None,
     picked: Tensor,
+    complement: Tensor,
     logit_scale: float,
     softcap: float,
     inverse_temperature: Tensor | None,
@@ -408,7 +427,9 @@ def gradient(
     n, columns = out.shape
     if not out.numel():
         return
-    check_layout(logits, out, packed=(rows, ids, lse, base, slope, square, picked, inverse_temperature))
+    check_layout(
+        logits, out, packed=(rows, ids, lse, lse_low, base, slope, square, picked, complement, inverse_temperature)
+    )
     launch(
         _gradient_kernel,
         n * triton.cdiv(columns, BLOCK),
@@ -416,10 +437,12 @@ def gradient(
         rows,
         ids,
         lse,
+        lse_low,
         base,
         slope,
         square,
         picked,
+        complement,
         inverse_temperature,
         out,
         logits.stride(0),
@@ -444,7 +467,9 @@ def _divergence_kernel(
     student,
     teacher,
     student_lse,
+    student_low,
     teacher_lse,
+    teacher_low,
     value,
     center,
     part,
@@ -468,7 +493,8 @@ def _divergence_kernel(
     end = tl.minimum(begin + SPAN, columns)
     student += row * student_stride
     teacher += row * teacher_stride
-    lse, other_lse = tl.load(student_lse + row), tl.load(teacher_lse + row)
+    lse, lse_low = tl.load(student_lse + row), tl.load(student_low + row)
+    other_lse, other_low = tl.load(teacher_lse + row), tl.load(teacher_low + row)
     within = tl.arange(0, LANES)[:, None] * VECTOR + tl.arange(0, VECTOR)[None, :]
 
     total = tl.zeros((LANES,), tl.float32)
@@ -476,8 +502,9 @@ def _divergence_kernel(
     for start in range(begin, end, BLOCK):
         column = start + within
         mask = column < end
-        log_p = tl.load(student + column, mask=mask, other=float("-inf")).to(tl.float32) - lse
-        log_t = tl.load(teacher + column, mask=mask, other=float("-inf")).to(tl.float32) - other_lse
+        log_p = _log_p(tl.load(student + column, mask=mask, other=0.0).to(tl.float32), lse, lse_low)
+        log_t = _log_p(tl.load(teacher + column, mask=mask, other=0.0).to(tl.float32), other_lse, other_low)
+        log_p, log_t = tl.where(mask, log_p, LOWEST), tl.where(mask, log_t, LOWEST)
         if KIND == "forward":
             total += tl.sum(_term(tl.exp(log_t), log_t - log_p), 1)
         elif KIND == "reverse":
@@ -521,7 +548,9 @@ def divergence(
     student: Tensor,
     teacher: Tensor,
     student_lse: Tensor,
+    student_low: Tensor,
     teacher_lse: Tensor,
+    teacher_low: Tensor,
     kind: str,
     beta: float,
     value: Tensor,
@@ -530,7 +559,7 @@ def divergence(
     (rows, columns), spans = student.shape, triton.cdiv(student.shape[1], SPAN)
     if not student.numel():
         return
-    check_layout(student, teacher, packed=(student_lse, teacher_lse, value, center))
+    check_layout(student, teacher, packed=(student_lse, student_low, teacher_lse, teacher_low, value, center))
     part = student.new_empty(rows, spans, 2, dtype=torch.float32) if spans > 1 else None
     launch(
         _divergence_kernel,
@@ -538,7 +567,9 @@ def divergence(
         student,
         teacher,
         student_lse,
+        student_low,
         teacher_lse,
+        teacher_low,
         value,
         center,
         part,
@@ -574,7 +605,9 @@ def _divergence_gradient_kernel(
     teacher,
     rows,
     student_lse,
+    student_low,
     teacher_lse,
+    teacher_low,
     center,
     weight,
     inverse_temperature,
@@ -602,8 +635,8 @@ def _divergence_gradient_kernel(
         source = tl.load(rows + row)
     z = tl.load(student + source * student_stride + column, mask=mask, other=0.0).to(tl.float32)
     log_t = tl.load(teacher + source * teacher_stride + column, mask=mask, other=0.0).to(tl.float32)
-    log_t -= tl.load(teacher_lse + row)
-    log_p = z - tl.load(student_lse + row)
+    log_t = _log_p(log_t, tl.load(teacher_lse + row), tl.load(teacher_low + row))
+    log_p = _log_p(z, tl.load(student_lse + row), tl.load(student_low + row))
     p = tl.exp(log_p)
     if KIND == "forward":
         g = p - tl.exp(log_t)
@@ -622,7 +655,9 @@ def divergence_gradient(
     teacher: Tensor,
     rows: Tensor | None,
     student_lse: Tensor,
+    student_low: Tensor,
     teacher_lse: Tensor,
+    teacher_low: Tensor,
     kind: str,
     beta: float,
     center: Tensor,
@@ -635,7 +670,8 @@ def divergence_gradient(
     n, columns = out.shape
     if not out.numel():
         return
-    check_layout(student, teacher, out, packed=(rows, student_lse, teacher_lse, center, weight, inverse_temperature))
+    sums = (student_lse, student_low, teacher_lse, teacher_low)
+    check_layout(student, teacher, out, packed=(rows, *sums, center, weight, inverse_temperature))
     launch(
         _divergence_gradient_kernel,
         n * triton.cdiv(columns, BLOCK // 2),
@@ -643,7 +679,9 @@ def divergence_gradient(
         teacher,
         rows,
         student_lse,
+        student_low,
         teacher_lse,
+        teacher_low,
         center,
         weight,
         inverse_temperature,
@@ -771,8 +809,9 @@ def gradient_case(dtype: str, out: str, *, full: bool = False) -> CompileCase:
     return case(
         f"gradient_{dtype}_to_{out}{'_full' if full else ''}",
         _gradient_kernel,
-        f"logits *{dtype}, ids *i64, lse *fp32, base *fp32, picked *fp32, {optional}out *{out}, stride i32:16, "
-        "out_stride i32:16, columns i32:16, first i32, ids_per_row i32, logit_scale fp32, softcap fp32",
+        f"logits *{dtype}, ids *i64, lse *fp32, lse_low *fp32, base *fp32, picked *fp32, complement *fp32, {optional}"
+        f"out *{out}, stride i32:16, out_stride i32:16, columns i32:16, first i32, ids_per_row i32, "
+        "logit_scale fp32, softcap fp32",
         SOFTCAP=full,
         BLOCK=BLOCK,
         BLOCK_IDS=BLOCK_IDS if full else 1,
@@ -783,7 +822,8 @@ def divergence_case(dtype: str, kind: str, *, spans: bool = False) -> CompileCas
     return case(
         f"divergence_{kind}_{dtype}{'_spans' if spans else ''}",
         _divergence_kernel,
-        f"student *{dtype}, teacher *{dtype}, student_lse *fp32, teacher_lse *fp32, value *fp32, center *fp32, "
+        f"student *{dtype}, teacher *{dtype}, student_lse *fp32, student_low *fp32, teacher_lse *fp32, "
+        "teacher_low *fp32, value *fp32, center *fp32, "
         f"{'part *fp32, ' if spans else ''}student_stride i32:16, teacher_stride i32:16, columns i32:16, spans i32, "
         "beta fp32, rest fp32, log_beta fp32, log_rest fp32",
         KIND=kind,
@@ -798,9 +838,9 @@ def divergence_gradient_case(dtype: str, kind: str, *, full: bool = False) -> Co
         f"divergence_gradient_{kind}_{dtype}{'_full' if full else ''}",
         _divergence_gradient_kernel,
         f"student *{dtype}, teacher *{dtype}, {'rows *i64, inverse_temperature *fp32, ' if full else ''}"
-        f"student_lse *fp32, teacher_lse *fp32, center *fp32, weight *fp32, out *{dtype}, student_stride i32:16, "
-        "teacher_stride i32:16, out_stride i32:16, columns i32:16, beta fp32, rest fp32, log_beta fp32, log_rest fp32, "
-        "logit_scale fp32, softcap fp32",
+        "student_lse *fp32, student_low *fp32, teacher_lse *fp32, teacher_low *fp32, center *fp32, weight *fp32, "
+        f"out *{dtype}, student_stride i32:16, teacher_stride i32:16, out_stride i32:16, columns i32:16, "
+        "beta fp32, rest fp32, log_beta fp32, log_rest fp32, logit_scale fp32, softcap fp32",
         KIND=kind,
         SOFTCAP=full,
         BLOCK=BLOCK // 2,

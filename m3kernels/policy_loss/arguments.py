@@ -17,8 +17,10 @@ from m3kernels.policy_loss.types import LossSpec, check_number
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 DTYPE_NAMES = "float32, bfloat16, float16 or float64"
-WORKSPACE = {"cpu": 64 << 20}  # bytes of logits held at once where the caller names none
+LARGEST = torch.finfo(torch.float32).max
+WORKSPACE = {"cpu": 128 << 20}  # bytes of logits held at once where the caller names none, by device; or WORKSPACE_ROWS
 WORKSPACE_ELSEWHERE = 1 << 30
+WORKSPACE_ROWS = 256  # of logits at least: fewer make the products slow, and each piece reads and writes all of dW
 
 
 def check_head(
@@ -34,8 +36,10 @@ def check_head(
 ) -> None:
     """hidden (T, D) or (B, L, D), weight (V, D), bias (V,) or None of one dtype and device; the head's numbers."""
     shapes = " or ".join({1: "(T, D)", 2: "(B, L, D)"}[n] for n in leading)
-    if not is_strided(hidden) or hidden.ndim - 1 not in leading or hidden.dtype not in DTYPES:
-        raise refuse(op, f"{prefix}hidden", f"{shapes} {DTYPE_NAMES}", hidden)
+    good = is_strided(hidden) and hidden.ndim - 1 in leading and hidden.dtype in DTYPES
+    if not good or not hidden.shape[-1]:  # type: ignore[attr-defined]
+        raise refuse(op, f"{prefix}hidden", f"{shapes} {DTYPE_NAMES}, D >= 1", hidden)
+    assert isinstance(hidden, Tensor)
     size = hidden.shape[-1]
     good = is_strided(weight) and weight.ndim == 2 and weight.shape[1] == size and weight.dtype == hidden.dtype
     if not good or weight.device != hidden.device or not weight.shape[0]:  # type: ignore[attr-defined]
@@ -47,7 +51,7 @@ def check_head(
         raise refuse(op, f"{prefix}bias", f"({vocabulary},) {hidden.dtype} on {hidden.device}, or None", bias)
     check_number(op, f"{prefix}softcap", softcap, at_least=0.0)
     good = isinstance(logit_scale, (int, float)) and not isinstance(logit_scale, bool)
-    if not good or logit_scale == 0 or not math.isfinite(logit_scale):  # type: ignore[arg-type]
+    if not good or not 0 < abs(logit_scale) <= LARGEST:  # type: ignore[arg-type]
         raise refuse(op, f"{prefix}logit_scale", "a finite number, not 0", logit_scale)
 
 
@@ -57,16 +61,21 @@ def check_ids(op: str, ids: object, shape: Sequence[int], hidden: Tensor, *, col
     exact = good and ids.shape == tuple(shape)  # type: ignore[attr-defined]
     wider = good and columns and ids.shape[:-1] == tuple(shape) and ids.shape[-1] >= 1  # type: ignore[attr-defined]
     if not exact and not wider:
-        want = f"{tuple(shape)}{f' or {(*shape, chr(75))}' if columns else ''} int32 or int64 on {hidden.device}"
-        raise refuse(op, "ids", want, ids)
+        wanted = f"{tuple(shape)} or {with_letter(shape, 'K')}" if columns else f"{tuple(shape)}"
+        raise refuse(op, "ids", f"{wanted} int32 or int64 on {hidden.device}", ids)
 
 
-def check_range(op: str, ids: Tensor, vocabulary: int) -> None:
-    """ids in [0, vocabulary); asked only where it costs no synchronisation."""
+def with_letter(shape: Sequence[int], letter: str) -> str:
+    """A shape whose last size is free, in words: (7, K)."""
+    return f"({', '.join(map(str, shape))}, {letter})"
+
+
+def check_range(op: str, ids: Tensor, vocabulary: int, *, where: str = "") -> None:
+    """ids in [0, vocabulary); asked only where it costs no synchronisation. ``where`` says which of them."""
     if ids.is_cpu and ids.numel() and not torch.compiler.is_compiling():
         low, high = ids.aminmax()
         if low < 0 or high >= vocabulary:
-            raise refuse(op, "ids", f"values in 0..{vocabulary - 1} where mask is not 0", f"{int(low)}..{int(high)}")
+            raise refuse(op, "ids", f"values in 0..{vocabulary - 1}{where}", f"{int(low)}..{int(high)}")
 
 
 def check_mask(
@@ -77,11 +86,11 @@ def check_mask(
     if not good:
         raise refuse(op, "mask", f"{tuple(shape)} bool or numbers >= 0 on {like.device}, like ids", mask)
     assert isinstance(mask, Tensor)
+    wide = torch.float64 if like.dtype == torch.float64 else torch.float32
     if mask.is_cpu and mask.numel() and mask.dtype != torch.bool and not torch.compiler.is_compiling():
-        low, high = mask.detach().aminmax()
+        low, high = mask.detach().to(wide).aminmax()
         if not (low >= 0 and high < torch.inf):
             raise refuse(op, "mask", "finite numbers >= 0", f"{float(low)}..{float(high)}")
-    wide = torch.float64 if like.dtype == torch.float64 else torch.float32
     return batch.layout(op, mask, segment_ids, cu_seqlens, wide)
 
 
@@ -101,7 +110,7 @@ def check_batch(
     check_ids(op, ids, shape, hidden, columns=columns)
     layout = check_mask(op, mask, shape, hidden, segment_ids, cu_seqlens)
     if ids.is_cpu and not torch.compiler.is_compiling():
-        check_range(op, per_row(ids, layout.mask.numel())[layout.mask != 0], vocabulary)
+        check_range(op, per_row(ids, layout.mask.numel())[layout.mask != 0], vocabulary, where=" where mask is not 0")
     return layout
 
 
@@ -115,7 +124,7 @@ def check_stream(op: str, name: str, stream: object, shape: Sequence[int], like:
 def check_needs(op: str, spec: object, ref_logprobs: object, sampler_logprobs: object) -> None:
     """A LossSpec has the streams that it needs; anything else can be called."""
     if not isinstance(spec, LossSpec):
-        if not callable(spec):
+        if not callable(spec) or isinstance(spec, type):
             raise refuse(op, "spec", "a LossSpec, or a function (logprobs, tokens, entropy) -> losses", spec)
         return
     if spec.kl_coef > 0 and ref_logprobs is None:
@@ -126,8 +135,10 @@ def check_needs(op: str, spec: object, ref_logprobs: object, sampler_logprobs: o
 
 def check_main_grad(op: str, weight: Tensor, accumulate: bool) -> bool:
     main = getattr(weight, "main_grad", None)
-    if accumulate and not (is_strided(main) and main.shape == weight.shape and main.is_floating_point()):
-        raise refuse(op, "weight.main_grad", f"{tuple(weight.shape)} floating point, to accumulate into", main)
+    good = is_strided(main) and main.shape == weight.shape and main.is_floating_point() and main.device == weight.device
+    if accumulate and not good:
+        want = f"{tuple(weight.shape)} floating point on {weight.device}, to accumulate into"
+        raise refuse(op, "weight.main_grad", want, main)
     return accumulate
 
 
@@ -135,23 +146,30 @@ def temperature_rows(op: str, temperature: object, shape: Sequence[int], hidden:
     """(T,) fp32 (fp64 for fp64 hidden), or None where it is 1."""
     dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
     count = math.prod(shape)
+    least, most = torch.finfo(dtype).tiny, torch.finfo(dtype).max  # whose reciprocals are finite
+    want = f"a number > 0, or {tuple(shape)} floating point > 0"
     if isinstance(temperature, Tensor):
         good = is_strided(temperature) and temperature.shape in (tuple(shape), ()) and temperature.is_floating_point()
-        if good and temperature.is_cpu and temperature.numel() and not torch.compiler.is_compiling():
-            low, high = temperature.detach().aminmax()
-            good = bool(low > 0) and bool(high < torch.inf)
-        if not good:
-            raise refuse(op, "temperature", f"a number > 0, or {tuple(shape)} floating point > 0", temperature)
+        if not good or (temperature.is_meta and not hidden.is_meta):
+            raise refuse(op, "temperature", want, temperature)
         rows = temperature.detach().to(device=hidden.device, dtype=dtype)
+        if rows.is_cpu and rows.numel() and not torch.compiler.is_compiling():
+            low, high = rows.aminmax()
+            if not (low >= least and high <= most):
+                raise refuse(op, "temperature", want, f"{float(low):g}..{float(high):g}")
         return rows.expand(shape).reshape(count).contiguous()
-    if not isinstance(temperature, (int, float)) or isinstance(temperature, bool) or not 0 < temperature < math.inf:
-        raise refuse(op, "temperature", f"a number > 0, or {tuple(shape)} floating point > 0", temperature)
+    good = isinstance(temperature, (int, float)) and not isinstance(temperature, bool)
+    if not good or not least <= temperature <= most:  # type: ignore[operator]
+        raise refuse(op, "temperature", want, temperature)
+    assert isinstance(temperature, (int, float))
     return None if temperature == 1 else torch.full((count,), float(temperature), dtype=dtype, device=hidden.device)
 
 
-def workspace_of(op: str, workspace_bytes: object, hidden: Tensor) -> int:
+def workspace_of(op: str, workspace_bytes: object, weight: Tensor) -> int:
+    """Bytes of logits that may be held at once."""
     if workspace_bytes is None:
-        return WORKSPACE.get(hidden.device.type, WORKSPACE_ELSEWHERE)
+        least = WORKSPACE_ROWS * 4 * weight.shape[0]
+        return max(WORKSPACE.get(weight.device.type, WORKSPACE_ELSEWHERE), least)
     if type(workspace_bytes) is not int or workspace_bytes < 1:
         raise refuse(op, "workspace_bytes", "an int >= 1, or None", workspace_bytes)
     return workspace_bytes

@@ -86,7 +86,9 @@ class FormedForward(torch.autograd.Function):
 
 
 def scaled(found: Tensor, grad: Tensor) -> Tensor:
-    """found * grad, in place; untouched where grad is known to be 1."""
+    """found * grad, in place (not while compiling); untouched where grad is known to be 1."""
+    if torch.compiler.is_compiling():
+        return found * grad
     return found if grad.is_cpu and grad == 1 else found.mul_(grad)
 
 

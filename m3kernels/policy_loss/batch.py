@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from m3kernels.checks import is_strided, refuse
+from m3kernels.checks import has_data, is_strided, refuse
 
 
 class Layout(NamedTuple):
@@ -34,9 +34,7 @@ def flat(stream: Tensor | None) -> Tensor | None:
     return stream.detach().reshape(-1).to(torch.float64 if stream.dtype == torch.float64 else torch.float32)
 
 
-def layout(
-    op: str, mask: Tensor, segment_ids: Tensor | None, cu_seqlens: Tensor | None, dtype: torch.dtype
-) -> Layout:
+def layout(op: str, mask: Tensor, segment_ids: Tensor | None, cu_seqlens: Tensor | None, dtype: torch.dtype) -> Layout:
     """The layout of a batch whose mask is (B, L) or (T,), numbers in dtype; checks segment_ids and cu_seqlens."""
     device, count = mask.device, mask.numel()
     if mask.ndim == 2:
@@ -54,10 +52,11 @@ def layout(
     weights = mask.detach().reshape(-1).to(dtype)
     if segment_ids is None:
         segments = (weights != 0).to(torch.int64)
-    elif is_strided(segment_ids) and segment_ids.shape == mask.shape and not segment_ids.is_floating_point():
-        segments = segment_ids.reshape(-1).to(device=device, dtype=torch.int64)
     else:
-        raise refuse(op, "segment_ids", f"{tuple(mask.shape)} integers, like ids, or None", segment_ids)
+        good = is_strided(segment_ids) and segment_ids.shape == mask.shape and segment_ids.device == device
+        if not good or segment_ids.is_floating_point() or segment_ids.is_complex():
+            raise refuse(op, "segment_ids", f"{tuple(mask.shape)} integers on {device}, like ids, or None", segment_ids)
+        segments = segment_ids.reshape(-1).to(torch.int64)
     return Layout(weights, sequence, steps(sequence, segments), sequences)
 
 
@@ -71,7 +70,7 @@ def steps(sequence: Tensor, segments: Tensor) -> Tensor:
 
 def check_bounds(op: str, cu_seqlens: Tensor, count: int) -> Tensor:
     """cu_seqlens on the CPU in int64. Raises ValueError unless 0 <= ... <= count, never decreasing."""
-    good = is_strided(cu_seqlens) and cu_seqlens.ndim == 1 and cu_seqlens.dtype in (torch.int32, torch.int64)
+    good = has_data(cu_seqlens) and cu_seqlens.ndim == 1 and cu_seqlens.dtype in (torch.int32, torch.int64)
     if not good or len(cu_seqlens) < 1:
         raise refuse(op, "cu_seqlens", "(B + 1,) int32 or int64", cu_seqlens)
     bounds = cu_seqlens.detach().to(device="cpu", dtype=torch.int64)
@@ -119,11 +118,13 @@ def weights(
 
 def positive(op: str, normaliser: float | Tensor, like: Tensor) -> Tensor:
     """The normaliser as a 0-D tensor; a number, or a tensor on CPU, must be > 0."""
-    good = isinstance(normaliser, (int, float, Tensor)) and not isinstance(normaliser, bool)
+    least, most = torch.finfo(like.dtype).tiny, torch.finfo(like.dtype).max
     if isinstance(normaliser, Tensor):
-        good = normaliser.numel() == 1 and (not normaliser.is_cpu or bool(normaliser > 0))
-    elif good:
-        good = 0 < normaliser < float("inf")
+        good = has_data(normaliser) and normaliser.numel() == 1 and not normaliser.is_complex()
+        good = good and (not normaliser.is_cpu or least <= float(normaliser) <= most)
+    else:
+        good = isinstance(normaliser, (int, float)) and not isinstance(normaliser, bool)
+        good = good and least <= normaliser <= most
     if not good:
-        raise refuse(op, "normaliser", "a number > 0, or a tensor of one", normaliser)
+        raise refuse(op, "normaliser", "a finite number > 0, or a tensor of one", normaliser)
     return torch.as_tensor(normaliser, device=like.device).detach().to(like.dtype).reshape(())

@@ -71,8 +71,8 @@ def linear_logprobs(
         entropy, sum_sq: whether to return them; differentiable.
         save_logits: keep the logits for the backward pass, which then needs two products instead of three. "auto":
             if they fit into workspace_bytes.
-        workspace_bytes: of logits held at once; default 64 MiB on CPU, 1 GiB elsewhere. A tile of at most a few MiB
-            is held in any case.
+        workspace_bytes: of logits held at once; default 128 MiB on CPU, 1 GiB elsewhere, or 256 rows if that is more.
+            A tile of a few MiB is held in any case.
         process_group: its ranks hold consecutive runs of the vocabulary; hidden and ids are the same on all of them.
             The gradient of hidden is summed over the ranks.
         vocab_start: index of this rank's first row; default: rank * V, for shards of one size.
@@ -95,7 +95,7 @@ def linear_logprobs(
     if process_group is None:
         check_range(op, ids, weight.shape[0])
     scale = temperature_rows(op, temperature, hidden.shape[:1], hidden)
-    workspace = workspace_of(op, workspace_bytes, hidden)
+    workspace = workspace_of(op, workspace_bytes, weight)
     if save_logits not in (True, False, "auto"):
         raise refuse(op, "save_logits", "True, False or 'auto'", save_logits)
     grad = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (hidden, weight, bias))
@@ -203,9 +203,8 @@ def linear_policy_loss(
         cu_seqlens: (B + 1,) int32 or int64, 0 .. T: bounds of the sequences of a packed batch; None: one sequence.
         normaliser: divides the sum instead of the number of tokens ("token_mean"), of sequences ("sequence_mean") or
             of sequences * constant_length ("constant") of this batch: give the global number when gradients accumulate.
-        workspace_bytes: of logits held at once; default 64 MiB on CPU, 1 GiB elsewhere. A sequence whose ratio must be
-            known whole and whose logits do not fit is computed with four products instead of three (metric
-            rows_recomputed).
+        workspace_bytes: as in linear_logprobs. A sequence whose ratio must be known whole and whose logits do not fit
+            is computed with four products instead of three (metric rows_recomputed).
         accumulate_main_grad: in the backward pass add the gradient of weight, in fp32, to ``weight.main_grad`` and give
             None to autograd (or, where ``weight.grad_added_to_main_grad`` exists, set it and give an empty tensor).
     Returns:
@@ -363,7 +362,7 @@ def linear_distill_loss(
     weights = batch.weights(op, layout, aggregation, constant_length, normaliser)
     rows = hidden.reshape(-1, hidden.shape[-1]).contiguous()
     scale = temperature_rows(op, temperature, shape, hidden)
-    workspace = workspace_of(op, workspace_bytes, hidden)
+    workspace = workspace_of(op, workspace_bytes, weight)
     teacher_rows = teacher_hidden.detach().reshape(-1, teacher_hidden.shape[-1]).contiguous()
     teacher_bias = None if teacher_bias is None else teacher_bias.detach().contiguous()
 
@@ -426,7 +425,7 @@ def one_pass(
     rows = hidden.reshape(-1, hidden.shape[-1]).contiguous()
     columns = per_row(ids, len(rows)).to(torch.int64).contiguous()
     scale = temperature_rows(op, temperature, hidden.shape[:-1], hidden)
-    workspace = workspace_of(op, workspace_bytes, hidden)
+    workspace = workspace_of(op, workspace_bytes, weight)
 
     def call(h: Tensor, w: Tensor, b: Tensor | None, wanted: tuple[bool, bool, bool], wide: bool) -> tuple[Tensor, ...]:
         return policy_op(

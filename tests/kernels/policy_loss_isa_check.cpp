@@ -47,7 +47,7 @@ void demand(const std::string& isa, const char* what, int64_t columns, const Flo
 
 struct Inputs {
   int64_t columns;
-  Floats z, teacher, bias, inverse, base, slope, square, picked, weight;
+  Floats z, teacher, bias, inverse, base, slope, square, picked, complement, weight;
   std::vector<int64_t> ids;
 
   Inputs(int64_t c, unsigned seed) : columns(c) {
@@ -59,7 +59,8 @@ struct Inputs {
     };
     fill(z, kRows * c, 8.0f, 0.0f), fill(teacher, kRows * c, 4.0f, 0.0f), fill(bias, c, 1.0f, 0.0f);
     fill(inverse, kRows, 0.1f, 1.0f), fill(base, kRows, 1.0f, 0.0f), fill(slope, kRows, 1.0f, 0.0f);
-    fill(square, kRows, 1.0f, 0.0f), fill(picked, kRows * kIds, 1.0f, 0.0f), fill(weight, kRows, 1.0f, 0.0f);
+    fill(square, kRows, 1.0f, 0.0f), fill(picked, kRows * kIds, 1.0f, 0.0f);
+    fill(complement, kRows * kIds, 1.0f, 0.0f), fill(weight, kRows, 1.0f, 0.0f);
     for (int64_t i = 0; i < kRows; i++)
       for (int64_t id : {kFirst, kFirst + c - 1, kFirst + c}) ids.push_back(id);  // the last is in the next tile
   }
@@ -124,19 +125,28 @@ double slope_of(double z, double inverse) {
   return kScale * inverse * (1.0 - w * w);
 }
 
-Floats lse_of(const Floats& z, int64_t c) {
-  Floats lse(kRows);
+// Log sum exp of each row: rounded, what rounding took, exact.
+struct Lse {
+  Floats rounded, low;
+  Doubles exact;
+};
+
+Lse lse_of(const Floats& z, int64_t c) {
+  Lse lse{Floats(kRows), Floats(kRows), Doubles(kRows)};
   for (int64_t i = 0; i < kRows; i++) {
     double total = 0.0;
     for (int64_t j = 0; j < c; j++) total += std::exp((double)z[i * c + j]);
-    lse[i] = (float)std::log(total);
+    lse.exact[i] = std::log(total);
+    lse.rounded[i] = (float)lse.exact[i];
+    lse.low[i] = (float)(lse.exact[i] - lse.rounded[i]);
   }
   return lse;
 }
 
 void check_gradient(const std::string& isa, const Inputs& in) {
   const int64_t c = in.columns;
-  const Floats z = run_statistics(in, 1).z, lse = lse_of(z, c);
+  const Floats z = run_statistics(in, 1).z;
+  const Lse lse = lse_of(z, c);
   const auto run = [&](int threads) {
     Floats out(kRows * c);
     const Gradient a{z.data(),
@@ -148,11 +158,13 @@ void check_gradient(const std::string& isa, const Inputs& in) {
                      {nullptr, kScale, kSoftcap, in.inverse.data()},
                      in.ids.data(),
                      kIds,
-                     lse.data(),
+                     lse.rounded.data(),
+                     lse.low.data(),
                      in.base.data(),
                      in.slope.data(),
                      in.square.data(),
                      in.picked.data(),
+                     in.complement.data(),
                      out.data(),
                      c};
     gradient(a, threads);
@@ -161,10 +173,11 @@ void check_gradient(const std::string& isa, const Inputs& in) {
   Doubles wanted(kRows * c);
   for (int64_t i = 0; i < kRows; i++)
     for (int64_t j = 0; j < c; j++) {
-      const double q = (double)z[i * c + j] - lse[i], p = std::exp(q);
-      double g = p * (in.base[i] + in.slope[i] * q + in.square[i] * p);
-      for (int64_t k = 0; k < kIds; k++)
-        if (in.ids[i * kIds + k] == kFirst + j) g += in.picked[i * kIds + k];
+      const double q = z[i * c + j] - lse.exact[i], p = std::exp(q);
+      double base = in.base[i], more = 0.0;
+      for (int64_t k = i * kIds; k < (i + 1) * kIds; k++)
+        if (in.ids[k] == kFirst + j) base += in.picked[k], more += in.complement[k];
+      const double g = p * (base + in.slope[i] * q + in.square[i] * p) + more;
       wanted[i * c + j] = g * slope_of(z[i * c + j], in.inverse[i]);
     }
   compare(isa, "gradient", c, run(1), wanted);
@@ -173,12 +186,14 @@ void check_gradient(const std::string& isa, const Inputs& in) {
 
 void check_divergence(const std::string& isa, const Inputs& in, Kind kind, float beta) {
   const int64_t c = in.columns;
-  const Floats student = run_statistics(in, 1).z, student_lse = lse_of(student, c), teacher_lse = lse_of(in.teacher, c);
+  const Floats student = run_statistics(in, 1).z;
+  const Lse student_lse = lse_of(student, c), teacher_lse = lse_of(in.teacher, c);
   Floats value(kRows), center(kRows), out(kRows * c);
   Divergence a{};
   a.student = student.data(), a.teacher = in.teacher.data();
   a.num_rows = kRows, a.columns = a.student_stride = a.teacher_stride = a.out_stride = c;
-  a.student_lse = student_lse.data(), a.teacher_lse = teacher_lse.data();
+  a.student_lse = student_lse.rounded.data(), a.student_low = student_lse.low.data();
+  a.teacher_lse = teacher_lse.rounded.data(), a.teacher_low = teacher_lse.low.data();
   a.kind = kind, a.beta = beta, a.rest = 1.0f - beta;
   a.value = value.data(), a.center = center.data(), a.weight = in.weight.data();
   a.transform = {nullptr, kScale, kSoftcap, in.inverse.data()};
@@ -190,8 +205,8 @@ void check_divergence(const std::string& isa, const Inputs& in, Kind kind, float
     double from_t = 0.0, from_p = 0.0;
     const auto each = [&](auto visit) {
       for (int64_t j = 0; j < c; j++) {
-        const double log_p = (double)student[i * c + j] - student_lse[i];
-        const double log_t = (double)in.teacher[i * c + j] - teacher_lse[i];
+        const double log_p = student[i * c + j] - student_lse.exact[i];
+        const double log_t = in.teacher[i * c + j] - teacher_lse.exact[i];
         double log_m = kind == Kind::kForward ? log_p : log_t;
         if (kind == Kind::kJs) log_m = std::log(a.beta * std::exp(log_t) + a.rest * std::exp(log_p));
         visit(j, log_p, log_t, log_m);

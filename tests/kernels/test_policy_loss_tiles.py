@@ -5,6 +5,7 @@ Values, running sums over many tiles, rows that do not see each other, threads t
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from types import ModuleType
 from typing import Any
@@ -71,6 +72,12 @@ def margins(inside: Tensor) -> Tensor:
     around = inside._base.clone()
     around[1 : inside.shape[0] + 1, : inside.shape[1]] = torch.nan
     return around
+
+
+def two_parts(exact: Tensor) -> tuple[Tensor, Tensor]:
+    """An fp64 value as two of fp32: rounded, and what rounding took."""
+    high = exact.float()
+    return high, (exact - high).float()
 
 
 def random_ids(rows: int, ids: int, vocabulary: int) -> Tensor:
@@ -316,7 +323,8 @@ def make_gradient(
         z = softcap * torch.tanh(z / softcap) * (1.0 if inverse is None else inverse[:, None])
     if holes:
         z[torch.rand_like(z) < 0.3] = -torch.inf
-    lse = z.logsumexp(1) + 0.1 if columns else torch.zeros(rows)  # the rest of the vocabulary is elsewhere
+    lse = z.double().logsumexp(1) + 0.1 if columns else torch.zeros(rows)  # the rest of the vocabulary is elsewhere
+    lse, lse_low = two_parts(lse)
     table = random_ids(rows, ids, columns)
     table = torch.where(table.abs() < FAR, table + first, table)
     which = None if some is None else torch.tensor(some, dtype=torch.int64)
@@ -329,10 +337,12 @@ def make_gradient(
         ids=table[taken].contiguous(),
         first=first,
         lse=lse[taken].contiguous(),
+        lse_low=lse_low[taken].contiguous(),
         base=values[0],
         slope=values[1] if slope else None,
         square=values[2] if square else None,
         picked=torch.randn(rows, ids)[taken].contiguous(),
+        complement=torch.randn(rows, ids)[taken].contiguous(),
         logit_scale=logit_scale,
         softcap=softcap,
         inverse_temperature=None if inverse is None else inverse[taken].contiguous(),
@@ -340,8 +350,8 @@ def make_gradient(
 
 
 GRADIENT_NAMES = (
-    "rows", "ids", "first", "lse", "base", "slope", "square", "picked", "logit_scale", "softcap",
-    "inverse_temperature",
+    "rows", "ids", "first", "lse", "lse_low", "base", "slope", "square", "picked", "complement", "logit_scale",
+    "softcap", "inverse_temperature",
 )  # fmt: skip
 
 
@@ -367,7 +377,7 @@ def test_gradient_in_place_is_the_same(isa: str, case: str) -> None:
     assert bitwise_equal(apart, in_place)
 
 
-PER_ROW = {"ids", "lse", "base", "slope", "square", "picked", "inverse_temperature"}
+PER_ROW = {"ids", "lse", "lse_low", "base", "slope", "square", "picked", "complement", "inverse_temperature"}
 
 
 @pytest.mark.parametrize("case", ("everything", "some_rows", "blocks", "slope_and_square"))
@@ -404,7 +414,12 @@ def test_gradient_is_that_of_autograd(isa: str) -> None:
     loss.backward()
     # d H / d z' = -p (log p + H);  d sum p^2 / d z' = 2 p (p - sum p^2);  d log p_k / d z' = [k] - p
     base = -w_pick.sum(1) - w_entropy * entropy - 2 * w_square * sum_sq
-    made = dict(z=z, lse=lse, base=base, slope=-w_entropy, square=2 * w_square, picked=w_pick, ids=ids)
+    lse, lse_low = two_parts(lse.detach())
+    complement = -w_pick * torch.expm1(log_p.gather(1, ids))
+    made = dict(
+        z=z, lse=lse, lse_low=lse_low, base=base, slope=-w_entropy, square=2 * w_square, picked=w_pick,
+        complement=complement, ids=ids,
+    )  # fmt: skip
     made = {name: converted(value.detach(), torch.float32) for name, value in made.items()}
     inverse32 = inverse.float()
     found = run_gradient(
@@ -412,6 +427,40 @@ def test_gradient_is_that_of_autograd(isa: str) -> None:
         **made,
     )  # fmt: skip
     assert relative_error(found, raw.grad).max < 2e-6
+
+
+@pytest.mark.parametrize("transform", ({}, dict(softcap=30.0), dict(logit_scale=0.7, temperature=True)), ids=str)
+@pytest.mark.parametrize("log_p", (-1e-4, -1e-5, -1e-6, -1e-7))
+def test_gradient_of_an_id_that_is_all_but_certain(isa: str, log_p: float, transform: dict[str, Any]) -> None:
+    """d log p / d z' is 1 - p there, to the last digits, though fp32 has few numbers between such a p and 1."""
+    made = make_gradient(5, 131, magnitude=1.0, **transform)
+    ids, picked = torch.randint(0, 131, (5, 1)), torch.randn(5, 1)
+    others = made["z"].double().scatter(1, ids, -torch.inf).logsumexp(1, keepdim=True)
+    made["z"].scatter_(1, ids, (others - math.log(math.expm1(-log_p))).float())
+    top = made["z"].gather(1, ids).double()
+    exact_log_p = -(others - top).exp().log1p()  # log_p, but for the rounding of top
+    exact = -picked.double() * exact_log_p.expm1()
+    lse, lse_low = two_parts((top - exact_log_p)[:, 0])
+    made.update(
+        ids=ids, lse=lse, lse_low=lse_low, base=-picked[:, 0], picked=picked, complement=exact.float()
+    )  # fmt: skip
+    found = run_gradient(_cpu, torch.float32, **made)
+    inverse = converted(made["inverse_temperature"], torch.float64)
+    tiles.chain(exact, top, made["logit_scale"], made["softcap"], inverse, exact)
+    assert (found.gather(1, ids) / exact - 1).abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("ids", (1, 2, 40), ids="{}_ids".format)
+def test_gradient_is_the_complement_where_base_is_minus_what_is_picked(isa: str, ids: int) -> None:
+    """Bit by bit, whatever p: nothing of p * base is left, also where one id comes many times."""
+    made = make_gradient(5, 131, pad=3, magnitude=1.0)
+    picked = torch.randint(-8, 9, (5, ids)).float()  # so that their sum is exact
+    complement = torch.zeros(5, ids)
+    complement[:, -1] = torch.randn(5)
+    repeated = torch.randint(0, 131, (5, 1)).expand(5, ids).contiguous()
+    made.update(ids=repeated, picked=picked, complement=complement, base=-picked.sum(1))
+    found = run_gradient(_cpu, torch.float32, **made)
+    assert bitwise_equal(found.gather(1, repeated[:, :1])[:, 0], complement[:, -1])
 
 
 # -- divergence -------------------------------------------------------------------------------------------------------
@@ -454,21 +503,27 @@ def make_divergence(
     if holes:  # the teacher's where the student has one: every kind stays finite
         hole = torch.rand_like(student) < 0.3
         student[hole] = teacher[hole] = -torch.inf
-    empty = torch.zeros(rows)
+    lses = (z.double().logsumexp(1) if vocabulary else torch.zeros(rows) for z in (student, teacher))
+    (student_lse, student_low), (teacher_lse, teacher_low) = map(two_parts, lses)
     return dict(
         student=student,
         teacher=teacher,
         widths=widths,
         pad=pad,
         rows=None if some is None else torch.tensor(some, dtype=torch.int64),
-        student_lse=student.logsumexp(1) if vocabulary else empty,
-        teacher_lse=teacher.logsumexp(1) if vocabulary else empty,
+        student_lse=student_lse,
+        student_low=student_low,
+        teacher_lse=teacher_lse,
+        teacher_low=teacher_low,
         weight=torch.randn(rows),
         center=torch.randn(rows),
         logit_scale=logit_scale,
         softcap=softcap,
         inverse_temperature=inverse,
     )
+
+
+LSES = ("student_lse", "student_low", "teacher_lse", "teacher_low")
 
 
 def run_divergence(
@@ -481,12 +536,12 @@ def run_divergence(
     which = slice(None) if case["rows"] is None else case["rows"]
     for width in case["widths"]:
         student, teacher = (padded(case[z][:, first : first + width], case["pad"]) for z in ("student", "teacher"))
-        room.divergence(student, teacher, case["student_lse"], case["teacher_lse"], kind, beta, value, center)
+        room.divergence(student, teacher, *(case[name] for name in LSES), kind, beta, value, center)
         out = padded(torch.full_like(student[which], torch.nan), case["pad"] + 2)
-        per_row = ("student_lse", "teacher_lse", "center", "weight", "inverse_temperature")
+        per_row = (*LSES, "center", "weight", "inverse_temperature")
         given = {name: None if case[name] is None else case[name][which].contiguous() for name in per_row}
         room.divergence_gradient(
-            student, teacher, case["rows"], given["student_lse"], given["teacher_lse"], kind, beta, given["center"],
+            student, teacher, case["rows"], *(given[name] for name in LSES), kind, beta, given["center"],
             given["weight"], case["logit_scale"], case["softcap"], given["inverse_temperature"], out,
         )  # fmt: skip
         assert margins(out).isnan().all(), "written beside the tile"
@@ -505,6 +560,23 @@ def test_divergence_is_within_tolerance(isa: str, kind: str, beta: float, case: 
     )
     for found, wanted, theirs in zip(ours, exact, torch32, strict=True):
         check_error(found, wanted, theirs, TOLERANCE)
+
+
+@every_kind
+def test_divergence_gradient_of_models_that_all_but_agree(isa: str, kind: str, beta: float) -> None:
+    """Probabilities 1e-6 apart, logits 512 apart: what rounding takes from log sum exp is more than the difference."""
+    made = make_divergence(4, (2000,))
+    base = (made["student"] * 2**14).round() / 2**14  # so that 512 more is exact
+    made.update(student=base + 512, teacher=base + torch.randint(-1, 2, base.shape) * 2.0**-20, center=torch.zeros(4))
+    student, teacher = (made[z].double().logsumexp(1) for z in ("student", "teacher"))
+    parts, nothing = (*two_parts(student), *two_parts(teacher)), torch.zeros(4)
+    truth = dict(zip(LSES, (student, nothing, teacher, nothing), strict=True))
+    exact = run_divergence(tiles, torch.float64, kind, beta, **{**made, **truth})[2]
+    made.update(zip(LSES, parts, strict=True))
+    found = run_divergence(_cpu, torch.float32, kind, beta, **made)[2]
+    made.update(student_low=nothing, teacher_low=nothing)
+    without = run_divergence(_cpu, torch.float32, kind, beta, **made)[2]
+    assert relative_error(found, exact).rms < 0.1 * relative_error(without, exact).rms
 
 
 @every_kind
@@ -539,8 +611,8 @@ def test_divergence_gradient_in_place_is_the_same(isa: str, kind: str, beta: flo
     student = made["student"].clone()
     center = run_divergence(_cpu, torch.float32, kind, beta, **made)[1] * 0 + made["center"]
     _cpu.divergence_gradient(
-        student, made["teacher"], None, made["student_lse"], made["teacher_lse"], kind, beta, center, made["weight"],
-        1.0, 20.0, None, student,
+        student, made["teacher"], None, *(made[name] for name in LSES), kind, beta, center, made["weight"], 1.0, 20.0,
+        None, student,
     )  # fmt: skip
     assert bitwise_equal(student, apart)
 
@@ -549,7 +621,7 @@ def test_divergence_where_the_student_has_no_mass(isa: str) -> None:
     """-inf of the student beside a finite teacher: forward is inf, reverse and js are what fp64 says."""
     made = make_divergence(2, (40,))
     made["student"][:, 3] = -torch.inf
-    made["student_lse"] = made["student"].logsumexp(1)
+    made["student_lse"], made["student_low"] = two_parts(made["student"].double().logsumexp(1))
     assert run_divergence(_cpu, torch.float32, "forward", 0.5, **made)[0].tolist() == [torch.inf, torch.inf]
     for_js = run_divergence(_cpu, torch.float32, "js", 0.3, **made)
     exact = run_divergence(tiles, torch.float64, "js", 0.3, **made)

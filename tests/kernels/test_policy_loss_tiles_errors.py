@@ -31,16 +31,17 @@ GOOD: dict[str, dict[str, Any]] = {
         inverse_temperature=vector(), state=state(),
     ),
     "gradient": dict(
-        logits=Z, rows=None, ids=IDS, first=0, lse=vector(), base=vector(), slope=vector(), square=vector(),
-        picked=torch.zeros(3, 2), logit_scale=1.0, softcap=0.0, inverse_temperature=vector(), out=torch.zeros(3, 8),
+        logits=Z, rows=None, ids=IDS, first=0, lse=vector(), lse_low=vector(), base=vector(), slope=vector(),
+        square=vector(), picked=torch.zeros(3, 2), complement=torch.zeros(3, 2), logit_scale=1.0, softcap=0.0,
+        inverse_temperature=vector(), out=torch.zeros(3, 8),
     ),
     "divergence": dict(
-        student=Z, teacher=Z, student_lse=vector(), teacher_lse=vector(), kind="js", beta=0.5, value=vector(),
-        center=vector(),
+        student=Z, teacher=Z, student_lse=vector(), student_low=vector(), teacher_lse=vector(), teacher_low=vector(),
+        kind="js", beta=0.5, value=vector(), center=vector(),
     ),
     "divergence_gradient": dict(
-        student=Z, teacher=Z, rows=None, student_lse=vector(), teacher_lse=vector(), kind="js", beta=0.5,
-        center=vector(), weight=vector(), logit_scale=1.0, softcap=0.0, inverse_temperature=vector(),
+        student=Z, teacher=Z, rows=None, student_lse=vector(), student_low=vector(), teacher_lse=vector(),
+        teacher_low=vector(), kind="js", beta=0.5, center=vector(), weight=vector(), logit_scale=1.0, softcap=0.0, inverse_temperature=vector(),
         out=torch.zeros(3, 8),
     ),
 }  # fmt: skip
@@ -107,23 +108,28 @@ ERRORS: dict[str, tuple[str, dict[str, Any], str]] = {
     "gradient-overlap-of-one-row": (
         "gradient",
         dict(
-            logits=OVERLAP[:8].expand(1, 8), out=OVERLAP[4:12].view(1, 8), ids=IDS[:1], lse=vector(1), base=vector(1),
-            slope=None, square=None, picked=torch.zeros(1, 2), inverse_temperature=None,
+            logits=OVERLAP[:8].expand(1, 8), out=OVERLAP[4:12].view(1, 8), ids=IDS[:1], lse=vector(1), lse_low=vector(1),
+            base=vector(1), slope=None, square=None, picked=torch.zeros(1, 2), complement=torch.zeros(1, 2),
+            inverse_temperature=None,
         ),
         "out: want memory apart from logits, or the same; got an overlap",
     ),
     "gradient-lse": ("gradient", dict(lse=vector(2)), "lse: want 3 elements; got 2"),
+    "gradient-lse-low": ("gradient", dict(lse_low=vector(2)), "lse_low: want 3 elements; got 2"),
     "gradient-base": ("gradient", dict(base=vector(2)), "base: want 3 elements; got 2"),
     "gradient-slope": ("gradient", dict(slope=vector(2)), "slope: want 3 elements; got 2"),
     "gradient-square": ("gradient", dict(square=vector(2)), "square: want 3 elements; got 2"),
     "gradient-picked": ("gradient", dict(picked=torch.zeros(3, 3)), "picked: want 6 elements; got 9"),
+    "gradient-complement": ("gradient", dict(complement=torch.zeros(3, 1)), "complement: want 6 elements; got 3"),
     "gradient-ids": ("gradient", dict(ids=IDS[:1]), "ids: want 6 elements; got 2"),
     "gradient-temperature": (
         "gradient", dict(inverse_temperature=vector(1)), "inverse_temperature: want 3 elements; got 1"
     ),
     "teacher": ("divergence", dict(teacher=torch.zeros(3, 9)), "teacher: want (3, 8); got (3, 9)"),
     "student-lse": ("divergence", dict(student_lse=vector(1)), "student_lse: want 3 elements; got 1"),
+    "student-low": ("divergence", dict(student_low=vector(1)), "student_low: want 3 elements; got 1"),
     "teacher-lse": ("divergence", dict(teacher_lse=vector(1)), "teacher_lse: want 3 elements; got 1"),
+    "teacher-low": ("divergence", dict(teacher_low=vector(1)), "teacher_low: want 3 elements; got 1"),
     "value": ("divergence", dict(value=vector(1)), "value: want 3 elements; got 1"),
     "center": ("divergence", dict(center=vector(1)), "center: want 3 elements; got 1"),
     "beta": ("divergence", dict(beta=1.0), "beta: want 0 < beta < 1; got 1"),
@@ -153,10 +159,10 @@ def test_border_accepts_what_the_errors_change(function: str) -> None:
 
 @pytest.mark.parametrize("threads", (0, 4097))
 def test_border_refuses_a_number_of_threads(threads: int) -> None:
-    vectors = [(vector().data_ptr(), 3)] * 4
+    vectors = [(vector().data_ptr(), 3)] * 6
     matrix = (Z.data_ptr(), 3, 8, 8)
     with pytest.raises(ValueError, match=re.escape(f"divergence: threads: want 1..4096; got {threads}")):
-        _cpu_ext.policy_loss_divergence(matrix, matrix, *vectors[:2], 0, 0.5, *vectors[2:], threads)
+        _cpu_ext.policy_loss_divergence(matrix, matrix, *vectors[:4], 0, 0.5, *vectors[4:], threads)
 
 
 @pytest.mark.parametrize(
@@ -171,4 +177,4 @@ def test_border_refuses_a_number_of_threads(threads: int) -> None:
 )
 def test_border_refuses_a_matrix(matrix: tuple[int, ...], message: str) -> None:
     with pytest.raises(ValueError, match=re.escape(f"divergence: {message}")):
-        _cpu_ext.policy_loss_divergence(matrix, matrix, (8, 3), (8, 3), 0, 0.5, (8, 3), (8, 3), 1)
+        _cpu_ext.policy_loss_divergence(matrix, matrix, *[(8, 3)] * 4, 0, 0.5, (8, 3), (8, 3), 1)
