@@ -9,7 +9,7 @@ import os
 import sys
 from pathlib import Path
 
-from bench import int4, policy_loss, record, roofline, workloads
+from bench import int4, policy_loss, policy_loss_report, record, roofline, tables, workloads
 
 
 def numbers(text: str) -> tuple[int, ...]:
@@ -115,7 +115,7 @@ def run_int4(arguments: argparse.Namespace) -> int:
         found += case
     if acceptance:
         lines = report.acceptance(found)
-        print(report.acceptance_table(lines))
+        print(tables.acceptance_table(lines))
         return 0 if all(line.passed for line in lines) else 1
     return 0
 
@@ -138,8 +138,6 @@ def loss_plan(arguments: argparse.Namespace) -> policy_loss.Plan:
 
 
 def run_policy_loss(arguments: argparse.Namespace) -> int:
-    from bench import report
-
     say = functools.partial(print, file=sys.stderr, flush=True)
     plan = loss_plan(arguments)
     heads = [workloads.find_head(name) for name in plan.heads]
@@ -148,11 +146,11 @@ def run_policy_loss(arguments: argparse.Namespace) -> int:
     for head in heads:
         for case in policy_loss.run(head, plan, say):
             record.append(out, case)
-            print(report.loss_tables(case), flush=True)
+            print(policy_loss_report.tables(case), flush=True)
             found += case
-    lines = report.loss_acceptance(found)
+    lines = policy_loss_report.acceptance(found)
     if arguments.preset and lines:
-        print(report.acceptance_table(lines, "case"))
+        print(tables.acceptance_table(lines, "case"))
         return 0 if all(line.passed for line in lines) else 1
     return 0
 

@@ -1,54 +1,17 @@
-"""Rows to prose: tables for the terminal, the acceptance lines, docs/benchmarks.md and its plots."""
+"""Rows to prose: docs/benchmarks.md and its plots; of INT4 also the tables for the terminal and the promises."""
 
 from __future__ import annotations
 
-import dataclasses
-import itertools
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import groupby
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
 
-from bench import record
-from bench.record import GemmRow, LossRow, Row, Triple
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+from bench import policy_loss_report, record
+from bench.record import GemmRow, LossRow, Row
+from bench.tables import Line, acceptance_table, error_text, save, share, table, time_text, timed, why_untimed
 
 OURS = ("m3_int8", "m3_int16", "m3_exact")
-
-
-AnyRow = TypeVar("AnyRow", bound=Row)
-
-
-def timed(rows: Iterable[AnyRow]) -> list[AnyRow]:
-    return [row for row in rows if row.gate == "passed"]
-
-
-def why_untimed(row: Row) -> str:
-    """What stands in a table in place of a time."""
-    return f"none: error over {row.tolerance:.0e}" if row.gate == "failed" else row.gate
-
-
-def error_text(error: float | None) -> str:
-    return "not finite" if error is None else f"{error:.1e}"
-
-
-def table(header: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
-    """A Markdown table with padded columns."""
-    cells = [list(header), *map(list, lines)]
-    widths = [max(len(line[i]) for line in cells) for i in range(len(header))]
-    padded = [f"| {' | '.join(map(str.ljust, line, widths))} |" for line in cells]
-    return "\n".join([padded[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *padded[1:]])
-
-
-def time_text(seconds: float) -> str:
-    return f"{seconds * 1e3:.3f} ms" if seconds < 1 else f"{seconds:.2f} s"
-
-
-def share(value: float | None) -> str:
-    return "" if value is None else f"{value:.0%}"
 
 
 def case_table(rows: Sequence[GemmRow]) -> str:
@@ -97,34 +60,6 @@ def tables(rows: Iterable[GemmRow]) -> str:
 
 
 # -- acceptance -------------------------------------------------------------------------------------------------------
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Line:
-    """One promise, and what was measured."""
-
-    shape: str
-    threads: int
-    case: str  # M of a product; dtype and density of a loss
-    what: str
-    peer: str
-    want: float
-    at_most: bool = False  # the promise is an upper bound
-    got: float | None  # None: not measured
-    p20: float | None = None
-    p80: float | None = None
-    instead: bool = False  # another line, which passes, was promised as an alternative
-    void: bool = False  # the figure does not count: what it presupposes does not hold
-
-    @property
-    def reached(self) -> bool:
-        if self.got is None or self.void:
-            return False
-        return self.got <= self.want if self.at_most else self.got >= self.want
-
-    @property
-    def passed(self) -> bool:
-        return self.reached or self.instead
-
-
 INT8_OVER_ORT = {"4096x4096": {1: 1.15, 4: 1.6, 16: 1.6, 128: 1.6}, "4096x12288": {1: 1.5, 4: 1.5, 16: 1.5, 128: 1.5}}
 READ_SHARE = {"4096x4096": {1: 0.85}}
 INT16_OVER_EXACT = {1: 2.5, 4: 2.5}
@@ -179,235 +114,6 @@ def case_lines(shape: str, threads: int, m: int, members: Sequence[GemmRow]) -> 
     return lines
 
 
-def acceptance_table(lines: Sequence[Line], case: str = "M") -> str:
-    """Want, got and pass or miss of each line; ``case`` heads the column of Line.case."""
-    body = []
-    for line in lines:
-        got = "not measured" if line.got is None else f"{line.got:.2f}"
-        around = "" if line.p20 is None or line.p80 is None else f" ({line.p20:.2f} - {line.p80:.2f})"
-        verdict = "pass" if line.reached else "other line" if line.instead else "MISS"
-        if line.peer == "read" and (line.got or 0) > 1.1:
-            verdict = "void"  # the probe was held up: more than everything cannot be read
-        want = f"<= {line.want:.2f}" if line.at_most else f"{line.want:.2f}"
-        body.append((line.shape, str(line.threads), line.case, line.what, line.peer, want, got + around, verdict))
-    missed = sum(not line.passed for line in lines)
-    header = ("shape", "threads", case, "what", "against", "want", "got (p20 - p80)", "")
-    return f"\n{table(header, body)}\n\n{len(lines) - missed} of {len(lines)} lines pass\n"
-
-
-# -- policy loss ------------------------------------------------------------------------------------------------------
-UNIT_GOALS = {1.0: 3.2, 0.4: 1.3}  # fp32 products that m3_one_pass may take, by density
-TILE_BYTES = 64 << 20  # default workspace of m3_one_pass on a CPU
-BF16_OVER = {"torch": 15.0, "trl": 15.0}
-AHEAD, SMALLER = 1.3, 3.0  # of every rival: in time without more memory, or in memory without more time
-EQUAL = 1.05  # two figures no further apart than this count as equal
-ACCEPTED_HEADS = ("smollm2-135m.t1024", "qwen3-0.6b.t256")
-LONG_HEADS = ("narrow.t8192", "narrow.t65536")
-LONG_GROWTH = 1.1
-
-
-def is_product(row: LossRow) -> bool:
-    return row.arm.startswith("gemm")
-
-
-def loss_cases(rows: Iterable[LossRow]) -> list[tuple[tuple[str, str, float, int], list[LossRow]]]:
-    """[((shape, dtype, density, threads of the case), rows)] in order of appearance."""
-    found: dict[tuple[str, str, float, int], list[LossRow]] = {}
-    for row in rows:
-        found.setdefault((row.shape, row.dtype, row.density, row.case_threads), []).append(row)
-    return list(found.items())
-
-
-def triple_text(value: Triple | None) -> str:
-    return "" if value is None else f"{value[0]:.2f} ({value[1]:.2f} - {value[2]:.2f})"
-
-
-def mebibytes(count: int | None) -> str:
-    return "" if count is None else f"{count / 2**20:.0f}"
-
-
-def loss_case_table(rows: Sequence[LossRow]) -> str:
-    """One head, dtype, density and thread count: every arm, fastest first; those without a time last, with why."""
-    lines = []
-    for row in sorted(timed(rows), key=lambda row: row.median_s or 0.0):
-        assert row.median_s is not None
-        over = (row.ratios or {}).get("m3_one_pass")
-        lines.append(
-            (
-                row.arm,
-                time_text(row.median_s),
-                triple_text(row.units),
-                triple_text(row.units_bf16),
-                mebibytes(row.peak_bytes),
-                mebibytes(row.workspace_bytes),
-                error_text(row.error),
-                "" if over is None else f"{over[0]:.2f}",
-            )
-        )
-    for row in rows:
-        if row.gate != "passed":
-            error = error_text(row.error) if row.gate == "failed" else ""
-            lines.append((row.arm, why_untimed(row), "", "", "", "", error, ""))
-    header = ["arm", "time", "fp32 units", "bf16 units", "peak MiB", "workspace MiB", "error", "over m3_one_pass"]
-    empty = [not any(line[column] for line in lines) for column in range(len(header))]
-    kept = [column for column, nothing in enumerate(empty) if not nothing]
-    return table([header[column] for column in kept], ([line[column] for column in kept] for line in lines))
-
-
-def loss_tables(rows: Iterable[LossRow]) -> str:
-    """Text for the terminal."""
-    parts = []
-    for (shape, dtype, density, threads), members in loss_cases(rows):
-        where = "on the GPU" if members[0].device == "cuda" else f"{threads} thread(s)"
-        parts.append(f"\n{shape}, {dtype}, density {density}, {where}\n{loss_case_table(members)}")
-    return "\n".join(parts)
-
-
-def loss_acceptance(rows: Iterable[LossRow]) -> list[Line]:
-    """What was promised of the policy loss on a CPU, for the heads of the acceptance run and the long batch."""
-    rows = [row for row in rows if row.device == "cpu"]
-    lines = []
-    for (shape, dtype, density, threads), members in loss_cases(rows):
-        if shape in ACCEPTED_HEADS and density in UNIT_GOALS:
-            place = {"shape": shape, "threads": threads, "case": f"{dtype} {density}"}
-            lines += loss_case_lines(place, {row.arm: row for row in timed(members)}, dtype, density)
-    return lines + long_lines(rows)
-
-
-def loss_case_lines(place: Mapping[str, Any], arms: Mapping[str, LossRow], dtype: str, density: float) -> list[Line]:
-    """The promises about one case."""
-    ours, lines = arms.get("m3_one_pass"), []
-    if dtype == "fp32":
-        got = dict(zip(("got", "p20", "p80"), (ours and ours.units) or (None,) * 3, strict=True))
-        what = "m3_one_pass in fp32 products"
-        lines.append(Line(**place, what=what, peer="gemm_fp32", want=UNIT_GOALS[density], at_most=True, **got))
-    else:
-        for peer, want in BF16_OVER.items():
-            value = (ours.ratios or {}).get(peer) if ours else None
-            got = dict(zip(("got", "p20", "p80"), value or (None,) * 3, strict=True))
-            lines.append(Line(**place, what="m3_one_pass over the peer", peer=peer, want=want, **got))
-    beyond = None
-    if ours and ours.peak_bytes is not None:
-        d_weight = 4 * ours.vocabulary * ours.hidden  # accumulated in fp32
-        beyond = (ours.peak_bytes - d_weight) / 2**20
-    what, want = "m3_one_pass peak beyond fp32 dW, MiB", TILE_BYTES / 2**20
-    lines.append(Line(**place, what=what, peer="one tile budget", want=want, at_most=True, got=beyond))
-    return lines + rival_lines(place, arms)
-
-
-def rival_lines(place: Mapping[str, Any], arms: Mapping[str, LossRow]) -> list[Line]:
-    """Of each rival ours was to be ahead: in time without more memory, or in memory without more time.
-
-    Shown against the rival that comes closest to having neither, in both measures; what counts is the better of them.
-    """
-    ours = arms.get("m3_one_pass")
-    rivals = {name: row for name, row in arms.items() if not name.startswith("m3_") and not is_product(row)}
-    ratios = (ours.ratios if ours else None) or {}
-    found = {
-        name: (ratios[name], row.peak_bytes / ours.peak_bytes)
-        for name, row in rivals.items()
-        if ours and ours.peak_bytes and row.peak_bytes and name in ratios
-    }
-    if not found:
-        return []
-    faster = {name: time[0] / AHEAD if memory >= 1 / EQUAL else 0.0 for name, (time, memory) in found.items()}
-    smaller = {name: memory / SMALLER if time[0] >= 1 / EQUAL else 0.0 for name, (time, memory) in found.items()}
-    closest = min(found, key=lambda name: max(faster[name], smaller[name]))
-    time, memory = found[closest]
-    first = {
-        "what": "time over the closest rival",
-        "want": AHEAD,
-        **dict(zip(("got", "p20", "p80"), time, strict=True)),
-    }
-    second = {"what": "or: memory of the closest rival", "want": SMALLER, "got": memory}
-    return [
-        Line(**place, peer=closest, **first, instead=smaller[closest] >= 1, void=faster[closest] == 0),
-        Line(**place, peer=closest, **second, instead=faster[closest] >= 1, void=smaller[closest] == 0),
-    ]
-
-
-def long_lines(rows: Iterable[LossRow]) -> list[Line]:
-    """The workspace of many tokens over that of few."""
-    found = {(row.shape, row.case_threads): row for row in timed(rows) if row.arm == "m3_one_pass"}
-    lines = []
-    for threads in sorted({count for shape, count in found if shape in LONG_HEADS}):
-        short, long = (found.get((shape, threads)) for shape in LONG_HEADS)
-        sizes = [row.workspace_bytes if row else None for row in (short, long)]
-        got = None if None in sizes else sizes[1] / sizes[0]
-        what = "m3_one_pass workspace over that of T = 8192"
-        case = "fp32 1.0" if long is None else f"{long.dtype} {long.density}"
-        place = {"shape": LONG_HEADS[1], "threads": threads, "case": case}
-        lines.append(Line(**place, what=what, peer=LONG_HEADS[0], want=LONG_GROWTH, at_most=True, got=got))
-    return lines
-
-
-def loss_plot(rows: Sequence[LossRow], stem: Path) -> list[Path]:
-    """Time in products against peak memory, an arm a point; columns dtype and density, rows thread counts."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    arms = [row for row in timed(rows) if row.peak_bytes and not is_product(row)]
-    columns = list(dict.fromkeys((row.dtype, row.density) for row in arms))
-    threads = sorted({row.case_threads for row in arms})
-    size = (4.2 * len(columns), 3.6 * len(threads))
-    figure, axes = pyplot.subplots(len(threads), len(columns), figsize=size, squeeze=False)
-    names = list(dict.fromkeys(row.arm for row in arms))
-    colours = {name: pyplot.get_cmap("tab20")(index % 20) for index, name in enumerate(names)}
-    for (line, count), (column, (dtype, density)) in itertools.product(enumerate(threads), enumerate(columns)):
-        axis, first = axes[line][column], arms[0]
-        for row in arms:
-            units = row.units or row.units_bf16
-            if (row.case_threads, row.dtype, row.density) == (count, dtype, density) and units:
-                mark = "*" if row.arm.startswith("m3_") else "o"
-                options = {"color": colours[row.arm], "marker": mark, "s": 110 if mark == "*" else 45}
-                axis.scatter((row.peak_bytes or 0) / 2**20, units[0], label=row.arm, **options)
-        gradients = next(row.gradient_bytes for row in arms if (row.dtype, row.density) == (dtype, density))
-        axis.axvline(gradients / 2**20, color="black", linestyle=":", label="gradients")
-        if first.device == "cpu":
-            axis.axhline(3 * density, color="black", linestyle="--", label="three products")
-        where = "GPU" if first.device == "cuda" else f"{count} thread(s)"
-        axis.set(xscale="log", yscale="log", title=f"{dtype}, density {density}, {where}")
-        for scale in (axis.xaxis, axis.yaxis):
-            scale.set_major_formatter("{x:g}")
-            scale.set_minor_formatter("{x:g}")
-        axis.tick_params(which="minor", labelsize=7)
-        axis.set_xlabel("peak memory beyond the inputs, MiB")
-        axis.grid(True, which="both", alpha=0.25)
-    for line in axes:
-        line[0].set_ylabel("time in products (T, D) x (D, V)")
-    handles = {
-        label: handle for axis in axes.flat for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)
-    }
-    figure.legend(handles.values(), handles.keys(), fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
-    first = rows[0]
-    figure.suptitle(f"{first.op} {first.shape}: T = {first.tokens}, D = {first.hidden}, V = {first.vocabulary}")
-    figure.tight_layout()
-    return save(figure, stem)
-
-
-def loss_parts(rows: Sequence[LossRow], slug: str, out: Path) -> list[str]:
-    """Policy loss: the promises if measured, then each head."""
-    parts = []
-    lines = loss_acceptance(rows)
-    if lines:
-        parts.append(f"### Promises of the policy loss\n{acceptance_table(lines, 'case')}")
-    for shape in dict.fromkeys(row.shape for row in rows):
-        members = [row for row in rows if row.shape == shape]
-        first = members[0]
-        sizes = f"T = {first.tokens} in {first.sequences} sequences, D = {first.hidden}, V = {first.vocabulary}"
-        parts.append(f"### {first.op} {shape}\n\n{sizes}.\n")
-        if any(row.peak_bytes and not is_product(row) for row in timed(members)):
-            stem = f"{first.op}-{shape}-{slug}"
-            loss_plot(members, out.parent / out.stem / stem)
-            parts.append(f"![time against memory]({out.stem}/{stem}.png) ([SVG]({out.stem}/{stem}.svg))\n")
-        for (_, dtype, density, threads), case in loss_cases(members):
-            where = "on the GPU" if first.device == "cuda" else f"{threads} thread(s)"
-            parts.append(f"**{dtype}, density {density}, {where}**\n\n{loss_case_table(case)}\n")
-    return parts
-
-
 # -- docs/benchmarks.md -----------------------------------------------------------------------------------------------
 OPENING = """# Benchmarks
 
@@ -440,11 +146,13 @@ the token-mean clipped loss (clip 0.2, one advantage a sequence, given old log-p
 V columns, and the gradients of hidden (T, D) and weight (V, D). "Density" is the share of the tokens whose mask is 1,
 scattered; one of those in each sequence is clipped. Times are given in units: over that of one product (T, D) x (D, V)
 of all T tokens by torch.mm in fp32 in the same round, and for bf16 also in bf16; three products per token that counts
-are the least a schedule can take. Each timed run follows an untimed one of the same arm, so that memory which a virtual
-machine's host took back is there again. An arm has a time only if the loss and both gradients pass their gate against fp64:
-relative RMS error at most 1e-5 in fp32, 1e-2 in bf16. "Peak" is the most memory that one run adds to a process that
-holds the inputs, the gradients among it (a fresh process for each arm and its resident memory; on a GPU, torch's
-allocations); "workspace" is the peak without the gradients returned. "Over m3_one_pass": how many times as fast.
+are the least a schedule can take. Each timed run follows an untimed one of the same arm, so that memory which the host
+of a virtual machine took back is there again. An arm has a time only if the loss and both gradients pass their gate
+against fp64: relative RMS error at most 1e-5 in fp32, 1e-2 in bf16. "Peak" is the most memory that one run adds to a
+process that holds the inputs, the gradients among it (a fresh process for each arm and its resident memory; on a GPU,
+torch's allocations); "workspace" is the peak without the gradients returned. "Over m3_one_pass": how many times as
+fast. "Closest rival": ours was to be 1.3 times as fast as every rival without more memory, or to need a third of its
+memory without more time; the promise is shown for the rival that comes closest to having neither.
 
 Arms: `m3_one_pass` linear_policy_loss with its default workspace, `_whole` with room for all logits; `m3_two_phase`
 linear_logprobs and policy_loss_from_logprobs, logits formed again in the backward pass or `_saved`; `torch` all logits,
@@ -507,20 +215,6 @@ def plot(rows: Sequence[GemmRow], stem: Path) -> list[Path]:
     return save(figure, stem)
 
 
-def save(figure: Figure, stem: Path) -> list[Path]:
-    """PNG and SVG, the same bytes for the same figure; the figure is closed."""
-    from matplotlib import pyplot
-
-    stem.parent.mkdir(parents=True, exist_ok=True)
-    kinds = {"png": {"Software": None}, "svg": {"Date": None}}
-    paths = []
-    for kind, metadata in kinds.items():
-        paths.append(stem.with_name(f"{stem.name}.{kind}"))
-        figure.savefig(paths[-1], dpi=120, bbox_inches="tight", metadata=metadata)
-    pyplot.close(figure)
-    return paths
-
-
 def lower_bounds(rows: Sequence[GemmRow], computes: str) -> list[tuple[int, float]]:
     """[(m, seconds)]: the longer of reading the INT4 weight once and multiplying at the peak for those operands.
 
@@ -563,7 +257,7 @@ def machine_section(rows: Sequence[Row], out: Path) -> str:
     parts = [f"## {machine_key(last)[1]}\n", f"{machine_text(rows)}. Commit {commits}; last run {last.date}.\n"]
     slug = re.sub(r"[^a-z0-9]+", "-", machine_key(last)[1].lower()).strip("-")
     parts += gemm_parts([row for row in rows if isinstance(row, GemmRow)], slug, out)
-    parts += loss_parts([row for row in rows if isinstance(row, LossRow)], slug, out)
+    parts += policy_loss_report.sections([row for row in rows if isinstance(row, LossRow)], slug, out)
     return "\n".join(parts)
 
 

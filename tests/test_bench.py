@@ -13,7 +13,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bench import cuda, ggml, harness, int4, record, report, roofline, workloads
+from bench import cuda, ggml, harness, int4, record, report, roofline, tables, workloads
 from bench.harness import Arm, Gate, GemmArm, Rotation, UnavailableError
 from bench.workloads import Experts, Linear, make_problem
 from m3kernels.int4 import int4_dequantize
@@ -457,7 +457,7 @@ def test_acceptance_lines():
         ("m3_int16 over the best exact peer", "4"): (2.0, False),
         ("m3_exact over the best exact peer", "4"): (None, False),
     }
-    text = report.acceptance_table(list(lines.values()))
+    text = tables.acceptance_table(list(lines.values()))
     assert "3 of 8 lines pass" in text
     assert "not measured" in text
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from bench import __main__ as command
-from bench import harness, policy_loss, record, report, workloads
+from bench import harness, policy_loss, policy_loss_report, record, report, tables, workloads
 from bench.harness import Gate, UnavailableError
 from bench.policy_loss import ARMS, Plan, Products
 from bench.policy_loss_peers import LossArm, PeerLoss, Torch
@@ -294,11 +294,11 @@ def test_a_case_gives_a_row_per_arm_and_unit(monkeypatch):
         units = ("gemm_fp32", "gemm_bf16") if case[0].dtype == "bf16" else ("gemm_fp32",)
         assert {row.arm for row in case if row.gate == "passed"} == {*arms, *units}
         assert [row.gate for row in case if row.arm == "verl_triton"] == ["absent: verl's Triton kernels need a GPU"]
-        for row in report.timed(case):
+        for row in tables.timed(case):
             assert row.units[0] > 0
             assert (row.units_bf16 is not None) is (row.dtype == "bf16")
             assert row.peak_bytes == (1002 if row.arm in ("m3_one_pass", "torch") else None)
-            assert (row.errors is None) is report.is_product(row)
+            assert (row.errors is None) is policy_loss_report.is_product(row)
         unit = next(row for row in case if row.arm == "gemm_fp32")
         assert unit.units == (1.0, 1.0, 1.0)
 
@@ -379,7 +379,7 @@ def acceptance_rows(**ours: object) -> list[record.LossRow]:
 
 
 def test_promises_of_a_case():
-    lines = {line.what: line for line in report.loss_acceptance(acceptance_rows())}
+    lines = {line.what: line for line in policy_loss_report.acceptance(acceptance_rows())}
     assert {what: (line.peer, line.got, line.passed) for what, line in lines.items()} == {
         "m3_one_pass in fp32 products": ("gemm_fp32", 3.1, True),
         "m3_one_pass peak beyond fp32 dW, MiB": ("one tile budget", 52.0, True),
@@ -402,24 +402,24 @@ def test_promises_of_a_case():
 )
 def test_of_every_rival_ours_is_ahead_in_time_or_in_memory(torch_time, slow_time, peak, peer, verdicts):
     ratios = {"torch": (torch_time, 1.0, 2.0), "slow": (slow_time, 1.0, 5.0)}
-    lines = report.loss_acceptance(acceptance_rows(ratios=ratios, peak_bytes=peak << 20))[-2:]
+    lines = policy_loss_report.acceptance(acceptance_rows(ratios=ratios, peak_bytes=peak << 20))[-2:]
     assert {line.peer for line in lines} == {peer}
-    rows = report.acceptance_table(lines, "case").splitlines()[3:5]
+    rows = tables.acceptance_table(lines, "case").splitlines()[3:5]
     assert [row.split("|")[-2].strip() for row in rows] == verdicts
     assert [line.passed for line in lines] == [verdict != "MISS" for verdict in verdicts]
 
 
 def test_an_upper_bound_is_missed_from_above():
-    lines = report.loss_acceptance([make_row(units=(3.21, 3.1, 3.3), peak_bytes=(108 << 20) + (65 << 20))])
+    lines = policy_loss_report.acceptance([make_row(units=(3.21, 3.1, 3.3), peak_bytes=(108 << 20) + (65 << 20))])
     assert [(line.at_most, line.passed) for line in lines] == [(True, False), (True, False)]
-    assert "<= 3.20" in report.acceptance_table(lines, "case")
+    assert "<= 3.20" in tables.acceptance_table(lines, "case")
 
 
 def test_bf16_is_compared_with_torch_and_trl():
     row = make_row(
         dtype="bf16", units_bf16=(2.0, 1.9, 2.1), ratios={"torch": (3.0, 2.9, 3.1), "trl": (16.0, 15.0, 17.0)}
     )
-    lines = [line for line in report.loss_acceptance([row]) if line.what == "m3_one_pass over the peer"]
+    lines = [line for line in policy_loss_report.acceptance([row]) if line.what == "m3_one_pass over the peer"]
     assert [(line.peer, line.got, line.passed) for line in lines] == [("torch", 3.0, False), ("trl", 16.0, True)]
 
 
@@ -430,7 +430,7 @@ def test_the_workspace_of_many_tokens_is_that_of_few(extra, passes):
         make_row(shape="narrow.t8192", tokens=8192, peak_bytes=(40 << 20) + (64 << 20), **long),
         make_row(shape="narrow.t65536", tokens=65536, peak_bytes=(40 << 20) + (64 << 20) + extra, **long),
     ]
-    (line,) = report.loss_acceptance(rows)
+    (line,) = policy_loss_report.acceptance(rows)
     assert line.got == pytest.approx(1 + extra / (64 << 20))
     assert line.passed is passes
 
@@ -454,7 +454,7 @@ def test_the_report_holds_tables_plots_and_reasons(tmp_path):
 
 
 def test_tables_leave_out_columns_that_are_empty():
-    text = report.loss_tables([make_row()])
+    text = policy_loss_report.tables([make_row()])
     assert "fp32 units" in text
     assert "bf16 units" not in text
 

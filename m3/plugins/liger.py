@@ -152,7 +152,6 @@ class FusedLinearGRPOLoss(nn.Module):
             advantages = columns(advantages) * columns(vllm_is_ratio)
             advantages = advantages.expand(attention_mask.shape) if advantages.shape[1] == 1 else advantages
         mask = attention_mask.float()
-        spec, gate = self.spec, dataclasses.replace(self.gate, kl=torch.zeros((), device=mask.device))
         if self.loss_type == "sapo":
             mask = mask / mask.sum(1, keepdim=True).clamp(min=1.0)
         loss, found = linear_policy_loss(
@@ -163,17 +162,13 @@ class FusedLinearGRPOLoss(nn.Module):
             old_per_token_logps,
             reference,
             mask=mask,
-            spec=gate if self.loss_type == "sapo" else spec,
+            spec=self.gate if self.loss_type == "sapo" else self.spec,
             normaliser=self.normaliser(attention_mask, num_items_in_batch),
             bias=None if bias is None else bias.to(_input.dtype),
             temperature=self.temperature,
         )
-        clipped = found["clip_high"] if self.loss_type == "cispo" else found["clip_low"] + found["clip_high"]
-        kl = found["kl"]
-        if self.loss_type == "sapo":
-            clipped, kl = torch.zeros_like(loss), gate.kl / attention_mask.sum().clamp(min=1)
-        elif not self.use_ref_model:
-            kl = torch.zeros_like(loss)
+        none = torch.zeros_like(loss)
+        clipped, kl = found.get("clip_low", none) + found.get("clip_high", none), found.get("kl", none)
         metrics = (clipped.float(),) if self.beta == 0 else (kl.float(), clipped.float())
         return loss, metrics
 
@@ -226,9 +221,11 @@ class Gate:
     negative: float  # tau elsewhere
     kl_coef: float
     kl_ratio_weighted: bool
-    kl: Tensor = dataclasses.field(default_factory=lambda: torch.zeros(()))  # sum over tokens of the estimates
+    metrics = ("kl",)
 
-    def __call__(self, logprobs: Tensor, tokens: Tokens, entropy: Tensor | None) -> Tensor:
+    def __call__(
+        self, logprobs: Tensor, tokens: Tokens, entropy: Tensor | None
+    ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
         advantages = tokens.advantages
         assert advantages is not None
         ratio = log_ratio(logprobs, tokens, "token").exp()
@@ -238,8 +235,7 @@ class Gate:
             return losses
         assert tokens.ref_logprobs is not None
         kl = kl_estimate(logprobs, tokens.ref_logprobs, "k3") * (ratio if self.kl_ratio_weighted else 1.0)
-        self.kl.add_(kl.detach().sum())
-        return losses + self.kl_coef * kl
+        return losses + self.kl_coef * kl, {"kl": kl.detach()}
 
 
 def columns(values: Tensor) -> Tensor:

@@ -394,10 +394,12 @@ def _gradient_kernel(
     if rows is not None:
         source = tl.load(rows + row)
     z = tl.load(logits + source * stride + column, mask=mask, other=0.0).to(tl.float32)
+    g = tl.load(base + row)
+    if BLOCK_IDS != 1:
+        g = tl.where(z == z, g, z)  # made from z: a loop over ids would else lay the columns out anew
+    g = _add_at_ids(g, column, start, ids, picked, row, first, ids_per_row, BLOCK, BLOCK_IDS)
     q = _log_p(z, tl.load(lse + row), tl.load(lse_low + row))
     p = tl.exp(q)
-    g = tl.broadcast_to(tl.load(base + row), (BLOCK,))
-    g = _add_at_ids(g, column, start, ids, picked, row, first, ids_per_row, BLOCK, BLOCK_IDS)
     if slope is not None:
         g = g + tl.load(slope + row) * tl.where(p == 0.0, 0.0, q)
     if square is not None:
@@ -493,8 +495,6 @@ def _divergence_kernel(
     end = tl.minimum(begin + SPAN, columns)
     student += row * student_stride
     teacher += row * teacher_stride
-    lse, lse_low = tl.load(student_lse + row), tl.load(student_low + row)
-    other_lse, other_low = tl.load(teacher_lse + row), tl.load(teacher_low + row)
     within = tl.arange(0, LANES)[:, None] * VECTOR + tl.arange(0, VECTOR)[None, :]
 
     total = tl.zeros((LANES,), tl.float32)
@@ -502,9 +502,10 @@ def _divergence_kernel(
     for start in range(begin, end, BLOCK):
         column = start + within
         mask = column < end
-        log_p = _log_p(tl.load(student + column, mask=mask, other=0.0).to(tl.float32), lse, lse_low)
-        log_t = _log_p(tl.load(teacher + column, mask=mask, other=0.0).to(tl.float32), other_lse, other_low)
-        log_p, log_t = tl.where(mask, log_p, LOWEST), tl.where(mask, log_t, LOWEST)
+        log_p = tl.load(student + column, mask=mask, other=0.0 if KIND == "forward" else float("-inf"))
+        log_t = tl.load(teacher + column, mask=mask, other=0.0 if KIND == "reverse" else float("-inf"))
+        log_p = _log_p(log_p.to(tl.float32), tl.load(student_lse + row), tl.load(student_low + row))
+        log_t = _log_p(log_t.to(tl.float32), tl.load(teacher_lse + row), tl.load(teacher_low + row))
         if KIND == "forward":
             total += tl.sum(_term(tl.exp(log_t), log_t - log_p), 1)
         elif KIND == "reverse":

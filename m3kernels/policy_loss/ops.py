@@ -196,9 +196,10 @@ def linear_policy_loss(
         sampler_logprobs: like ids, under the policy that sampled; needed for the sampler's weights.
         mask: like ids, bool or numbers >= 0, required: which tokens count, and how much. Where it is 0 nothing else of
             the token is read.
-        spec: LossSpec; or a function (logprobs (n,), Tokens, entropy (n,)) -> losses (n,), whose attribute ``scope``
-            ("token" unless given; "step", "sequence") says which tokens it must see together. With a function the
-            losses are averaged over tokens.
+        spec: LossSpec; or a function (logprobs (n,), Tokens, entropy (n,)) -> losses (n,), or (losses, details) with
+            details one (n,) tensor for some names of METRICS. Its attribute ``scope`` ("token" unless given; "step",
+            "sequence") says which tokens it must see together, ``metrics`` which METRICS to return. Its losses are
+            averaged over tokens.
         segment_ids: like ids, integers: runs of one number within a sequence are its steps. None: runs of mask != 0.
         cu_seqlens: (B + 1,) int32 or int64, 0 .. T: bounds of the sequences of a packed batch; None: one sequence.
         normaliser: divides the sum instead of the number of tokens ("token_mean"), of sequences ("sequence_mean") or

@@ -189,7 +189,7 @@ def whole(case: Case, dtype: torch.dtype) -> dict[str, Tensor]:
     temperature = x["temperature"]
     z = z.to(wide) / (temperature[:, None].to(wide) if isinstance(temperature, Tensor) else temperature)
     logp = z.log_softmax(-1)
-    terms = torch.where(logp > -torch.inf, logp.exp() * logp, 0.0)
+    terms = logp.exp() * torch.where(logp > -torch.inf, logp, 0.0)
     picked = logp.gather(1, x["ids"].reshape(case.rows, case.ids or 1)).view(x["ids"].shape)
     found = (picked, z.logsumexp(-1), -terms.sum(-1), logp.exp().square().sum(-1))
     loss_of(case, found, x["factors"]).backward()

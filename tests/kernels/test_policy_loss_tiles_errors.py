@@ -41,8 +41,8 @@ GOOD: dict[str, dict[str, Any]] = {
     ),
     "divergence_gradient": dict(
         student=Z, teacher=Z, rows=None, student_lse=vector(), student_low=vector(), teacher_lse=vector(),
-        teacher_low=vector(), kind="js", beta=0.5, center=vector(), weight=vector(), logit_scale=1.0, softcap=0.0, inverse_temperature=vector(),
-        out=torch.zeros(3, 8),
+        teacher_low=vector(), kind="js", beta=0.5, center=vector(), weight=vector(), logit_scale=1.0, softcap=0.0,
+        inverse_temperature=vector(), out=torch.zeros(3, 8),
     ),
 }  # fmt: skip
 OVERLAP = torch.zeros(64)
@@ -108,9 +108,9 @@ ERRORS: dict[str, tuple[str, dict[str, Any], str]] = {
     "gradient-overlap-of-one-row": (
         "gradient",
         dict(
-            logits=OVERLAP[:8].expand(1, 8), out=OVERLAP[4:12].view(1, 8), ids=IDS[:1], lse=vector(1), lse_low=vector(1),
-            base=vector(1), slope=None, square=None, picked=torch.zeros(1, 2), complement=torch.zeros(1, 2),
-            inverse_temperature=None,
+            logits=OVERLAP[:8].expand(1, 8), out=OVERLAP[4:12].view(1, 8), ids=IDS[:1], lse=vector(1),
+            lse_low=vector(1), base=vector(1), slope=None, square=None, picked=torch.zeros(1, 2),
+            complement=torch.zeros(1, 2), inverse_temperature=None,
         ),
         "out: want memory apart from logits, or the same; got an overlap",
     ),

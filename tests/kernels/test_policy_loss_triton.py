@@ -7,6 +7,7 @@ the kernels only load and store it, and round by bits where the interpreter woul
 from __future__ import annotations
 
 import itertools
+import math
 from typing import Any
 
 import pytest
@@ -23,6 +24,7 @@ from triton_tiles import (
     gradient_inputs,
     in_triton,
     statistics_inputs,
+    two_parts,
 )
 
 from m3kernels.policy_loss import tiles
@@ -221,15 +223,15 @@ def test_gradient_in_place(dtype: torch.dtype, case: str) -> None:
 
 
 @in_triton
-def test_gradient_of_a_probability_of_zero_is_that_of_the_picked_id() -> None:
+def test_gradient_of_a_probability_of_zero_is_the_complement() -> None:
     arguments = gradient_inputs(2, 50, ids=2, slope=True, square=True, dtype=torch.float32)
-    logits, ids, picked, out = arguments[0], arguments[2], arguments[8], arguments[-1]
+    logits, ids, complement, out = arguments[0], arguments[2], arguments[10], arguments[-1]
     logits[:, 10:20] = -torch.inf
     logits[:, 20:30] = torch.finfo(torch.float32).min
     ids.copy_(torch.tensor([[10, 3], [40, 25]]))
     _triton.gradient(*arguments)
     expected = torch.zeros(2, 20, device=DEVICE)
-    expected[0, 0], expected[1, 15] = picked[0, 0], picked[1, 1]
+    expected[0, 0], expected[1, 15] = complement[0, 0], complement[1, 1]
     assert torch.equal(out[:, 10:30], expected)
     assert out.isfinite().all()
 
@@ -256,12 +258,50 @@ def test_statistics_and_gradient_are_autograd() -> None:
     state, transform = new_state(4, 3, entropy=True, sum_sq=True, like=raw), (scale, softcap, inverse_temperature)
     for start, stop in ((0, 150), (150, 301)):
         _triton.statistics(raw[:, start:stop], ids, start, bias[start:stop].contiguous(), *transform, state)
-    lse, entropy, sum_sq = measures(state)
+    _, entropy, sum_sq = measures(state)
+    lse = two_parts(state.maximum.double() + state.total.double().log())
+    complement = -a * torch.expm1(state.picked.double() - sum(lse)[:, None]).float()  # type: ignore[index]
     base = -a.sum(1) - b * entropy - 2 * c * sum_sq
     for start, stop in ((0, 150), (150, 301)):
         tile = raw[:, start:stop]
-        _triton.gradient(tile, None, ids, start, lse, base, -b, 2 * c, a, *transform, tile)
+        _triton.gradient(tile, None, ids, start, *lse, base, -b, 2 * c, a, complement, *transform, tile)
     check_error(raw, exact, torchs, TOLERANCE)
+
+
+@in_triton
+@pytest.mark.parametrize("log_p", (-1e-4, -1e-5, -1e-6, -1e-7))
+@pytest.mark.parametrize("ids_per_row", (1, 3))
+def test_gradient_of_an_id_that_is_all_but_certain(log_p: float, ids_per_row: int) -> None:
+    """d log p / d z' is 1 - p there, to the last digits, though fp32 has few numbers between such a p and 1."""
+    arguments = gradient_inputs(5, 131, ids_per_row, softcap=100.0, temperature=True, dtype=torch.float32)
+    logits, ids, inverse, out = arguments[0], arguments[2], arguments[13], arguments[14]
+    ids.fill_(-1)[:, 0] = torch.randint(0, 131, (5,), device=DEVICE)
+    column, picked = ids[:, :1], torch.randn(5, ids_per_row, device=DEVICE)
+    others = logits.double().scatter(1, column, -torch.inf).logsumexp(1, keepdim=True)
+    logits.scatter_(1, column, (others - math.log(math.expm1(-log_p))).float())
+    top = logits.gather(1, column).double()
+    exact_log_p = -(others - top).exp().log1p()  # log_p, but for the rounding of top
+    exact = -picked[:, :1].double() * exact_log_p.expm1()
+    lse = two_parts((top - exact_log_p)[:, 0])
+    complement = exact.float().expand(5, ids_per_row).contiguous()
+    _triton.gradient(*arguments[:4], *lse, -picked[:, 0], None, None, picked, complement, *arguments[11:])
+    tiles.chain(exact, top, 1.0, 100.0, inverse.double(), exact)
+    assert (out.gather(1, column) / exact - 1).abs().max() < 1e-6
+
+
+@in_triton
+@every_dtype
+@pytest.mark.parametrize("ids_per_row", (1, 2, 40))
+def test_gradient_is_the_complement_where_base_is_minus_what_is_picked(dtype: torch.dtype, ids_per_row: int) -> None:
+    """Bit by bit, whatever p: nothing of p * base is left, also where one id comes many times."""
+    arguments = gradient_inputs(5, 131, ids_per_row, dtype=dtype, out=torch.float32)
+    ids, out = arguments[2], arguments[-1]
+    ids.copy_(torch.randint(0, 131, (5, 1), device=DEVICE).expand(5, ids_per_row))
+    picked = torch.randint(-8, 9, (5, ids_per_row), device=DEVICE).float()  # so that their sum is exact
+    complement = torch.zeros_like(picked)
+    complement[:, -1] = torch.randn(5, device=DEVICE)
+    _triton.gradient(*arguments[:6], -picked.sum(1), None, None, picked, complement, *arguments[11:])
+    assert bitwise_equal(out.gather(1, ids[:, :1])[:, 0], complement[:, -1])
 
 
 # -- divergences ------------------------------------------------------------------------------------------------------
@@ -305,7 +345,7 @@ def defined_divergence(student: Tensor, teacher: Tensor, kind: str, beta: float)
 @every_kind
 def test_divergence_of_tiles_is_that_of_the_distributions(kind: str, beta: float) -> None:
     student, teacher = 2 * torch.randn(2, 3, 200, device=DEVICE)
-    lses = student.logsumexp(1), teacher.logsumexp(1)
+    lses = [part for z in (student, teacher) for part in two_parts(z.double().logsumexp(1))]
     value, center = torch.zeros(2, 3, device=DEVICE)
     for start, stop in ((0, 90), (90, 200)):
         _triton.divergence(student[:, start:stop], teacher[:, start:stop], *lses, kind, beta, value, center)
@@ -337,11 +377,12 @@ def test_js_of_nearly_equal_models_keeps_its_digits() -> None:
     """Logits of 60 and a difference of 1e-3: formed from logarithms of p and m apart, the terms would be noise."""
     student = 60 * torch.rand(2, 500, device=DEVICE)
     teacher = student + 1e-3 * torch.randn(2, 500, device=DEVICE)
-    lses = student.logsumexp(1), teacher.logsumexp(1)
+    exact_lses = [z.double().logsumexp(1) for z in (student, teacher)]
+    lses = [part for lse in exact_lses for part in two_parts(lse)]
     center, weight = torch.zeros(2, device=DEVICE), torch.ones(2, device=DEVICE)
     out = torch.empty_like(student)
     _triton.divergence_gradient(student, teacher, None, *lses, "js", 0.5, center, weight, 1.0, 0.0, None, out)
-    log_p, log_t = student.double() - lses[0][:, None], teacher.double() - lses[1][:, None]
+    log_p, log_t = (z.double() - lse[:, None] for z, lse in zip((student, teacher), exact_lses, strict=True))
     exact = log_p.exp() * 0.5 * -torch.log1p(0.5 * torch.expm1(log_t - log_p))
     assert relative_error(out, exact).rms < 1e-2
 
@@ -390,13 +431,34 @@ def test_divergence_gradient_is_autograd(kind: str, beta: float) -> None:
     assert leaf.grad is not None
 
     def by_tiles(room: Any) -> Tensor:
-        lses, out = (student.logsumexp(1), teacher.logsumexp(1)), torch.empty_like(student)
+        lses = [part for z in (student, teacher) for part in two_parts(z.double().logsumexp(1))]
+        out = torch.empty_like(student)
         value, center = torch.zeros(2, 3, device=DEVICE)
         room.divergence(student, teacher, *lses, kind, beta, value, center)
         room.divergence_gradient(student, teacher, None, *lses, kind, beta, center, weight, 1.0, 0.0, None, out)
         return out
 
     check_error(by_tiles(_triton), leaf.grad, by_tiles(tiles), TOLERANCE)
+
+
+@in_triton
+@pytest.mark.parametrize(("kind", "beta"), (("forward", 0.0), ("reverse", 0.0)))
+def test_divergence_gradient_of_models_that_all_but_agree(kind: str, beta: float) -> None:
+    """Probabilities 1e-6 apart, logits 512 apart: what rounding takes from log sum exp is more than the difference."""
+    arguments = divergence_gradient_inputs(4, 2000, kind, beta, torch.float32)
+    base = (arguments[0] * 2**14).round() / 2**14  # so that 512 more is exact
+    arguments[0], arguments[1] = base + 512, base + torch.randint(-1, 2, base.shape, device=DEVICE) * 2.0**-20
+    student, teacher = (z.double().logsumexp(1) for z in arguments[:2])
+    arguments[9], nothing = torch.zeros(4, device=DEVICE), torch.zeros(4, device=DEVICE)  # center
+    exact = list(map(doubled, arguments))
+    exact[3:7] = student, nothing.double(), teacher, nothing.double()
+    tiles.divergence_gradient(*exact)
+    arguments[3:7] = *two_parts(student), *two_parts(teacher)
+    _triton.divergence_gradient(*arguments)
+    found = relative_error(arguments[-1], exact[-1]).rms
+    arguments[4] = arguments[6] = nothing
+    _triton.divergence_gradient(*arguments)
+    assert found < 0.1 * relative_error(arguments[-1], exact[-1]).rms
 
 
 # -- rows, memory, edges ----------------------------------------------------------------------------------------------
@@ -473,7 +535,8 @@ def test_gradient_of_columns_of_a_wider_tile(dtype: torch.dtype, columns: int) -
     arguments = gradient_inputs(4, columns, 9, 7, some=[3, 1], softcap=20.0, temperature=True, dtype=dtype)
     _triton.gradient(*arguments)
     wide = within_nan(torch.full_like(arguments[-1], torch.nan))
-    arguments[4], arguments[5], arguments[8] = (surrounded_by_nan(arguments[i]) for i in (4, 5, 8))
+    for i in (4, 5, 6, 9, 10):
+        arguments[i] = surrounded_by_nan(arguments[i])
     _triton.gradient(within_nan(arguments[0]), *arguments[1:-1], wide)
     assert bitwise_equal(wide.contiguous(), arguments[-1])
     assert outside_is_nan(wide)
@@ -486,7 +549,7 @@ def test_divergences_of_columns_of_a_wider_tile(kind: str, beta: float) -> None:
     exact, torchs = list(map(doubled, sums)), list(map(cloned, sums))
     tiles.divergence(*exact)
     tiles.divergence(*torchs)
-    _triton.divergence(within_nan(sums[0]), within_nan(sums[1]), *map(surrounded_by_nan, sums[2:4]), *sums[4:])
+    _triton.divergence(within_nan(sums[0]), within_nan(sums[1]), *map(surrounded_by_nan, sums[2:6]), *sums[6:])
     check_error(torch.stack(sums[-2:]), torch.stack(exact[-2:]), torch.stack(torchs[-2:]), TOLERANCE)
     arguments = divergence_gradient_inputs(4, 131, kind, beta, torch.float32, some=[3, 1])
     _triton.divergence_gradient(*arguments)
@@ -505,13 +568,13 @@ def test_nothing(rows: int, columns: int) -> None:
     _triton.statistics(logits, table, 0, None, 0.5, 2.0, None, state)
     assert all(bitwise_equal(x, y) for x, y in zip(state, before, strict=True))
     lse, out = torch.zeros(rows, device=DEVICE), torch.empty(rows, columns, device=DEVICE)
-    _triton.gradient(logits, None, table, 0, lse, lse, lse, lse, state.picked, 0.5, 2.0, None, out)
+    _triton.gradient(logits, None, table, 0, *[lse] * 5, state.picked, state.picked, 0.5, 2.0, None, out)
     value, center = torch.ones(rows, device=DEVICE), torch.ones(rows, device=DEVICE)
-    _triton.divergence(logits, logits, lse, lse, "js", 0.5, value, center)
+    _triton.divergence(logits, logits, *[lse] * 4, "js", 0.5, value, center)
     assert value.tolist() == center.tolist() == [1.0] * rows
-    _triton.divergence_gradient(logits, logits, None, lse, lse, "js", 0.5, center, value, 1.0, 0.0, None, out)
+    _triton.divergence_gradient(logits, logits, None, *[lse] * 4, "js", 0.5, center, value, 1.0, 0.0, None, out)
     none = torch.zeros(0, dtype=torch.int64, device=DEVICE)
-    some = torch.zeros(2, 9, device=DEVICE), none, none.view(0, 1), 0, *[lse[:0]] * 4, state.picked[:0]
+    some = torch.zeros(2, 9, device=DEVICE), none, none.view(0, 1), 0, *[lse[:0]] * 5, *[state.picked[:0]] * 2
     _triton.gradient(*some, 1.0, 0.0, None, torch.empty(0, 9, device=DEVICE))
 
 
@@ -544,19 +607,21 @@ def test_more_than_two_to_the_31_elements() -> None:
     state, state_tail = (new_state(len(x), 1, entropy=True, sum_sq=True, like=x) for x in (logits, tail))
     for tile, table, accumulated in ((logits, ids, state), (tail, ids[-4:], state_tail)):
         _triton.statistics(tile, table, 0, None, 0.7, 0.0, None, accumulated)
-        lse = accumulated.maximum + accumulated.total.log()
+        lse = two_parts(accumulated.maximum.double() + accumulated.total.double().log())
         picked = torch.ones(len(tile), 1, device=DEVICE)
-        _triton.gradient(tile, None, table, 0, lse, -picked[:, 0], None, None, picked, 0.7, 0.0, None, tile)
+        last = picked, 0.5 * picked, 0.7, 0.0, None, tile
+        _triton.gradient(tile, None, table, 0, *lse, -picked[:, 0], None, None, *last)
     assert all(bitwise_equal(x[-4:], y) for x, y in zip(state, state_tail, strict=True))
     assert bitwise_equal(logits[-4:], tail)
     value, center = torch.zeros(2, rows, device=DEVICE)
-    lse = torch.full((rows,), 12.0, device=DEVICE)
-    _triton.divergence(logits, logits, lse, lse + 1, "forward", 0.0, value, center)
+    lse, low = torch.full((rows,), 12.0, device=DEVICE), torch.full((rows,), 1e-7, device=DEVICE)
+    _triton.divergence(logits, logits, lse, low, lse + 1, low, "forward", 0.0, value, center)
     expected = torch.zeros(4, device=DEVICE)
-    _triton.divergence(tail, tail, lse[-4:], lse[-4:] + 1, "forward", 0.0, expected, center[-4:])
+    lses = lse[-4:], low[-4:], lse[-4:] + 1, low[-4:]
+    _triton.divergence(tail, tail, *lses, "forward", 0.0, expected, center[-4:])
     assert bitwise_equal(value[-4:], expected)
     weight = torch.ones(rows, device=DEVICE)
-    sums = (lse, lse + 1, "forward", 0.0, center, weight, 1.0, 0.0, None)
+    sums = (lse, low, lse + 1, low, "forward", 0.0, center, weight, 1.0, 0.0, None)
     _triton.divergence_gradient(logits, logits, None, *sums, logits)
     last = [x[-4:] if isinstance(x, Tensor) else x for x in sums]
     _triton.divergence_gradient(tail, tail, None, *last, tail)

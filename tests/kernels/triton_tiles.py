@@ -38,6 +38,12 @@ def cloned(value: Any) -> Any:
     return value.clone() if isinstance(value, Tensor) else value
 
 
+def two_parts(exact: Tensor) -> tuple[Tensor, Tensor]:
+    """An fp64 value as two of fp32: rounded, and what rounding took."""
+    high = exact.float()
+    return high, (exact - high).float()
+
+
 def random_ids(rows: int, ids: int, first: int, columns: int) -> Tensor:
     """(rows, ids): the first column, the last, one before and one after the tile, repeats, and ids of nothing."""
     table = torch.randint(first - 2, first + columns + 2, (rows, ids), device=DEVICE)
@@ -108,10 +114,11 @@ def gradient_inputs(
         None if some is None else torch.tensor(some, device=DEVICE),
         random_ids(n, ids, first, columns),
         first,
-        selected.float().logsumexp(1) + 0.5 * torch.rand(n, device=DEVICE),
+        *two_parts(selected.double().logsumexp(1) + 0.5 * torch.rand(n, device=DEVICE)),
         torch.randn(n, device=DEVICE),
         torch.randn(n, device=DEVICE) if slope else None,
         torch.randn(n, device=DEVICE) if square else None,
+        torch.randn(n, ids, device=DEVICE),
         torch.randn(n, ids, device=DEVICE),
         logit_scale,
         softcap,
@@ -120,18 +127,17 @@ def gradient_inputs(
     ]
 
 
-def two_models(rows: int, columns: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(student, teacher, their lse): a tile of longer rows, so its probabilities add up to less than 1."""
+def two_models(rows: int, columns: int, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    """(student, teacher, student's lse and its low part, teacher's): a tile of longer rows, so p adds up to under 1."""
     student, teacher = ((3 * torch.randn(rows, columns, device=DEVICE)).to(dtype) for _ in range(2))
-    lses = (z.float().logsumexp(1) + 0.5 * torch.rand(rows, device=DEVICE) for z in (student, teacher))
-    return student, teacher, *lses
+    lses = (z.double().logsumexp(1) + 0.5 * torch.rand(rows, device=DEVICE) for z in (student, teacher))
+    return student, teacher, *(part for lse in lses for part in two_parts(lse))
 
 
 def divergence_inputs(rows: int, columns: int, kind: str, beta: float, dtype: torch.dtype) -> list[Any]:
     """Arguments of ``divergence``, with sums that have seen other tiles."""
-    student, teacher, student_lse, teacher_lse = two_models(rows, columns, dtype)
     value, center = torch.rand(2, rows, device=DEVICE)
-    return [student, teacher, student_lse, teacher_lse, kind, beta, value, center]
+    return [*two_models(rows, columns, dtype), kind, beta, value, center]
 
 
 def divergence_gradient_inputs(
@@ -146,7 +152,7 @@ def divergence_gradient_inputs(
     softcap: float = 0.0,
     temperature: bool = False,
 ) -> list[Any]:
-    student, teacher, student_lse, teacher_lse = two_models(rows, columns, dtype)
+    student, teacher, *lses = two_models(rows, columns, dtype)
     selected = torch.arange(rows, device=DEVICE) if some is None else torch.tensor(some, device=DEVICE)
     n = len(selected)
     inverse_temperature = torch.rand(n, device=DEVICE) + 0.5 if temperature else None
@@ -154,8 +160,7 @@ def divergence_gradient_inputs(
         student,
         teacher,
         None if some is None else selected,
-        student_lse[selected],
-        teacher_lse[selected],
+        *(part[selected] for part in lses),
         kind,
         beta,
         torch.rand(n, device=DEVICE),
