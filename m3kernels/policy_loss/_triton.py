@@ -512,13 +512,14 @@ def _divergence_kernel(
             total += tl.sum(_term(tl.exp(log_p), log_p - log_t), 1)
         else:
             a = log_t - log_p + (log_beta - log_rest)
-            total += beta * tl.sum(_term(tl.exp(log_t), -log_beta - _softplus(-a)), 1)
-            own += rest * tl.sum(_term(tl.exp(log_p), -log_rest - _softplus(a)), 1)
+            total += tl.sum(_term(tl.exp(log_t), -log_beta - _softplus(-a)), 1)
+            own += tl.sum(_term(tl.exp(log_p), -log_rest - _softplus(a)), 1)
 
     if KIND == "reverse":
         own = total
     elif KIND == "js":
-        total += own
+        own *= rest
+        total = beta * total + own
     if part is None:
         tl.store(value + row, tl.load(value + row) + tl.sum(total, 0))
         if KIND != "forward":

@@ -207,7 +207,9 @@ def spoil(r: random.Random, value: Any) -> Any:
         return spoil_tensor(r, value)
     if isinstance(value, (int, float)) and not isinstance(value, bool):
         return r.choice((*NUMBERS, value + 1, value - 1, float(value), str(value), torch.tensor(value)))
-    return r.choice((*OBJECTS, "sequence", "one_sided", "k1", "reward", "mask", "sequence_mean", "forward", torch.ones(3)))
+    return r.choice(
+        (*OBJECTS, "sequence", "one_sided", "k1", "reward", "mask", "sequence_mean", "forward", torch.ones(3))
+    )
 
 
 # -- malformed calls --------------------------------------------------------------------------------------------------
