@@ -155,14 +155,21 @@ def run_policy_loss(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def start_again(tunables: str) -> None:
+    """This command once more, under settings of glibc's malloc, which are read when a process starts."""
+    environment = {**os.environ, "GLIBC_TUNABLES": tunables}
+    os.execve(sys.executable, [sys.executable, "-m", "bench", *sys.argv[1:]], environment)
+
+
 def main() -> int:
     arguments = parser().parse_args()
     if arguments.command == "int4":
         if arguments.malloc_huge_pages and not record.malloc_huge_pages():
-            environment = {**os.environ, "GLIBC_TUNABLES": record.HUGE_MALLOC}  # read when a process starts
-            os.execve(sys.executable, [sys.executable, "-m", "bench", *sys.argv[1:]], environment)
+            start_again(record.HUGE_MALLOC)
         return run_int4(arguments)
     if arguments.command == "policy_loss":
+        if arguments.device == "cpu" and not record.malloc_keeps():
+            start_again(record.KEEPING_MALLOC)
         return run_policy_loss(arguments)
     if arguments.command == "roofline":
         for threads in arguments.threads:

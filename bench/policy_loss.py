@@ -2,7 +2,9 @@
 
 ``python -m bench policy_loss`` measures named heads. One arm is one way to the loss and the gradients of hidden (T, D)
 and weight (V, D). The unit of time is one product (T, D) x (D, V), measured in the same rounds; of the tokens that
-count a schedule cannot take less than three. Arms of other projects: policy_loss_peers.py; the clock: harness.py.
+count a schedule cannot take less than three. On a CPU every arm is timed with a malloc that keeps what is freed: what
+fresh pages cost is the system's doing, and on a virtual machine its host's. Arms of other projects:
+policy_loss_peers.py; the clock: harness.py.
 """
 
 from __future__ import annotations
@@ -236,7 +238,8 @@ def peak_here(head: LossHead, dtype: str, density: float, name: str, threads: in
 def peak_in_fresh_process(head: LossHead, dtype: str, density: float, name: str, threads: int) -> int:
     """``peak_here`` of another process. Raises RuntimeError with what it said where that fails."""
     facts = {"head": dataclasses.asdict(head), "dtype": dtype, "density": density, "name": name, "threads": threads}
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(record.ROOT), os.environ.get("PYTHONPATH", "")])}
+    path = os.pathsep.join([str(record.ROOT), os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, "PYTHONPATH": path, "GLIBC_TUNABLES": ""}  # freed memory must show as free
     command = [sys.executable, "-m", "bench.policy_loss", json.dumps(facts)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
@@ -245,17 +248,6 @@ def peak_in_fresh_process(head: LossHead, dtype: str, density: float, name: str,
 
 
 # -- one case ---------------------------------------------------------------------------------------------------------
-def visit(arm: Arm, part: int) -> float:
-    """Seconds of one run on the CPU, directly after one that does not count.
-
-    A virtual machine may give memory that has been free for seconds back to its host; the host's work to bring it back
-    is no arm's own, and would fall on whoever allocates next.
-    """
-    arm.enter()
-    arm.run(part)
-    return harness.visit(arm, part)
-
-
 def run(head: LossHead, plan: Plan, say: Callable[[str], None]) -> Iterator[list[LossRow]]:
     """The rows of each case of one head: a dtype, density and thread count, all arms side by side."""
     for dtype in plan.dtypes:
@@ -288,7 +280,7 @@ def run_problem(problem: LossProblem, plan: Plan, say: Callable[[str], None]) ->
                     peaks[arm.name] = peak_on_gpu(arm)
                 elif isinstance(arm, LossArm):
                     peaks[arm.name] = peak_in_fresh_process(head, dtype, density, arm.name, max(plan.threads))
-        clock = cuda.visit if plan.device == "cuda" else visit
+        clock = cuda.visit if plan.device == "cuda" else harness.visit
         limits = {"seconds": plan.seconds, "min_rounds": plan.min_rounds}
         times, _ = harness.interleave(timed, visit=clock, first_untimed=False, **limits)
         yield list(rows(problem, plan, threads, arms, absent, gates, found, times, peaks))
@@ -317,6 +309,7 @@ def rows(
         "dtype": problem.dtype,
         "density": problem.density,
         "gradient_bytes": problem.gradient_bytes,
+        "malloc_keeps": record.malloc_keeps(),
         "device": plan.device,
         "threads": threads,
         "case_threads": threads,

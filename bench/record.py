@@ -29,6 +29,7 @@ PEERS = (
     "liger-kernel", "trl", "verl",
 )  # fmt: skip
 HUGE_MALLOC = "glibc.malloc.hugetlb=1"
+KEEPING_MALLOC = "glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=1099511627776"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -136,6 +137,7 @@ class LossRow(Row):
     peak_bytes: int | None = None  # most memory beyond the inputs, the gradients among it
     peak_threads: int | None = None
     gradient_bytes: int  # of d_hidden and d_weight as returned, the same for every arm
+    malloc_keeps: bool = False  # glibc gave no freed memory back to the system: nobody pays for page faults
 
     @property
     def workspace_bytes(self) -> int | None:
@@ -240,6 +242,11 @@ def machine(device: str = "cpu") -> dict[str, object]:
         facts["gpu"] = torch.cuda.get_device_name()
         facts["cuda"] = torch.version.cuda
     return facts
+
+
+def malloc_keeps() -> bool:
+    """Whether this process runs with glibc keeping what is freed for what is allocated next."""
+    return KEEPING_MALLOC in os.environ.get("GLIBC_TUNABLES", "")
 
 
 def malloc_huge_pages() -> bool:

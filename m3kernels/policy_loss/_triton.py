@@ -724,8 +724,12 @@ def empty(elements: int, like: Tensor) -> Tensor:
     return torch.empty(elements, dtype=torch.float32, device=like.device)
 
 
+def give_back(buffer: Tensor) -> None:
+    """torch's allocator keeps what a call frees for the next."""
+
+
 linear_logprobs, linear_logprobs_backward, linear_policy_loss, linear_distill_loss = ops(
-    Tiles(statistics, gradient, divergence, divergence_gradient, empty)
+    Tiles(statistics, gradient, divergence, divergence_gradient, empty, empty, give_back)
 )
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from m3kernels.checks import is_strided, refuse
 from m3kernels.policy_loss import batch
-from m3kernels.policy_loss.types import LossSpec, check_number
+from m3kernels.policy_loss.types import RATIO_LEVELS, LossSpec, check_choice, check_number
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 DTYPE_NAMES = "float32, bfloat16, float16 or float64"
@@ -126,6 +126,7 @@ def check_needs(op: str, spec: object, ref_logprobs: object, sampler_logprobs: o
     if not isinstance(spec, LossSpec):
         if not callable(spec) or isinstance(spec, type):
             raise refuse(op, "spec", "a LossSpec, or a function (logprobs, tokens, entropy) -> losses", spec)
+        check_choice(op, "spec.scope", getattr(spec, "scope", "token"), RATIO_LEVELS)
         return
     if spec.kl_coef > 0 and ref_logprobs is None:
         raise refuse(op, "ref_logprobs", f"a tensor like ids, for kl_coef={spec.kl_coef}", None)

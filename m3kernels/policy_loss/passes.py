@@ -182,7 +182,7 @@ def linear_policy_loss(
     plan = pieces(None if whole is None else whole[rows], len(rows), limit)
     largest = max((piece.stop - piece.start for piece in plan if piece.fits), default=0)
     weights = Weights(head, largest or limit)
-    keep = tiles.empty(padded(largest) * len(weight), hidden) if any(wanted) else None
+    keep = tiles.borrow(padded(largest) * len(weight), hidden) if any(wanted) else None
     dtype = torch.float32 if wide_weight_grad else weight.dtype
     gradients = Gradients(tiles, hidden, head, wanted, dtype, len(plan))
     tally, value = losses.Tally(hidden), hidden.new_zeros((), dtype=torch.float64)
@@ -212,6 +212,8 @@ def linear_policy_loss(
         tally.counts["rows_recomputed"] += 0 if piece.fits else len(chunk.ids)
         form = from_coefficients(tiles, head, chunk, lse, lse_low, c)
         add_gradients(tiles, weights, chunk, kept, kept_rows, active, form, gradients, selection)
+    if keep is not None:
+        tiles.give_back(keep)
     return value.float(), *gradients.results(), tally.metrics()
 
 
@@ -284,7 +286,7 @@ def linear_distill_loss(
     largest = max((piece.stop - piece.start for piece in plan), default=0)
     weights, teacher_weights = Weights(head, largest), Weights(teacher, largest)
     teacher_weights.columns = weights.columns
-    keep, teacher_keep = (tiles.empty(padded(largest) * len(weight), hidden) for _ in range(2))
+    keep, teacher_keep = (tiles.borrow(padded(largest) * len(weight), hidden) for _ in range(2))
     dtype = torch.float32 if wide_weight_grad else weight.dtype
     gradients = Gradients(tiles, hidden, head, wanted, dtype, len(plan))
     tally, value = losses.Tally(hidden), hidden.new_zeros((), dtype=torch.float64)
@@ -308,4 +310,6 @@ def linear_distill_loss(
             tally.counts["rows_differentiated"] += n
             form = from_divergence(tiles, head, chunk, teacher_kept, found, other, kind, beta, center, scale)
             add_gradients(tiles, weights, chunk, kept, kept_rows, None, form, gradients, selection)
+    tiles.give_back(keep)
+    tiles.give_back(teacher_keep)
     return value.float(), *gradients.results(), tally.metrics()

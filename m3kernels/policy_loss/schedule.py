@@ -29,13 +29,15 @@ ROW_MULTIPLE = 16  # products run on whole multiples, the rest zeros: 5 to 10 % 
 
 
 class Tiles(NamedTuple):
-    """What a room brings: the four functions of tiles.py, and fresh memory."""
+    """What a room brings: the four functions of tiles.py, and memory."""
 
     statistics: Callable[..., None]
     gradient: Callable[..., None]
     divergence: Callable[..., None]
     divergence_gradient: Callable[..., None]
     empty: Callable[[int, Tensor], Tensor]  # (elements, like) -> 1-D fp32 on the device of like, not initialised
+    borrow: Callable[[int, Tensor], Tensor]  # the same, for a workspace that goes back
+    give_back: Callable[[Tensor], None]
 
 
 # -- products ---------------------------------------------------------------------------------------------------------

@@ -425,6 +425,7 @@ def strided(x: Tensor) -> Tensor:
 
 
 Level = enum.StrEnum("Level", {"STEP": "step"})
+HALVES = {**POLICY, "advantages": torch.full((6,), 0.5)}
 SAME: dict[str, tuple[Function, dict[str, Any], Change]] = {
     "hidden_strided": (linear_policy_loss, POLICY, dict(hidden=torch.cat((H, H), 1)[:, :4])),
     "weight_transposed": (linear_policy_loss, POLICY, dict(weight=W.T.contiguous().T)),
@@ -439,17 +440,19 @@ SAME: dict[str, tuple[Function, dict[str, Any], Change]] = {
     "segments_int8": (linear_policy_loss, POLICY, dict(segment_ids=LAYOUT["segment_ids"].to(torch.int8))),
     "temperature_of_one": (linear_policy_loss, POLICY, dict(temperature=torch.ones(()))),
     "advantages_expanded": (
-        linear_policy_loss, {**POLICY, "advantages": torch.full((6,), 0.5)}, dict(advantages=torch.tensor([0.5]).expand(6))
+        linear_policy_loss, HALVES, dict(advantages=torch.tensor([0.5]).expand(6))
     ),
     "advantages_of_sequences": (
-        linear_policy_loss, {**POLICY, "advantages": torch.full((6,), 0.5)}, dict(advantages=torch.full((2,), 0.5))
+        linear_policy_loss, HALVES, dict(advantages=torch.full((2,), 0.5))
     ),
     "normaliser_tensor": (linear_policy_loss, {**POLICY, "normaliser": 3}, dict(normaliser=torch.tensor([3]))),
     "spec_of_numpy": (
-        linear_policy_loss, {**POLICY, "spec": LossSpec(clip_low=0.25)}, dict(spec=LossSpec(clip_low=numpy.float64(0.25)))
+        linear_policy_loss, {**POLICY, "spec": LossSpec(clip_low=0.25)},
+        dict(spec=LossSpec(clip_low=numpy.float64(0.25))),
     ),
     "spec_of_an_enum": (
-        linear_policy_loss, {**POLICY, "spec": LossSpec(ratio_level="step")}, dict(spec=LossSpec(ratio_level=Level.STEP))
+        linear_policy_loss, {**POLICY, "spec": LossSpec(ratio_level="step")},
+        dict(spec=LossSpec(ratio_level=Level.STEP)),
     ),
     "no_spec": (linear_policy_loss, POLICY, dict(spec=LossSpec())),
     "ids_anything_where_masked": (
@@ -461,7 +464,9 @@ SAME: dict[str, tuple[Function, dict[str, Any], Change]] = {
         linear_distill_loss, FULL, {k: x.clone().requires_grad_() for k, x in FULL.items() if k.startswith("teacher")}
     ),
     "backward_strided": (linear_logprobs_backward, BACKWARD, {k: strided(x) for k, x in BACKWARD.items()}),
-    "backward_trained": (linear_logprobs_backward, BACKWARD, dict(hidden=H.clone().requires_grad_(), lse=ONES.double())),
+    "backward_trained": (
+        linear_logprobs_backward, BACKWARD, {k: x.clone().requires_grad_() for k, x in BACKWARD.items() if k != "ids"}
+    ),
     "ids_expanded": (
         linear_logprobs, {**LOGPROBS, "ids": IDS[:, None].repeat(1, 3)}, dict(ids=IDS.int()[:, None].expand(6, 3))
     ),
@@ -549,20 +554,32 @@ def doubled(arguments: dict[str, Any]) -> dict[str, Any]:
     return {k: x.double() if isinstance(x, Tensor) and x.is_floating_point() else x for k, x in arguments.items()}
 
 
+ROOM_CALLS = {
+    "linear_logprobs": (linear_logprobs, LOGPROBS),
+    "linear_logprobs_backward": (linear_logprobs_backward, BACKWARD),
+    "linear_policy_loss": (linear_policy_loss, POLICY),
+    "linear_distill_loss": (linear_distill_loss, FULL),
+}
+
+
 @pytest.mark.parametrize("backend", ("policy_loss=cpu",), indirect=True)
-@pytest.mark.parametrize("op", (linear_logprobs, linear_logprobs_backward, linear_policy_loss, linear_distill_loss))
-def test_a_forced_room_that_cannot_serve_says_why(backend: str, op: Function) -> None:
-    message = f"m3kernels.policy_loss.{op.__name__}: cpu: computes in float32, not float64"
+@pytest.mark.parametrize("name", ROOM_CALLS)
+def test_a_forced_room_that_cannot_serve_says_why(backend: str, name: str) -> None:
+    op, arguments = ROOM_CALLS[name]
+    message = f"m3kernels.policy_loss.{name}: cpu: computes in float32, not float64"
     with pytest.raises(BackendError, match="^" + re.escape(message) + "$"):
-        op(**doubled(ERRORS[op][0]))
+        op(**doubled(arguments))
 
 
-@pytest.mark.parametrize("backend", ("policy_loss=m3", "policy_loss=cuda"), indirect=True)
-def test_a_room_that_is_not_there_says_why(backend: str) -> None:
-    message = {
-        "policy_loss=m3": "M3KERNELS_BACKEND: want one of cpu, cuda, triton, reference, or family=room; got 'policy_loss=m3'",
-        "policy_loss=cuda": "m3kernels.policy_loss.linear_policy_loss: cuda: ",
-    }[backend]
+@pytest.mark.parametrize(
+    ("backend", "message"),
+    (
+        ("cuda", "m3kernels.policy_loss.linear_policy_loss: cuda: "),
+        ("policy_loss=m3", "M3KERNELS_BACKEND: want one of cpu, cuda, triton, reference, or family=room; got "),
+    ),
+    indirect=["backend"],
+)
+def test_a_room_that_is_not_there_says_why(backend: str, message: str) -> None:
     with pytest.raises(BackendError, match="^" + re.escape(message)):
         linear_policy_loss(**POLICY)
 

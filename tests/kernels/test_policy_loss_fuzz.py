@@ -1,7 +1,7 @@
 """Thousands of calls of the policy_loss family: valid ones that two rooms must agree on, malformed ones, far memory.
 
-A malformed call spoils one or two arguments of a valid one: type, dtype, rank, size, strides, device, values. The public
-functions may raise ValueError and BackendError only; the registered ops, behind which no caller stands, any exception.
+A malformed call spoils one or two arguments of a valid one: type, dtype, rank, size, strides, device, values. The
+public functions may raise ValueError and BackendError only; the registered ops, which check little, any of Python's.
 Neither may crash. A spoiling that changes nothing (strides, storage) must change no bit.
 """
 
@@ -114,7 +114,8 @@ CALLS: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
         dict(logprobs=CASE["ref_logprobs"], **STREAMS, entropy=torch.rand(9), spec=STEPS, normaliser=torch.tensor(3.0)),
     ),
     "from_logprobs_fields": (
-        of_spec(policy_loss_from_logprobs, LossSpec, dict(logprobs=CASE["ref_logprobs"], **STREAMS, entropy=torch.rand(9))),
+        of_spec(policy_loss_from_logprobs, LossSpec,
+                dict(logprobs=CASE["ref_logprobs"], **STREAMS, entropy=torch.rand(9))),
         SPEC_FIELDS,
     ),
     "distill": (
@@ -124,7 +125,7 @@ CALLS: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
     ),
     "distill_ids": (
         trained(linear_distill_loss),
-        dict(**{**DISTILL, "ids": IDS.sort(1).values + torch.arange(3) % 2, "teacher_logprobs": -3.0 - torch.rand(9, 3)},
+        dict(**HEAD, mask=CASE["mask"], ids=(IDS[:, :1] + torch.arange(3)) % 13, teacher_logprobs=-3 - torch.rand(9, 3),
              spec=DistillSpec(divergence="js", beta=0.3), aggregation="sequence_mean", normaliser=2),
     ),
     "distill_fields": (of_spec(linear_distill_loss, DistillSpec, DISTILL), dict(divergence="reverse", beta=0.5)),
@@ -254,8 +255,10 @@ SEQUENCE = torch.arange(3).repeat_interleave(3)
 WANTED = dict(wants_hidden=True, wants_weight=True, wants_bias=True)
 TRANSFORM = dict(logit_scale=1.5, softcap=4.0)
 OPS: dict[str, dict[str, Any]] = {
-    "linear_logprobs": dict(**HEAD, ids=IDS, temperature=TEMPERATURE, **TRANSFORM, first_id=0, entropy=True, sum_sq=True,
-                            save_logits=True, workspace=4096),
+    "linear_logprobs": dict(
+        **HEAD, ids=IDS, temperature=TEMPERATURE, **TRANSFORM, first_id=0, entropy=True, sum_sq=True, save_logits=True,
+        workspace=4096,
+    ),
     "linear_logprobs_backward": dict(
         **HEAD, ids=IDS, temperature=TEMPERATURE, lse=torch.ones(9), lse_low=ROWS, logits=torch.randn(16 * 13),
         base=torch.randn(9), slope=torch.randn(9), square=torch.randn(9), picked=torch.randn(9, 3),
@@ -275,6 +278,10 @@ OPS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
+# What torch, the schema of an op and the border raise; whatever else comes is no answer to a malformed call.
+PYTHONIC = (RuntimeError, ValueError, TypeError, IndexError, KeyError, AttributeError, SyntaxError, AssertionError)
+
+
 @pytest.mark.parametrize("backend", ("cpu", "reference"), indirect=True)
 @pytest.mark.parametrize("name", OPS)
 def test_malformed_calls_of_registered_ops(backend: str, name: str) -> None:
@@ -288,7 +295,7 @@ def test_malformed_calls_of_registered_ops(backend: str, name: str) -> None:
             changed[key] = spoil(r, changed[key])
         try:
             op(**changed)
-        except Exception:
+        except PYTHONIC:
             raised += 1
     assert CASES * 0.3 < raised < CASES * 0.95
 
