@@ -279,7 +279,9 @@ OPS: dict[str, dict[str, Any]] = {
 
 
 # What torch, the schema of an op and the border raise; whatever else comes is no answer to a malformed call.
-PYTHONIC = (RuntimeError, ValueError, TypeError, IndexError, KeyError, AttributeError, SyntaxError, AssertionError)
+PYTHONIC = (
+    *(RuntimeError, ValueError, TypeError, LookupError, AttributeError, SyntaxError, AssertionError, ArithmeticError),
+)
 
 
 @pytest.mark.parametrize("backend", ("cpu", "reference"), indirect=True)

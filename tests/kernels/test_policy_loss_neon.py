@@ -1,6 +1,6 @@
 """The NEON tile kernels on a machine of another architecture: cross-compiled, run by QEMU, held against double.
 
-On AArch64 itself test_policy_loss_tiles.py covers them. Elsewhere: apt-get install g++-aarch64-linux-gnu qemu-user.
+On AArch64 itself test_policy_loss_tiles*.py cover them. Elsewhere: apt-get install g++-aarch64-linux-gnu qemu-user.
 """
 
 from __future__ import annotations
