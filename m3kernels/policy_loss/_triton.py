@@ -30,7 +30,7 @@ from m3kernels.triton_compile import CompileCase
 
 INTERPRET: bool = triton.knobs.runtime.interpret  # read once: @triton.jit below decides by it
 
-BLOCK = 4096  # columns per step: 16 KiB of fp32 in flight, four or more programs on a processor
+BLOCK = 4096  # columns per step: 16 KiB of fp32 in flight; three to eight programs on a processor, by registers
 SPAN = 32768  # columns per program of a reduction: 132 processors stay busy on the few rows of a long vocabulary
 BLOCK_IDS = 32  # ids looked at together where a row has more than one
 MERGE_ROWS = 128

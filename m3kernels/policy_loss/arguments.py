@@ -114,11 +114,15 @@ def check_batch(
     return layout
 
 
-def check_stream(op: str, name: str, stream: object, shape: Sequence[int], like: Tensor) -> None:
-    """None, or floating point of the tokens' shape, on their device."""
+def check_stream(
+    op: str, name: str, stream: object, shape: Sequence[int], like: Tensor, *, required: bool = False
+) -> None:
+    """Floating point of the tokens' shape, on their device; None unless required."""
     good = is_strided(stream) and stream.shape == tuple(shape) and stream.is_floating_point()
-    if stream is not None and not (good and stream.device == like.device):  # type: ignore[attr-defined]
-        raise refuse(op, name, f"{tuple(shape)} floating point on {like.device}, like ids, or None", stream)
+    absent = stream is None and not required
+    if not absent and not (good and stream.device == like.device):  # type: ignore[attr-defined]
+        optional = "" if required else ", or None"
+        raise refuse(op, name, f"{tuple(shape)} floating point on {like.device}{optional}", stream)
 
 
 def check_needs(op: str, spec: object, ref_logprobs: object, sampler_logprobs: object) -> None:
@@ -141,6 +145,11 @@ def check_main_grad(op: str, weight: Tensor, accumulate: bool) -> bool:
         want = f"{tuple(weight.shape)} floating point on {weight.device}, to accumulate into"
         raise refuse(op, "weight.main_grad", want, main)
     return accumulate
+
+
+def check_start(op: str, vocab_start: object) -> None:
+    if type(vocab_start) is not int or not 0 <= vocab_start < 2**40:
+        raise refuse(op, "vocab_start", "an int >= 0", vocab_start)
 
 
 def temperature_rows(op: str, temperature: object, shape: Sequence[int], hidden: Tensor) -> Tensor | None:

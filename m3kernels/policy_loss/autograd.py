@@ -17,7 +17,7 @@ from torch.autograd.function import once_differentiable
 from m3kernels.library import define
 from m3kernels.policy_loss.arguments import check_main_grad
 from m3kernels.policy_loss.schedule import coefficients, padded, two_sum
-from m3kernels.policy_loss.types import METRICS
+from m3kernels.policy_loss.types import METRICS, check_flag
 
 Call = Callable[[Tensor, Tensor, "Tensor | None", tuple[bool, bool, bool], bool], tuple[Tensor, ...]]
 
@@ -31,6 +31,7 @@ def formed(
     accumulate_main_grad: bool,
 ) -> tuple[Tensor, Tensor]:
     """(loss, metrics): run ``call``, which gives (loss, dX, dW, db, metrics), as one node of the autograd graph."""
+    check_flag(op, "accumulate_main_grad", accumulate_main_grad)
     main = check_main_grad(op, weight, accumulate_main_grad)
     grad = torch.is_grad_enabled()
     wanted = tuple(grad and x is not None and x.requires_grad for x in (hidden, weight, bias))
@@ -122,7 +123,7 @@ class LogprobsNode(torch.autograd.Function):
         b = None if bias is None else bias.detach().contiguous()
         logprobs, lse, low, entropy, sum_sq, logits = logprobs_op(h, w, ids, b, temperature, *options)
         if group is not None:
-            logprobs, lse, low, entropy, sum_sq = over_ranks(logprobs, lse, entropy, sum_sq, group)
+            logprobs, lse, low, entropy, sum_sq = over_ranks(logprobs, lse, low, entropy, sum_sq, group)
         ctx.save_for_backward(hidden, weight, bias, ids, temperature, logprobs, lse, low, entropy, sum_sq, logits)
         ctx.options, ctx.group = options, group
         ctx.set_materialize_grads(False)
@@ -164,22 +165,25 @@ class LogprobsNode(torch.autograd.Function):
 
 
 def over_ranks(
-    logprobs: Tensor, lse: Tensor, entropy: Tensor, sum_sq: Tensor, group: dist.ProcessGroup
+    logprobs: Tensor, lse: Tensor, low: Tensor, entropy: Tensor, sum_sq: Tensor, group: dist.ProcessGroup
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Put together what the ranks found over their parts of the vocabulary; an id is -inf on all ranks but one."""
     top = lse.clone()
     dist.all_reduce(top, dist.ReduceOp.MAX, group=group)
-    total = (lse - top).exp()
+    nothing = lse == -torch.inf  # this rank's rows have no probability at all: padding, with a bias of -inf
+    own = torch.where(nothing, -torch.inf, (lse - top) + low)
+    total = own.exp()
     dist.all_reduce(total, group=group)
-    whole, low = two_sum(top, total.log())
-    shift = lse - whole  # log of this rank's share of the probability
-    logprobs = logprobs + shift[:, None]
+    log_total = total.log()
+    whole, low = two_sum(top, log_total)
+    shift = own - log_total  # log of this rank's share of the probability
+    logprobs = torch.where(nothing[:, None], -torch.inf, logprobs + shift[:, None])
     dist.all_reduce(logprobs, dist.ReduceOp.MAX, group=group)
     if entropy.numel():
-        entropy = torch.where(shift.isinf(), 0.0, shift.exp() * (entropy - shift))
+        entropy = torch.where(nothing, 0.0, shift.exp() * (entropy - shift))
         dist.all_reduce(entropy, group=group)
     if sum_sq.numel():
-        sum_sq = (2 * shift).exp() * sum_sq
+        sum_sq = torch.where(nothing, 0.0, (2 * shift).exp() * sum_sq)
         dist.all_reduce(sum_sq, group=group)
     return logprobs, whole, low, entropy, sum_sq
 

@@ -18,11 +18,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from m3kernels.checks import refuse
+from m3kernels.checks import describe, is_strided, refuse
 from m3kernels.policy_loss.types import COUNTS, METRICS, DistillSpec, LossSpec, Tokens
 
 LOG_RATIO_LIMIT = 20.0  # nats; a ratio beyond e^20 is no information, and exp must not overflow
-SMALLEST_TAIL = 1e-7  # probability of "all other ids" below which its logarithm is not resolved in fp32
+SMALLEST_TAIL = 2.0**-23  # probability of "all other ids" below which its logarithm is not resolved in fp32
 
 Details = dict[str, Tensor]  # metric -> its value at each token
 TokenLoss = Callable[[Tensor, Tokens, "Tensor | None"], "Tensor | tuple[Tensor, Details]"]
@@ -32,7 +32,7 @@ TokenLoss = Callable[[Tensor, Tokens, "Tensor | None"], "Tensor | tuple[Tensor, 
 def segment_sum(values: Tensor, segment: Tensor | None) -> tuple[Tensor, Tensor]:
     """(sum over its segment, tokens of its segment), both fp64 at each token; a segment is a run of equal indices."""
     values = values.double()
-    if segment is None:
+    if segment is None or not len(values):
         return values.sum().expand_as(values), torch.full_like(values, len(values))
     _, index, counts = torch.unique_consecutive(segment, return_inverse=True, return_counts=True)
     sums = torch.segment_reduce(values, "sum", lengths=counts, axis=0)
@@ -129,9 +129,10 @@ def approx_kl(logprobs: Tensor, tokens: Tokens) -> Tensor:
 def distill_loss(logprobs: Tensor, tokens: Tokens, spec: DistillSpec) -> Tensor:
     """Losses (n,) of a DistillSpec; logprobs (n, K) or (n,), teacher_logprobs alike."""
     assert tokens.teacher_logprobs is not None
-    student, teacher = logprobs.reshape(len(logprobs), -1), tokens.teacher_logprobs.reshape(len(logprobs), -1)
+    student = logprobs[:, None] if logprobs.ndim == 1 else logprobs
+    teacher = tokens.teacher_logprobs.view(student.shape)
     if spec.divergence == "clip_forward":
-        return torch.where(student < teacher, -student, 0.0).sum(1)
+        return torch.where(student >= teacher, 0.0, -student).sum(1)
     student, teacher = (torch.cat([x, tail(x)], 1) for x in (student, teacher))
     return divergence(student, teacher, spec.divergence, spec.beta)
 
@@ -152,8 +153,8 @@ def divergence(student: Tensor, teacher: Tensor, kind: str, beta: float) -> Tens
 
 
 def expectation(logprobs: Tensor, values: Tensor) -> Tensor:
-    """sum of exp(logprobs) * values; outcomes of probability 0 count 0 whatever their value."""
-    possible = logprobs > -torch.inf
+    """sum of exp(logprobs) * values; outcomes of probability 0 count 0 whatever their value, nan is nan."""
+    possible = logprobs != -torch.inf
     return (torch.where(possible, logprobs, -torch.inf).exp() * torch.where(possible, values, 0.0)).sum(1)
 
 
@@ -171,7 +172,9 @@ def evaluate(loss: str | TokenLoss, logprobs: Tensor, tokens: Tokens, entropy: T
     """(losses (n,) before weights, details) of a spec's text or of a user's function, which may leave details out."""
     if not isinstance(loss, str):
         found = loss(logprobs, tokens, entropy)
-        return found if isinstance(found, tuple) else (found, {})
+        values, details = found if isinstance(found, tuple) and len(found) == 2 else (found, {})
+        check_losses(values, details, tokens.weight)
+        return values, details
     spec = from_text(loss)
     if isinstance(spec, LossSpec):
         return policy_loss(logprobs, tokens, entropy, spec)
@@ -180,12 +183,23 @@ def evaluate(loss: str | TokenLoss, logprobs: Tensor, tokens: Tokens, entropy: T
 
 
 def total(values: Tensor, tokens: Tokens) -> Tensor:
-    """The weighted sum of losses (n,). Raises ValueError if a user's function gave another shape."""
-    if values.shape != tokens.weight.shape:
-        raise refuse(
-            "linear_policy_loss", "spec", f"a function that returns losses {tuple(tokens.weight.shape)}", values
-        )
+    """The weighted sum of losses (n,)."""
     return (values * tokens.weight).sum()
+
+
+def check_losses(values: object, details: object, weight: Tensor) -> None:
+    """What a user's function may return. Raises ValueError."""
+    n, device = tuple(weight.shape), weight.device
+    good = is_strided(values) and values.shape == weight.shape and values.is_floating_point()
+    if not good or values.device != device:  # type: ignore[attr-defined]
+        raise refuse("policy_loss", "spec", f"a function that returns losses {n} floating point on {device}", values)
+    good = isinstance(details, dict) and not set(details) - set(METRICS) | set(details) & set(COUNTS)
+    for value in details.values() if good else ():  # type: ignore[attr-defined]
+        good = good and is_strided(value) and value.shape == weight.shape and value.device == device
+    if not good:
+        got = str({str(k): describe(v) for k, v in details.items()}) if isinstance(details, dict) else details
+        names = ", ".join(METRICS[: -len(COUNTS)])
+        raise refuse("policy_loss", "spec", f"a function whose details are {n} tensors named {names}", got)
 
 
 def scope(loss: str | TokenLoss, has_old_logprobs: bool) -> str:

@@ -22,9 +22,11 @@ from m3kernels.policy_loss.arguments import (
     check_mask,
     check_needs,
     check_range,
+    check_start,
     check_stream,
     per_row,
     temperature_rows,
+    with_letter,
     workspace_of,
 )
 from m3kernels.policy_loss.autograd import (
@@ -35,7 +37,17 @@ from m3kernels.policy_loss.autograd import (
     logprobs_backward_op,
     policy_op,
 )
-from m3kernels.policy_loss.types import AGGREGATIONS, METRICS, DistillSpec, Logprobs, LossSpec, Tokens, check_choice
+from m3kernels.policy_loss.types import (
+    AGGREGATIONS,
+    METRICS,
+    DistillSpec,
+    Logprobs,
+    LossSpec,
+    Tokens,
+    check_choice,
+    check_flag,
+    check_length,
+)
 
 Metrics = dict[str, Tensor]
 
@@ -87,16 +99,21 @@ def linear_logprobs(
     op = "linear_logprobs"
     check_head(op, hidden, weight, bias, softcap, logit_scale)
     start = 0
+    check_flag(op, "entropy", entropy)
+    check_flag(op, "sum_sq", sum_sq)
     if process_group is not None:
+        if not isinstance(process_group, dist.ProcessGroup) or dist.get_rank(process_group) < 0:
+            raise refuse(op, "process_group", "a ProcessGroup that this process is in, or None", process_group)
         start = dist.get_rank(process_group) * weight.shape[0] if vocab_start is None else vocab_start
     elif vocab_start is not None:
         raise refuse(op, "vocab_start", "None without a process_group", vocab_start)
+    check_start(op, start)
     check_ids(op, ids, hidden.shape[:1], hidden, columns=True)
     if process_group is None:
         check_range(op, ids, weight.shape[0])
     scale = temperature_rows(op, temperature, hidden.shape[:1], hidden)
     workspace = workspace_of(op, workspace_bytes, weight)
-    if save_logits not in (True, False, "auto"):
+    if not isinstance(save_logits, bool) and not (isinstance(save_logits, str) and save_logits == "auto"):
         raise refuse(op, "save_logits", "True, False or 'auto'", save_logits)
     grad = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (hidden, weight, bias))
     fits = hidden.shape[0] * weight.shape[0] * 4 <= workspace
@@ -133,11 +150,13 @@ def linear_logprobs_backward(
     op = "linear_logprobs_backward"
     check_head(op, hidden, weight, bias, softcap, logit_scale)
     check_ids(op, ids, hidden.shape[:1], hidden, columns=True)
-    check_stream(op, "grad_logprobs", grad_logprobs, ids.shape, hidden)
-    check_stream(op, "lse", lse, hidden.shape[:1], hidden)
+    check_stream(op, "grad_logprobs", grad_logprobs, ids.shape, hidden, required=True)
+    check_stream(op, "lse", lse, hidden.shape[:1], hidden, required=True)
+    check_start(op, vocab_start)
+    hidden, weight, lse, grad_logprobs = (x.detach() for x in (hidden, weight, lse, grad_logprobs))
     wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
     picked = per_row(grad_logprobs.to(wide), len(hidden)).contiguous()
-    bias = None if bias is None else bias.contiguous()
+    bias = None if bias is None else bias.detach().contiguous()
     d_hidden, d_weight, d_bias = logprobs_backward_op(
         hidden.contiguous(),
         weight.contiguous(),
@@ -327,17 +346,20 @@ def linear_distill_loss(
     if not isinstance(spec, DistillSpec):
         raise refuse(op, "spec", "a DistillSpec", spec)
     check_choice(op, "aggregation", aggregation, AGGREGATIONS)
-    if aggregation == "constant" and not (type(constant_length) is int and constant_length >= 1):
-        raise refuse(op, "constant_length", "an int >= 1 with aggregation='constant'", constant_length)
+    check_length(op, aggregation, constant_length)
     check_head(op, hidden, weight, bias, softcap, logit_scale, leading=(1, 2))
     shape = hidden.shape[:-1]
     if teacher_hidden is None:
-        if not is_strided(ids) or not is_strided(teacher_logprobs) or ids.shape != teacher_logprobs.shape:
-            raise refuse(op, "teacher_logprobs", "a tensor like ids (or teacher_hidden)", teacher_logprobs)
-        if spec.divergence == "clip_forward" and ids.shape != shape:
-            raise refuse(op, "ids", f"{tuple(shape)} for 'clip_forward'", ids)
-        layout = check_batch(op, hidden, ids, mask, None, cu_seqlens, weight.shape[0], columns=True)
-        check_stream(op, "teacher_logprobs", teacher_logprobs, ids.shape, hidden)
+        if ids is None:
+            raise refuse(op, "ids", "a tensor, with teacher_logprobs (or else teacher_hidden, teacher_weight)", ids)
+        if teacher_weight is not None or teacher_bias is not None:
+            name = "teacher_bias" if teacher_weight is None else "teacher_weight"
+            got = teacher_bias if teacher_weight is None else teacher_weight
+            raise refuse(op, name, "None without teacher_hidden", got)
+        columns = spec.divergence != "clip_forward"
+        layout = check_batch(op, hidden, ids, mask, None, cu_seqlens, weight.shape[0], columns=columns)
+        check_stream(op, "teacher_logprobs", teacher_logprobs, ids.shape, hidden, required=True)
+        assert teacher_logprobs is not None
         weights = batch.weights(op, layout, aggregation, constant_length, normaliser)
         teacher = batch.flat(teacher_logprobs)
         assert teacher is not None
@@ -354,9 +376,8 @@ def linear_distill_loss(
                prefix="teacher_")  # fmt: skip
     assert teacher_weight is not None
     if (teacher_hidden.shape[:-1], teacher_hidden.dtype, teacher_hidden.device) != (shape, hidden.dtype, hidden.device):
-        raise refuse(
-            op, "teacher_hidden", f"{(*shape, 'Dt')} {hidden.dtype} on {hidden.device}, like hidden", teacher_hidden
-        )
+        want = f"{with_letter(shape, 'Dt')} {hidden.dtype} on {hidden.device}, like hidden"
+        raise refuse(op, "teacher_hidden", want, teacher_hidden)
     if teacher_weight.shape[0] != weight.shape[0]:
         raise refuse(op, "teacher_weight", f"({weight.shape[0]}, Dt): the student's vocabulary", teacher_weight)
     layout = check_mask(op, mask, shape, hidden, None, cu_seqlens)

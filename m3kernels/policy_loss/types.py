@@ -8,6 +8,7 @@ them over a head.
 from __future__ import annotations
 
 import dataclasses
+from types import NoneType
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -19,6 +20,7 @@ CLIPS = ("two_sided", "one_sided", "none")
 KL_ESTIMATORS = ("k1", "k2", "k3")
 AGGREGATIONS = ("token_mean", "sequence_mean", "constant")
 DIVERGENCES = ("clip_forward", "forward", "reverse", "js")
+LARGEST = 3.4e38  # of numbers: finite in fp32
 
 # Means over the tokens with a weight, except the maximum and the counts of rows.
 METRICS = (
@@ -98,17 +100,20 @@ class LossSpec:
         check_choice("LossSpec", "sampler_mode", self.sampler_mode, ("truncate", "mask"))
         check_choice("LossSpec", "aggregation", self.aggregation, AGGREGATIONS)
         for name in ("clip_low", "clip_high", "kl_coef", "entropy_coef", "sampler_low"):
-            check_number("LossSpec", name, getattr(self, name), at_least=0.0)
-        check_number("LossSpec", "sampler_high", self.sampler_high, at_least=max(self.sampler_low, 1e-30))
+            self.set_number(name, at_least=0.0)
+        self.set_number("sampler_high", at_least=max(self.sampler_low, 1e-30))
         if self.dual_clip is not None:
-            check_number("LossSpec", "dual_clip", self.dual_clip, at_least=1.0 + self.clip_high)
+            self.set_number("dual_clip", at_least=1.0 + self.clip_high)
             if self.clip != "two_sided":
                 raise refuse("LossSpec", "dual_clip", f"None with clip={self.clip!r}", self.dual_clip)
+        check_flag("LossSpec", "kl_ratio_weighted", self.kl_ratio_weighted)
         if self.kl_ratio_weighted and self.kl_in != "loss":
             raise refuse("LossSpec", "kl_ratio_weighted", "False with kl_in='reward'", self.kl_ratio_weighted)
-        length = self.constant_length
-        if self.aggregation == "constant" and not (type(length) is int and length >= 1):
-            raise refuse("LossSpec", "constant_length", "an int >= 1 with aggregation='constant'", length)
+        check_length("LossSpec", self.aggregation, self.constant_length)
+
+    def set_number(self, name: str, *, at_least: float) -> None:
+        """Make a field a plain float: torch takes no integer beyond int64, to_text no number of another library."""
+        object.__setattr__(self, name, check_number("LossSpec", name, getattr(self, name), at_least=at_least))
 
     @property
     def uses_entropy(self) -> bool:
@@ -126,7 +131,7 @@ class LossSpec:
 
     def to_text(self) -> str:
         """Text from which ``losses.from_text`` makes this spec again."""
-        return "policy " + " ".join([f"{name}={getattr(self, name)!r}" for name in POLICY_FIELDS])
+        return "policy " + " ".join([f"{name}={plain(getattr(self, name))!r}" for name in POLICY_FIELDS])
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -145,7 +150,7 @@ class DistillSpec:
 
     def __post_init__(self) -> None:
         check_choice("DistillSpec", "divergence", self.divergence, DIVERGENCES)
-        check_number("DistillSpec", "beta", self.beta, at_least=1e-6)
+        object.__setattr__(self, "beta", check_number("DistillSpec", "beta", self.beta, at_least=1e-6))
         if self.beta > 1 - 1e-6:
             raise refuse("DistillSpec", "beta", "a number in (0, 1)", self.beta)
 
@@ -160,7 +165,7 @@ class DistillSpec:
 
     def to_text(self) -> str:
         """Text from which ``losses.from_text`` makes this spec again."""
-        return f"distill divergence={self.divergence!r} beta={self.beta!r}"
+        return f"distill divergence={plain(self.divergence)!r} beta={self.beta!r}"
 
 
 POLICY_FIELDS = tuple(field.name for field in dataclasses.fields(LossSpec))
@@ -203,12 +208,30 @@ class Logprobs(NamedTuple):
     sum_sq: Tensor | None  # (T,) sum of the squared probabilities
 
 
+def plain(value: object) -> object:
+    """Text itself, of a member of an Enum or another subclass of str."""
+    return str.__str__(value) if isinstance(value, str) else value
+
+
 def check_choice(op: str, name: str, value: object, choices: tuple[Any, ...]) -> None:
-    if value not in choices:
+    if not isinstance(value, (str, NoneType)) or value not in choices:
         raise refuse(op, name, " or ".join(map(repr, choices)), value)
 
 
-def check_number(op: str, name: str, value: object, *, at_least: float) -> None:
+def check_number(op: str, name: str, value: object, *, at_least: float) -> float:
     good = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not good or not at_least <= value < float("inf"):  # type: ignore[operator]
+    if not good or not at_least <= value <= LARGEST:  # type: ignore[operator]
         raise refuse(op, name, f"a finite number >= {at_least:g}", value)
+    return float(value)  # type: ignore[arg-type]
+
+
+def check_flag(op: str, name: str, value: object) -> None:
+    if not isinstance(value, bool):
+        raise refuse(op, name, "True or False", value)
+
+
+def check_length(op: str, aggregation: str, length: object) -> None:
+    """constant_length: needed by one aggregation, allowed beside the others."""
+    if not (type(length) is int and 1 <= length < 2**53) and (aggregation == "constant" or length is not None):
+        optional = "" if aggregation == "constant" else ", or None"
+        raise refuse(op, "constant_length", f"an int >= 1{optional} with aggregation={aggregation!r}", length)
