@@ -18,7 +18,7 @@ from m3kernels.policy_loss.types import RATIO_LEVELS, LossSpec, check_choice, ch
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 DTYPE_NAMES = "float32, bfloat16, float16 or float64"
 LARGEST = torch.finfo(torch.float32).max
-WORKSPACE = {"cpu": 128 << 20}  # bytes of logits held at once where the caller names none, by device; or WORKSPACE_ROWS
+WORKSPACE = {"cpu": 64 << 20}  # bytes of logits held at once where the caller names none, by device; or WORKSPACE_ROWS
 WORKSPACE_ELSEWHERE = 1 << 30
 WORKSPACE_ROWS = 256  # of logits at least: fewer make the products slow, and each piece reads and writes all of dW
 

@@ -83,7 +83,7 @@ def linear_logprobs(
         entropy, sum_sq: whether to return them; differentiable.
         save_logits: keep the logits for the backward pass, which then needs two products instead of three. "auto":
             if they fit into workspace_bytes.
-        workspace_bytes: of logits held at once; default 128 MiB on CPU, 1 GiB elsewhere, or 256 rows if that is more.
+        workspace_bytes: of logits held at once; default 64 MiB on CPU, 1 GiB elsewhere, or 256 rows if that is more.
             A tile of a few MiB is held in any case.
         process_group: its ranks hold consecutive runs of the vocabulary; hidden and ids are the same on all of them.
             The gradient of hidden is summed over the ranks.

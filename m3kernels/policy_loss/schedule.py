@@ -270,7 +270,8 @@ def add_gradients(
                 z, chosen = tile_of(keep, kept_rows, first, last), None if active is None else active[part]
                 z = z[part] if active is None else z
             form(z, chosen, part, first, last, dz[:size])
-            dz[size:] = 0
+            if size < len(dz):
+                dz[size:] = 0
             if wants_hidden:
                 multiply(dz, w, dx[whole], add=first > 0)
             if wants_weight:
