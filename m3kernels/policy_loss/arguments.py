@@ -45,6 +45,8 @@ def check_head(
     if not good or weight.device != hidden.device or not weight.shape[0]:  # type: ignore[attr-defined]
         want = f"(V, {size}) {hidden.dtype} on {hidden.device}, like {prefix}hidden, V >= 1"
         raise refuse(op, f"{prefix}weight", want, weight)
+    if hasattr(weight, "full_tensor"):
+        raise refuse(op, f"{prefix}weight", "a plain tensor, such as weight.full_tensor()", "a DTensor")
     vocabulary = weight.shape[0]  # type: ignore[attr-defined]
     good = is_strided(bias) and bias.shape == (vocabulary,) and bias.dtype == hidden.dtype
     if bias is not None and not (good and bias.device == hidden.device):  # type: ignore[attr-defined]
