@@ -115,8 +115,49 @@ def policy_loss_examples() -> dict[str, Callable[[], object]]:
     }
 
 
+def spec_decode_examples() -> dict[str, Callable[[], object]]:
+    from m3kernels import spec_decode as s
+    from m3kernels.spec_decode.reference import make_inputs
+
+    x = make_inputs(1, 3, 8)
+    candidates, links = x["candidates"], (x["next_token"], x["next_sibling"])
+    one, zero, cache = torch.ones(1, dtype=torch.int64), torch.zeros(1, 1), torch.zeros(1, 4, 1, 8)
+    path, length = torch.zeros(1, 1, dtype=torch.int32), torch.zeros(1, dtype=torch.int32)
+    table, minus = length[:, None], torch.full((1, 3), -1)
+    written = (
+        torch.zeros(3, dtype=torch.int32),
+        path.clone(),
+        length.clone(),
+        candidates,
+        torch.arange(3)[None],
+        *links,
+    )
+    coins = (torch.zeros(1, 3), torch.zeros(1))
+    probs = x["logits"].softmax(-1)
+    built = (torch.zeros(9, dtype=torch.bool), torch.zeros(3, dtype=torch.int64), *(minus.clone() for _ in range(3)))
+    return {
+        "draft_topk": lambda: s.draft_topk(x["logits"][:, :1], zero, k=2, step=0),
+        "tree_finalize": lambda: s.tree_finalize(zero, one[:, None], -one[:, None], one, one, topk=1, num_nodes=2),
+        "tree_attention": lambda: s.tree_attention(torch.zeros(1, 1, 2, 8), cache, cache, table, one),
+        "tree_verify": lambda: s.tree_verify(x["logits"], candidates, *links, mode="greedy"),
+        "tree_commit": lambda: s.tree_commit(path, length, [cache], [cache.clone()], table, length),
+        "tree_budget": lambda: s.tree_budget(zero, torch.ones(3)),
+        "build_tree_kernel_efficient": lambda: s.build_tree_kernel_efficient(
+            -one[:, None], torch.tensor([[0, 1]]), 0 * one, *built, 2, 1, 3, 1
+        ),
+        "verify_tree_greedy": lambda: s.verify_tree_greedy(*written, candidates),
+        "tree_speculative_sampling_target_only": lambda: s.tree_speculative_sampling_target_only(
+            *written, *coins, probs, None
+        ),
+        "chain_speculative_sampling": lambda: s.chain_speculative_sampling(*written, *coins, probs, probs[:, :2]),
+        "reconstruct_indices_from_tree_mask": lambda: s.reconstruct_indices_from_tree_mask(
+            torch.eye(3, dtype=torch.bool).flatten(), one, *built[1:], 1, 3
+        ),
+    }
+
+
 # family -> op -> a small valid call of its public function
-EXAMPLES = {"int4": int4_examples, "policy_loss": policy_loss_examples}
+EXAMPLES = {"int4": int4_examples, "policy_loss": policy_loss_examples, "spec_decode": spec_decode_examples}
 
 
 class Record(TorchDispatchMode):
@@ -166,10 +207,10 @@ def report() -> str:
     found = facts()
     width = max(len(subject) for subject, _ in found)
     lines = [f"{subject:<{width}}  {finding}" for subject, finding in found]
-    lines += ["", f"{'op':<28}{'device':<8}{'served by':<11}not by"]
+    lines += ["", f"{'op':<40}{'device':<8}{'served by':<11}not by"]
     for op, device, room, others in services():
         reasons = "; ".join(f"{name}: {why}" for name, why in others)
-        lines.append(f"{op:<28}{device:<8}{room or 'no room':<11}{reasons}".rstrip())
+        lines.append(f"{op:<40}{device:<8}{room or 'no room':<11}{reasons}".rstrip())
     return "\n".join(lines)
 
 

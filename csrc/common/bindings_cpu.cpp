@@ -46,6 +46,7 @@ PYBIND11_MODULE(_cpu_ext, m) {
   m.doc() = "Native CPU kernels of m3kernels. Arguments are addresses and sizes: call the public functions instead.";
   m3::int4::bind(m);
   m3::policy_loss::bind(m);
+  m3::spec_decode::bind(m);
   m.def("build_info", &build_info, "What was compiled: compiler, OpenMP version, instruction sets.");
   m.def("isas", &m3::isas, "Instruction sets that this build and this CPU can run, best first.");
   m.def("get_isa", &m3::get_isa, "The instruction set in use: M3_ISA, else the best.");

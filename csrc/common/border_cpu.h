@@ -39,5 +39,8 @@ void bind(pybind11::module_& module);
 namespace policy_loss {
 void bind(pybind11::module_& module);
 }
+namespace spec_decode {
+void bind(pybind11::module_& module);
+}
 
 }  // namespace m3

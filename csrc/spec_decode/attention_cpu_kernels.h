@@ -1,0 +1,290 @@
+// The kernels of tree attention, told once over a SIMD trait S. Included by each attention_cpu_<isa>.cpp inside an
+// anonymous namespace.
+//
+// A score is a sum over the lanes of a vector that runs along the head, the lanes added in a fixed tree; the vectors of
+// kLanes keys are folded together, so that the tree costs two instructions a key. Values are added one key after the
+// other into the row's vectors, which stay in registers for kRows rows at a time. Nothing in the order of a row's
+// operations depends on the rows beside it.
+//
+// A trait offers F (a vector of kLanes floats), its loads, stores and arithmetic, kFused (fma rounds once), and
+//   load_part, store_part       the first `count` lanes; the others read as 0 and are not written
+//   max(a, b), min(a, b)        b where one of them is nan
+//   scaled_exp(p, t, n, x)      p * 2^n, 0 where x < kSmallest; t holds n + 127 in its low bits
+//   fold<level>(a, b)           halves the lanes of each key: those of a and b, added pair by pair, in one vector
+//   kFold[level]                distance of the keys that fold<level> is given, so that they end in ascending lanes
+//   kRows, kVectors             rows and vectors of a head that `accumulate` keeps in registers
+
+#define M3_INLINE static inline __attribute__((always_inline))
+
+constexpr float kLowest = -__builtin_huge_valf();
+constexpr float kSmallest = -126.0f;         // exp2 of less is subnormal: it becomes 0
+constexpr float kRound = 12582912.0f + 127;  // 1.5 * 2^23: adding it rounds to an integer, kept in the low bits
+constexpr float kLog2E = 1.44269504f;
+
+// 2^x within 1 ulp for x <= 128; 0 below kSmallest and for -inf; nan for nan. Minimax polynomial of degree 6.
+template <class S>
+M3_INLINE typename S::F exponential2(typename S::F x) {
+  const typename S::F t = S::add(x, S::splat(kRound)), n = S::sub(t, S::splat(kRound)), r = S::sub(x, n);
+  typename S::F p = S::fma(S::splat(1.53458124e-4f), r, S::splat(1.33999309e-3f));
+  p = S::fma(p, r, S::splat(9.61848907e-3f));
+  p = S::fma(p, r, S::splat(5.55032864e-2f));
+  p = S::fma(p, r, S::splat(0.240226462f));
+  p = S::fma(p, r, S::splat(0.693147182f));
+  p = S::fma(p, r, S::splat(1.0f));
+  return S::scaled_exp(p, t, n, x);
+}
+
+// exp2 of differences to this: the maximum, or 0 before the first finite score.
+M3_INLINE float shift_of(float maximum) { return maximum == kLowest ? 0.0f : maximum; }
+
+// The larger of two; nan stays nan.
+M3_INLINE float larger(float a, float b) { return a > b || a != a ? a : b; }
+
+// -- memory -----------------------------------------------------------------------------------------------------------
+template <class S, Type kType>
+M3_INLINE typename S::F load_as(const void* row, int64_t i) {
+  if constexpr (kType == Type::kFloat32) return S::load((const float*)row + i);
+  if constexpr (kType == Type::kBfloat16) return S::load_bf16((const uint16_t*)row + i);
+  return S::load_fp16((const uint16_t*)row + i);
+}
+
+template <class S, Type kType>
+M3_INLINE typename S::F load_part_as(const void* row, int64_t i, int count) {
+  if constexpr (kType == Type::kFloat32) return S::load_part((const float*)row + i, count);
+  uint16_t half[S::kLanes] = {};
+  for (int j = 0; j < count; j++) half[j] = ((const uint16_t*)row)[i + j];
+  return load_as<S, kType>(half, 0);
+}
+
+template <class S, Type kType>
+M3_INLINE void widen_as(const void* const* from, int64_t count, int64_t size, float factor, float* to, int64_t stride) {
+  const typename S::F factors = S::splat(factor);
+  for (int64_t i = 0; i < count; i++, to += stride) {
+    int64_t d = 0;
+    for (; d + S::kLanes <= size; d += S::kLanes) S::store(to + d, S::mul(load_as<S, kType>(from[i], d), factors));
+    if (d < size) S::store(to + d, S::mul(load_part_as<S, kType>(from[i], d, int(size - d)), factors)), d += S::kLanes;
+    for (; d < stride; d += S::kLanes) S::store(to + d, S::splat(0.0f));
+  }
+}
+
+template <class S>
+void widen(const void* const* from, Type type, int64_t count, int64_t size, float factor, float* to, int64_t stride) {
+  if (type == Type::kFloat32)
+    widen_as<S, Type::kFloat32>(from, count, size, factor, to, stride);
+  else if (type == Type::kBfloat16)
+    widen_as<S, Type::kBfloat16>(from, count, size, factor, to, stride);
+  else
+    widen_as<S, Type::kFloat16>(from, count, size, factor, to, stride);
+}
+
+// -- scores -----------------------------------------------------------------------------------------------------------
+// Lanes l, l + kLanes, ... of q . k. kSteps: vectors of a head, 0 where it is not known at compile time.
+template <class S, int kSteps>
+M3_INLINE typename S::F products(const float* q, const float* k, int64_t stride) {
+  const int64_t size = kSteps ? kSteps * S::kLanes : stride;
+  typename S::F sum = S::mul(S::load(q), S::load(k));
+#pragma GCC unroll 32
+  for (int64_t d = S::kLanes; d < size; d += S::kLanes) sum = S::fma(S::load(q + d), S::load(k + d), sum);
+  return sum;
+}
+
+// 2^kLevel keys in one vector, 2^-kLevel of their lanes left.
+template <class S, int kSteps, int kLevel>
+M3_INLINE typename S::F folded(const float* q, const float* const* keys, int64_t stride) {
+  if constexpr (kLevel == 0)
+    return products<S, kSteps>(q, keys[0], stride);
+  else
+    return S::template fold<kLevel>(folded<S, kSteps, kLevel - 1>(q, keys, stride),
+                                    folded<S, kSteps, kLevel - 1>(q, keys + S::kFold[kLevel], stride));
+}
+
+template <class S, int kSteps>
+M3_INLINE void score_row(const float* q, const float* const* keys, int64_t stride, int begin, int end, float* scores) {
+  for (int j = begin / S::kLanes * S::kLanes; j < end; j += S::kLanes)
+    S::store(scores + j, folded<S, kSteps, S::kLevels>(q, keys + j, stride));
+}
+
+// -- softmax ----------------------------------------------------------------------------------------------------------
+// scores -> exp2(score - maximum) of keys begin .. end - 1, the maximum and total brought up to date. Returns what the
+// row's sums so far are to be multiplied with; it is exactly 1 while the maximum stays.
+template <class S>
+M3_INLINE float weigh(float* scores, int begin, int end, float& maximum, float* total) {
+  constexpr int kCount = kChunk / S::kLanes, kTotals = kPad / S::kLanes;
+  for (int j = 0; j < begin; j++) scores[j] = kLowest;
+  for (int j = end; j < kChunk; j++) scores[j] = kLowest;
+  typename S::F most = S::load(scores);
+#pragma GCC unroll 16
+  for (int v = 1; v < kCount; v++) most = S::max(S::load(scores + v * S::kLanes), most);
+  const float old = maximum, now = larger(old, S::top(most)), shift = shift_of(now);
+  const typename S::F shifts = S::splat(shift), down = exponential2<S>(S::sub(S::splat(old), shifts));
+  typename S::F sums[kTotals];
+#pragma GCC unroll 16
+  for (int v = 0; v < kCount; v++) {
+    const typename S::F e = exponential2<S>(S::sub(S::load(scores + v * S::kLanes), shifts));
+    S::store(scores + v * S::kLanes, e);
+    sums[v % kTotals] = v < kTotals ? e : S::add(sums[v % kTotals], e);
+  }
+#pragma GCC unroll 16
+  for (int v = 0; v < kTotals; v++)
+    S::store(total + v * S::kLanes, S::fma(S::load(total + v * S::kLanes), down, sums[v]));
+  maximum = now;
+  return S::first(down);
+}
+
+// -- values -----------------------------------------------------------------------------------------------------------
+// weighted[i] = weighted[i] * scale[i] + sum of scores[i][j] * values[j], j = begin .. end - 1, d .. d + kColumns
+// vectors of the head.
+template <class S, int kRows, int kColumns>
+M3_INLINE void accumulate_tile(const Chunk& c, int64_t row, int64_t d, const float* scale, int begin, int end) {
+  float* weighted = c.state.weighted + row * c.stride + d;
+  const float* scores = c.scores + row * kChunk;
+  typename S::F sums[kRows][kColumns];
+#pragma GCC unroll 8
+  for (int i = 0; i < kRows; i++)
+#pragma GCC unroll 8
+    for (int v = 0; v < kColumns; v++)
+      sums[i][v] = S::mul(S::load(weighted + i * c.stride + v * S::kLanes), S::splat(scale[i]));
+  for (int j = begin; j < end; j++) {
+    const float* value = c.values[j] + d;
+    typename S::F columns[kColumns];
+#pragma GCC unroll 8
+    for (int v = 0; v < kColumns; v++) columns[v] = S::load(value + v * S::kLanes);
+#pragma GCC unroll 8
+    for (int i = 0; i < kRows; i++) {
+      const typename S::F p = S::splat(scores[i * kChunk + j]);
+#pragma GCC unroll 8
+      for (int v = 0; v < kColumns; v++) sums[i][v] = S::fma(p, columns[v], sums[i][v]);
+    }
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < kRows; i++)
+#pragma GCC unroll 8
+    for (int v = 0; v < kColumns; v++) S::store(weighted + i * c.stride + v * S::kLanes, sums[i][v]);
+}
+
+template <class S, int kRows>
+M3_INLINE void accumulate_rows(const Chunk& c, int64_t row, const float* scale, int begin, int end) {
+  int64_t d = 0;
+  for (; d + S::kVectors * S::kLanes <= c.stride; d += S::kVectors * S::kLanes)
+    accumulate_tile<S, kRows, S::kVectors>(c, row, d, scale, begin, end);
+  for (; d < c.stride; d += S::kLanes) accumulate_tile<S, kRows, 1>(c, row, d, scale, begin, end);
+}
+
+template <class S>
+void accumulate(const Chunk& c, int64_t row, int rows, const float* scale, int begin, int end) {
+  static_assert(S::kRows <= 6);
+  if constexpr (S::kRows >= 6)
+    if (rows == 6) return accumulate_rows<S, 6>(c, row, scale, begin, end);
+  if constexpr (S::kRows >= 5)
+    if (rows == 5) return accumulate_rows<S, 5>(c, row, scale, begin, end);
+  if (rows == 4) return accumulate_rows<S, 4>(c, row, scale, begin, end);
+  if (rows == 3) return accumulate_rows<S, 3>(c, row, scale, begin, end);
+  if (rows == 2) return accumulate_rows<S, 2>(c, row, scale, begin, end);
+  accumulate_rows<S, 1>(c, row, scale, begin, end);
+}
+
+// Rows of one block need not count the same keys: each takes those before the common run alone, then all take the run
+// together, then each the rest alone. Per row that is begin .. end - 1 in order.
+template <class S>
+M3_INLINE void accumulate_block(const Chunk& c, int64_t row, int rows, const float* scale) {
+  static const float ones[8] = {1, 1, 1, 1, 1, 1, 1, 1};
+  const int *begin = c.begin + row, *end = c.end + row;
+  int first = begin[0], last = end[0];
+  bool same = true;
+  for (int i = 1; i < rows; i++) {
+    same = same && begin[i] == begin[0] && end[i] == end[0];
+    first = begin[i] > first ? begin[i] : first;
+    last = end[i] < last ? end[i] : last;
+  }
+  if (same) {
+    if (first < last) accumulate<S>(c, row, rows, scale, first, last);
+    return;
+  }
+  if (first >= last) {
+    for (int i = 0; i < rows; i++)
+      if (begin[i] < end[i]) accumulate<S>(c, row + i, 1, scale + i, begin[i], end[i]);
+    return;
+  }
+  for (int i = 0; i < rows; i++) accumulate<S>(c, row + i, 1, scale + i, begin[i], first);
+  accumulate<S>(c, row, rows, ones, first, last);
+  for (int i = 0; i < rows; i++)
+    if (last < end[i]) accumulate<S>(c, row + i, 1, ones, last, end[i]);
+}
+
+template <class S, int kSteps>
+M3_INLINE void attend_steps(const Chunk& c) {
+  float scale[S::kRows];
+  for (int64_t row = 0; row < c.rows; row += S::kRows) {
+    const int rows = int(c.rows - row < S::kRows ? c.rows - row : S::kRows);
+    for (int i = 0; i < rows; i++) {
+      const int64_t r = row + i;
+      const int begin = c.begin[r], end = c.end[r];
+      scale[i] = 1.0f;
+      if (begin >= end) continue;
+      float* scores = c.scores + r * kChunk;
+      score_row<S, kSteps>(c.queries + r * c.stride, c.keys, c.stride, begin, end, scores);
+      scale[i] = weigh<S>(scores, begin, end, c.state.maximum[r], c.state.total + r * kPad);
+    }
+    accumulate_block<S>(c, row, rows, scale);
+  }
+}
+
+template <class S>
+void attend(const Chunk& c) {
+  if (c.stride == 64)
+    attend_steps<S, 64 / S::kLanes>(c);
+  else if (c.stride == 128)
+    attend_steps<S, 128 / S::kLanes>(c);
+  else
+    attend_steps<S, 0>(c);
+}
+
+// -- splits -----------------------------------------------------------------------------------------------------------
+template <class S>
+void merge(const State& into, const State& from, int64_t stride) {
+  const float now = larger(*into.maximum, *from.maximum), shift = shift_of(now);
+  const typename S::F shifts = S::splat(shift);
+  const typename S::F old = exponential2<S>(S::sub(S::splat(*into.maximum), shifts));
+  const typename S::F more = exponential2<S>(S::sub(S::splat(*from.maximum), shifts));
+  for (int v = 0; v < kPad; v += S::kLanes)
+    S::store(into.total + v, S::fma(S::load(into.total + v), old, S::mul(S::load(from.total + v), more)));
+  for (int64_t d = 0; d < stride; d += S::kLanes)
+    S::store(into.weighted + d, S::fma(S::load(into.weighted + d), old, S::mul(S::load(from.weighted + d), more)));
+  *into.maximum = now;
+}
+
+// -- results ----------------------------------------------------------------------------------------------------------
+// visit(value, d, count) with `count` values of the gate from d on, or the one that stands for all.
+template <class S, Type kType>
+M3_INLINE typename S::F gate_at(const Finish& f, int64_t d, int count) {
+  if (f.gate_one) return S::splat(S::first(load_part_as<S, kType>(f.gate, 0, 1)));
+  return count < S::kLanes ? load_part_as<S, kType>(f.gate, d, count) : load_as<S, kType>(f.gate, d);
+}
+
+template <class S>
+void finish(const Finish& f) {
+  typename S::F lanes = S::load(f.total);
+  for (int v = S::kLanes; v < kPad; v += S::kLanes) lanes = S::add(lanes, S::load(f.total + v));
+  const typename S::F total = S::splat(S::sum(lanes)), one = S::splat(1.0f);
+  for (int64_t d = 0; d < f.size; d += S::kLanes) {
+    const int count = int(f.size - d < S::kLanes ? f.size - d : S::kLanes);
+    typename S::F y = S::div(S::load(f.weighted + d), total);
+    if (f.gate) {
+      const typename S::F g = f.gate_type == Type::kFloat32    ? gate_at<S, Type::kFloat32>(f, d, count)
+                              : f.gate_type == Type::kBfloat16 ? gate_at<S, Type::kBfloat16>(f, d, count)
+                                                               : gate_at<S, Type::kFloat16>(f, d, count);
+      const typename S::F e = exponential2<S>(S::min(S::splat(128.0f), S::mul(g, S::splat(-kLog2E))));
+      y = S::div(y, S::add(one, e));
+    }
+    if (f.type == Type::kFloat32) {
+      S::store_part((float*)f.out + d, count, y);
+    } else {
+      uint16_t half[S::kLanes];
+      if (f.type == Type::kBfloat16)
+        S::store_bf16(half, y);
+      else
+        S::store_fp16(half, y);
+      for (int j = 0; j < count; j++) ((uint16_t*)f.out)[d + j] = half[j];
+    }
+  }
+}

@@ -1,0 +1,8 @@
+// Python border of the spec_decode family: attention.
+#include "common/border_cpu.h"
+
+namespace m3::spec_decode {
+void bind_attention(pybind11::module_& module);
+}
+
+void m3::spec_decode::bind_attention(pybind11::module_&) {}

@@ -1,0 +1,151 @@
+"""Checks of the spec_decode family's arguments: shapes, dtypes, devices always; values where reading them is free."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from m3kernels.checks import has_data, is_strided, refuse
+from m3kernels.spec_decode.types import BITS
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+DTYPE_NAMES = "float32, bfloat16 or float16"
+INTEGERS = (torch.int32, torch.int64)
+
+
+def want(op: str, argument: str, wanted: str, got: object, good: bool) -> None:
+    """Raise the error of a broken contract unless good."""
+    if not good:
+        raise refuse(op, argument, wanted, got)
+
+
+def logits_like(value: object, ndim: int) -> bool:
+    return is_strided(value) and value.ndim == ndim and value.dtype in DTYPES
+
+
+def near(value: Tensor, first: Tensor) -> bool:
+    return value.device == first.device
+
+
+def on(first: Tensor) -> str:
+    return "" if first.device.type == "cpu" else f" on {first.device}"
+
+
+def is_integer(value: object, low: int | None = None, high: int | None = None) -> bool:
+    good = isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool)
+    return good and (low is None or high is None or low <= value <= high)  # type: ignore[operator]
+
+
+def is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def all_positive(values: Tensor) -> bool:
+    return bool((values.isfinite() & (values > 0)).all())
+
+
+def readable(*values: Tensor) -> bool:
+    """Whether values can be looked at here without a synchronisation: CPU tensors outside a trace."""
+    return all(has_data(value) and value.is_cpu for value in values) and not torch.compiler.is_compiling()
+
+
+def check_range(op: str, name: str, value: Tensor | None, low: float, high: float, wanted: str) -> None:
+    if value is None or not readable(value):
+        return
+    good = (value >= low) & (value <= high) & value.isfinite()
+    if name == "temperature":
+        good |= value == 0
+    if name == "top_p":
+        good &= value > 0
+    want(op, name, wanted, f"{value.tolist()[:8]}", bool(good.all()))
+
+
+def vector(
+    op: str,
+    name: str,
+    value: object,
+    first: Tensor,
+    dtypes: tuple[torch.dtype, ...],
+    dtype: torch.dtype,
+    count: int | None = None,
+) -> Tensor:
+    """A (count,) tensor of one of dtypes on first's device, as contiguous dtype; count defaults to first's requests."""
+    count = len(first) if count is None else count
+    names = " or ".join(str(choice).removeprefix("torch.") for choice in dtypes)
+    good = is_strided(value) and value.shape == (count,) and value.dtype in dtypes and near(value, first)
+    want(op, name, f"({count},) {names}{on(first)}", value, good)
+    return value.to(dtype).contiguous()  # type: ignore[attr-defined]
+
+
+def check_caches(op: str, k_caches: Sequence[Tensor], v_caches: Sequence[Tensor], first: Tensor) -> None:
+    names = ("k_cache", "v_cache") if op == "tree_attention" else ("k_caches", "v_caches")
+    for name, caches in zip(names, (k_caches, v_caches), strict=True):
+        want(op, name, "a sequence of tensors", caches, isinstance(caches, (list, tuple)))
+        for cache in caches:
+            good = logits_like(cache, 4) and near(cache, first)
+            want(op, name, f"(P, page_size, G, D) {DTYPE_NAMES}{on(first)}", cache, good)
+            one = k_caches[0]
+            good = (cache.shape, cache.dtype) == (one.shape, one.dtype) and cache.shape[1] >= 1
+            want(op, name, f"{tuple(one.shape)} {one.dtype}, page_size at least 1, like the first", cache, good)
+    want(op, names[1], f"{len(k_caches)} caches, as {names[0]}", f"{len(v_caches)}", len(v_caches) == len(k_caches))
+
+
+def check_block_table(op: str, block_table: object, first: Tensor, requests: int | None = None) -> int:
+    good = is_strided(block_table) and block_table.ndim == 2 and block_table.dtype in INTEGERS
+    good = good and near(block_table, first) and requests in (None, len(block_table))  # type: ignore[arg-type]
+    wanted = f"({'B' if requests is None else requests}, max_pages) int32 or int64{on(first)}"
+    want(op, "block_table", wanted, block_table, good)
+    return len(block_table)  # type: ignore[arg-type]
+
+
+def with_rows(value: Tensor) -> Tensor:
+    """value, or a copy of it, whose last dimension is contiguous."""
+    return value if value.stride(-1) == 1 or value.shape[-1] <= 1 else value.contiguous()
+
+
+def packed(value: Tensor | None) -> Tensor | None:
+    return None if value is None else value.contiguous()
+
+
+def check_queries(
+    op: str, cu: Tensor, seqlens: Tensor, block_table: Tensor, rows: Tensor, page_size: int, mask_bits: Tensor | None
+) -> None:
+    """Values of the small integer tensors, on CPU."""
+    if not readable(cu, seqlens):
+        return
+    count = cu.diff()
+    good = int(cu[0]) == 0 and int(cu[-1]) == len(rows) and not bool((count < 0).any())
+    want(op, "cu_seqlens_q", f"0 = cu[0] <= ... <= cu[-1] = {len(rows)}", f"{cu.tolist()[:8]}", good)
+    good = not bool((seqlens < count).any())
+    want(op, "cache_seqlens", "at least the queries of each request", f"{seqlens.tolist()[:8]}", good)
+    needed = -(-seqlens.long() // page_size) * (count > 0)
+    good = not len(needed) or int(needed.max()) <= block_table.shape[1]
+    want(op, "block_table", f"room for {int(needed.max()) if len(needed) else 0} pages a request", block_table, good)
+    if mask_bits is not None and len(count):
+        good = mask_bits.shape[-1] * BITS >= int(count.max())
+        want(op, "mask_bits", f"at least {int(count.max())} bits a row", mask_bits, good)
+
+
+def check_links(op: str, next_token: Tensor, next_sibling: Tensor) -> None:
+    """On CPU: a child and a younger sibling have larger indices, so that every walk ends inside the tree."""
+    if not readable(next_token, next_sibling):
+        return
+    nodes = next_token.shape[1]
+    index = torch.arange(nodes)
+    for name, value in (("next_token", next_token), ("next_sibling", next_sibling)):
+        good = bool(((value == -1) | ((value > index) & (value < nodes))).all())
+        want(op, name, f"-1, or an index greater than the node's own and below {nodes}", "another value", good)
+
+
+def check_coins(op: str, coins: Tensor | None, final_coins: Tensor | None, logits: Tensor) -> None:
+    """Uniform numbers given by the caller: shapes, and on CPU their range."""
+    shapes: dict[str, tuple[int, ...]] = {"coins": tuple(logits.shape[:2]), "final_coins": (len(logits),)}
+    for (name, shape), value in zip(shapes.items(), (coins, final_coins), strict=True):
+        if value is None:
+            continue
+        good = is_strided(value) and value.shape == shape and value.dtype in (torch.float32, torch.float64)
+        want(op, name, f"{shape} float32 or float64{on(logits)}", value, good and near(value, logits))
+        if readable(value):
+            want(op, name, "values in [0, 1)", "values outside, or nan", bool(((value >= 0) & (value < 1)).all()))
