@@ -30,9 +30,9 @@ struct Chunk {
   const float* const* values;  // (kChunk,); those that count for no row are not read
   const int *begin, *end;      // (rows,), within 0 .. kChunk
   int64_t rows;
-  const float* queries;  // (rows, stride), scaled by softmax_scale * log2(e)
-  int64_t stride;        // head size, padded
-  float* scores;         // (rows, kChunk), scratch
+  const float* queries;   // (rows, stride), scaled by softmax_scale * log2(e)
+  int64_t stride;         // head size, padded
+  float *scores, *scale;  // (rows, kChunk) and (rows,), scratch
   State state;
 };
 

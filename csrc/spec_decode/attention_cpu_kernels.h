@@ -186,8 +186,9 @@ void accumulate(const Chunk& c, int64_t row, int rows, const float* scale, int b
 // Rows of one block need not count the same keys: each takes those before the common run alone, then all take the run
 // together, then each the rest alone. Per row that is begin .. end - 1 in order.
 template <class S>
-M3_INLINE void accumulate_block(const Chunk& c, int64_t row, int rows, const float* scale) {
+M3_INLINE void accumulate_block(const Chunk& c, int64_t row, int rows) {
   static const float ones[8] = {1, 1, 1, 1, 1, 1, 1, 1};
+  const float* scale = c.scale + row;
   const int *begin = c.begin + row, *end = c.end + row;
   int first = begin[0], last = end[0];
   bool same = true;
@@ -211,22 +212,18 @@ M3_INLINE void accumulate_block(const Chunk& c, int64_t row, int rows, const flo
     if (last < end[i]) accumulate<S>(c, row + i, 1, ones, last, end[i]);
 }
 
+// All scores first, then all values: a chunk of keys, and then one of values, stays in L1 for all rows.
 template <class S, int kSteps>
 M3_INLINE void attend_steps(const Chunk& c) {
-  float scale[S::kRows];
-  for (int64_t row = 0; row < c.rows; row += S::kRows) {
-    const int rows = int(c.rows - row < S::kRows ? c.rows - row : S::kRows);
-    for (int i = 0; i < rows; i++) {
-      const int64_t r = row + i;
-      const int begin = c.begin[r], end = c.end[r];
-      scale[i] = 1.0f;
-      if (begin >= end) continue;
-      float* scores = c.scores + r * kChunk;
-      score_row<S, kSteps>(c.queries + r * c.stride, c.keys, c.stride, begin, end, scores);
-      scale[i] = weigh<S>(scores, begin, end, c.state.maximum[r], c.state.total + r * kPad);
-    }
-    accumulate_block<S>(c, row, rows, scale);
+  for (int64_t i = 0; i < c.rows; i++) {
+    c.scale[i] = 1.0f;
+    if (c.begin[i] >= c.end[i]) continue;
+    float* scores = c.scores + i * kChunk;
+    score_row<S, kSteps>(c.queries + i * c.stride, c.keys, c.stride, c.begin[i], c.end[i], scores);
+    c.scale[i] = weigh<S>(scores, c.begin[i], c.end[i], c.state.maximum[i], c.state.total + i * kPad);
   }
+  for (int64_t i = 0; i < c.rows; i += S::kRows)
+    accumulate_block<S>(c, i, int(c.rows - i < S::kRows ? c.rows - i : S::kRows));
 }
 
 template <class S>

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
+
+from m3kernels import _cpu_ext
+from m3kernels.checks import refuse
 
 
 def unsupported(op: str, first: Tensor, *args: Any) -> str:
@@ -18,3 +22,240 @@ def unsupported(op: str, first: Tensor, *args: Any) -> str:
 
 
 # -- trees: tree_finalize, tree_commit, the drop-in set ---------------------------------------------------------------
+_LAWS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+
+def _span(op: str, name: str, tensor: Tensor | None, dtype: torch.dtype | None) -> tuple[int, int]:
+    """(address, elements) of a contiguous CPU tensor of the given dtype, if one is given; (0, 0) for None."""
+    if tensor is None:
+        return 0, 0
+    if (dtype is not None and tensor.dtype != dtype) or not tensor.is_cpu or not tensor.is_contiguous():
+        raise refuse(op, name, f"contiguous {str(dtype or 'memory').removeprefix('torch.')} on cpu", tensor)
+    return tensor.data_ptr(), tensor.numel()
+
+
+def _bytes(op: str, name: str, tensor: Tensor) -> tuple[int, int]:
+    address, elements = _span(op, name, tensor, None)
+    return address, elements * tensor.element_size()
+
+
+def tree_finalize(
+    scores: Tensor,
+    tokens: Tensor,
+    parent_list: Tensor,
+    bonus: Tensor,
+    seq_lens: Tensor,
+    budget: Tensor | None,
+    topk: int,
+    num_nodes: int,
+) -> tuple[Tensor, ...]:
+    op, requests = "tree_finalize", scores.shape[0]
+    links = [scores.new_empty(requests, max(0, num_nodes), dtype=torch.int64) for _ in range(4)]
+    parents = scores.new_empty(requests, max(0, num_nodes), dtype=torch.int32)
+    bits = scores.new_empty(requests, max(0, num_nodes), -(-num_nodes // 32), dtype=torch.int32)
+    selected = scores.new_empty(requests, max(0, num_nodes - 1), dtype=torch.int64)
+    out = (links[0], parents, bits, *links[1:], selected)
+    given = (tokens, parent_list, bonus, seq_lens)
+    names = ("tokens", "parent_list", "bonus", "seq_lens")
+    spans = [_span(op, name, value, torch.int64) for name, value in zip(names, given, strict=True)]
+    _cpu_ext.spec_decode_tree_finalize(
+        [_span(op, "scores", scores, torch.float32), *spans, _span(op, "budget", budget, torch.int32)],
+        *(requests, scores.shape[1], parent_list.shape[1], topk, num_nodes),
+        [(value.data_ptr(), value.numel()) for value in out],
+        torch.get_num_threads(),
+    )
+    return out
+
+
+def tree_commit(
+    accept_index: Tensor,
+    accept_length: Tensor,
+    k_caches: list[Tensor],
+    v_caches: list[Tensor],
+    block_table: Tensor,
+    cache_seqlens: Tensor,
+    hidden: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    op = "tree_commit"
+    requests, width = accept_index.shape
+    new_seqlens = torch.empty_like(cache_seqlens)
+    accepted, source = accept_index.new_empty(0, dtype=torch.float32), (0, 0, 0, 0, 0)
+    if hidden is not None:
+        if hidden.ndim != 3 or not hidden.is_cpu or len(hidden) != requests or not _dense(hidden):
+            raise refuse(op, "hidden", f"({requests}, N, C) with contiguous rows on cpu", hidden)
+        size = hidden.element_size()
+        accepted = hidden.new_empty(requests, width, hidden.shape[2])
+        source = (hidden.data_ptr(), hidden.shape[1], hidden.stride(0) * size, hidden.stride(1) * size)
+        source = (*source, hidden.shape[2] * size)
+    shape, caches = (0, 1, 0, 0), []
+    for cache in (*k_caches, *v_caches):
+        size = cache.element_size()
+        first = (*cache.shape[:-1], cache.shape[-1] * size)
+        if cache.ndim != 4 or not cache.is_cpu or not _dense(cache) or first != (shape if caches else first):
+            raise refuse(op, "k_caches", "caches (P, page_size, G, D) of one shape, contiguous rows, on cpu", cache)
+        shape = first
+        caches.append((cache.data_ptr(), *(stride * size for stride in cache.stride()[:3])))
+    _cpu_ext.spec_decode_tree_commit(
+        _span(op, "accept_index", accept_index, torch.int32),
+        _span(op, "accept_length", accept_length, torch.int32),
+        *(requests, width),
+        _span(op, "block_table", block_table, torch.int32),
+        block_table.shape[1],
+        _span(op, "cache_seqlens", cache_seqlens, torch.int32),
+        *(shape, caches, source),
+        (accepted.data_ptr(), accepted.numel() * accepted.element_size()),
+        (new_seqlens.data_ptr(), new_seqlens.numel()),
+        torch.get_num_threads(),
+    )
+    return new_seqlens, accepted
+
+
+def _dense(tensor: Tensor) -> bool:
+    """Whether the last dimension is contiguous and no stride is negative or aliases what is written."""
+    return tensor.shape[-1] <= 1 or tensor.stride(-1) == 1
+
+
+def build_tree_kernel_efficient(
+    parent_list: Tensor,
+    selected_index: Tensor,
+    verified_seq_len: Tensor,
+    tree_mask: Tensor,
+    positions: Tensor,
+    retrive_index: Tensor,
+    retrive_next_token: Tensor,
+    retrive_next_sibling: Tensor,
+    topk: int,
+    depth: int,
+    draft_token_num: int,
+    tree_mask_mode: int,
+) -> None:
+    op = "build_tree_kernel_efficient"
+    _cpu_ext.spec_decode_build_tree(
+        _span(op, "parent_list", parent_list, torch.int64),
+        parent_list.shape[1],
+        _span(op, "selected_index", selected_index, torch.int64),
+        _span(op, "verified_seq_len", verified_seq_len, torch.int64),
+        _bytes(op, "tree_mask", tree_mask),
+        _link_spans(op, positions, retrive_index, retrive_next_token, retrive_next_sibling),
+        *(parent_list.shape[0], topk, draft_token_num, tree_mask_mode, torch.get_num_threads()),
+    )
+
+
+def reconstruct_indices_from_tree_mask(
+    tree_mask: Tensor,
+    verified_seq_len: Tensor,
+    positions: Tensor,
+    retrive_index: Tensor,
+    retrive_next_token: Tensor,
+    retrive_next_sibling: Tensor,
+    batch_size: int,
+    draft_token_num: int,
+) -> None:
+    op = "reconstruct_indices_from_tree_mask"
+    _cpu_ext.spec_decode_reconstruct_tree(
+        _bytes(op, "tree_mask", tree_mask),
+        _span(op, "verified_seq_len", verified_seq_len, torch.int64),
+        _link_spans(op, positions, retrive_index, retrive_next_token, retrive_next_sibling),
+        *(batch_size, draft_token_num, torch.get_num_threads()),
+    )
+
+
+def _link_spans(op: str, *links: Tensor) -> list[tuple[int, int]]:
+    names = ("positions", "retrive_index", "retrive_next_token", "retrive_next_sibling")
+    return [_span(op, name, link, torch.int64) for name, link in zip(names, links, strict=True)]
+
+
+def _walk(
+    op: str, predicts: Tensor, accept_index: Tensor, accept_token_num: Tensor, *trees: Tensor | None
+) -> list[tuple[int, int]]:
+    names = ("candidates", "retrive_index", "retrive_next_token", "retrive_next_sibling")
+    outputs = (("predicts", predicts), ("accept_index", accept_index), ("accept_token_num", accept_token_num))
+    spans = [_span(op, name, value, torch.int32) for name, value in outputs]
+    return spans + [_span(op, name, value, torch.int64) for name, value in zip(names, trees, strict=True)]
+
+
+def _laws(op: str, name: str, laws: Tensor | None, like: Tensor) -> tuple[int, int, int, int, int]:
+    """(address, type, rows, stride of requests, stride of rows) of probabilities (B, rows, V)."""
+    if laws is None:
+        return 0, 0, 0, 0, 0
+    good = laws.ndim == 3 and laws.is_cpu and laws.dtype in _LAWS and _dense(laws)
+    if not good or (laws.shape[0], laws.shape[2]) != (like.shape[0], like.shape[2]):
+        raise refuse(op, name, f"({like.shape[0]}, N, {like.shape[2]}) with contiguous rows on cpu", laws)
+    return laws.data_ptr(), _LAWS[laws.dtype], laws.shape[1], laws.stride(0), laws.stride(1)
+
+
+def verify_tree_greedy(
+    predicts: Tensor,
+    accept_index: Tensor,
+    accept_token_num: Tensor,
+    candidates: Tensor,
+    retrive_index: Tensor,
+    retrive_next_token: Tensor,
+    retrive_next_sibling: Tensor,
+    target_predict: Tensor,
+) -> None:
+    op = "verify_tree_greedy"
+    trees = (candidates, retrive_index, retrive_next_token, retrive_next_sibling)
+    _cpu_ext.spec_decode_verify_greedy(
+        _walk(op, predicts, accept_index, accept_token_num, *trees),
+        _span(op, "target_predict", target_predict, torch.int64),
+        *(*candidates.shape, accept_index.shape[1], torch.get_num_threads()),
+    )
+
+
+def tree_speculative_sampling_target_only(
+    predicts: Tensor,
+    accept_index: Tensor,
+    accept_token_num: Tensor,
+    candidates: Tensor,
+    retrive_index: Tensor,
+    retrive_next_token: Tensor,
+    retrive_next_sibling: Tensor,
+    uniform_samples: Tensor,
+    uniform_samples_for_final_sampling: Tensor,
+    target_probs: Tensor,
+    draft_probs: Tensor | None,
+    threshold_single: float,
+    threshold_acc: float,
+    deterministic: bool,
+) -> None:
+    op = "tree_speculative_sampling_target_only"
+    trees = (candidates, retrive_index, retrive_next_token, retrive_next_sibling)
+    _cpu_ext.spec_decode_sample_tree(
+        _walk(op, predicts, accept_index, accept_token_num, *trees),
+        _span(op, "uniform_samples", uniform_samples, torch.float32),
+        _span(op, "uniform_samples_for_final_sampling", uniform_samples_for_final_sampling, torch.float32),
+        _laws(op, "target_probs", target_probs, target_probs),
+        _laws(op, "draft_probs", draft_probs, target_probs),
+        *(*candidates.shape, accept_index.shape[1], target_probs.shape[2]),
+        *(threshold_single, threshold_acc, torch.get_num_threads()),
+    )
+
+
+def chain_speculative_sampling(
+    predicts: Tensor,
+    accept_index: Tensor,
+    accept_token_num: Tensor,
+    candidates: Tensor,
+    retrive_index: Tensor,
+    retrive_next_token: Tensor,
+    retrive_next_sibling: Tensor,
+    uniform_samples: Tensor,
+    uniform_samples_for_final_sampling: Tensor,
+    target_probs: Tensor,
+    draft_probs: Tensor,
+    threshold_single: float,
+    threshold_acc: float,
+    deterministic: bool,
+    block_verification: bool,
+) -> None:
+    op = "chain_speculative_sampling"
+    _cpu_ext.spec_decode_sample_chain(
+        _walk(op, predicts, accept_index, accept_token_num, candidates, retrive_index, None, None),
+        _span(op, "uniform_samples", uniform_samples, torch.float32),
+        _span(op, "uniform_samples_for_final_sampling", uniform_samples_for_final_sampling, torch.float32),
+        uniform_samples.shape[1],
+        _laws(op, "target_probs", target_probs, target_probs),
+        _laws(op, "draft_probs", draft_probs, target_probs),
+        *(*candidates.shape, target_probs.shape[2], block_verification, torch.get_num_threads()),
+    )

@@ -13,6 +13,7 @@ from m3kernels.spec_decode.types import BITS
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 DTYPE_NAMES = "float32, bfloat16 or float16"
 INTEGERS = (torch.int32, torch.int64)
+MOST = 2**31 - 1  # of integers that kernels take as int32
 
 
 def want(op: str, argument: str, wanted: str, got: object, good: bool) -> None:
@@ -39,7 +40,22 @@ def is_integer(value: object, low: int | None = None, high: int | None = None) -
 
 
 def is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+    """Whether value is a number that is finite in fp32."""
+    good = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return good and abs(value) <= torch.finfo(torch.float32).max  # type: ignore[operator, arg-type]
+
+
+def as_int32(value: Tensor) -> Tensor:
+    """Contiguous; what int32 cannot hold becomes its nearest bound, not another valid value."""
+    narrow = value if value.dtype == torch.int32 else value.clamp(-MOST - 1, MOST).to(torch.int32)
+    return narrow.contiguous()
+
+
+def check_constant(op: str, **given: Tensor | None) -> None:
+    """No op of the family is differentiable: a gradient that is wanted would be lost silently."""
+    for name, value in given.items():
+        if value is not None and value.requires_grad and torch.is_grad_enabled():
+            raise refuse(op, name, "no gradient (call under torch.no_grad())", "requires_grad")
 
 
 def all_positive(values: Tensor) -> bool:
@@ -76,20 +92,26 @@ def vector(
     names = " or ".join(str(choice).removeprefix("torch.") for choice in dtypes)
     good = is_strided(value) and value.shape == (count,) and value.dtype in dtypes and near(value, first)
     want(op, name, f"({count},) {names}{on(first)}", value, good)
-    return value.to(dtype).contiguous()  # type: ignore[attr-defined]
+    assert isinstance(value, Tensor)
+    return as_int32(value) if dtype == torch.int32 else value.to(dtype).contiguous()
 
 
 def check_caches(op: str, k_caches: Sequence[Tensor], v_caches: Sequence[Tensor], first: Tensor) -> None:
-    names = ("k_cache", "v_cache") if op == "tree_attention" else ("k_caches", "v_caches")
+    written = op == "tree_commit"
+    names = ("k_caches", "v_caches") if written else ("k_cache", "v_cache")
     for name, caches in zip(names, (k_caches, v_caches), strict=True):
-        want(op, name, "a sequence of tensors", caches, isinstance(caches, (list, tuple)))
+        want(op, name, "a list or tuple of tensors", caches, isinstance(caches, (list, tuple)))
+    want(op, names[1], f"{len(k_caches)} caches, as {names[0]}", f"{len(v_caches)}", len(v_caches) == len(k_caches))
+    for name, caches in zip(names, (k_caches, v_caches), strict=True):
         for cache in caches:
             good = logits_like(cache, 4) and near(cache, first)
             want(op, name, f"(P, page_size, G, D) {DTYPE_NAMES}{on(first)}", cache, good)
             one = k_caches[0]
             good = (cache.shape, cache.dtype) == (one.shape, one.dtype) and cache.shape[1] >= 1
             want(op, name, f"{tuple(one.shape)} {one.dtype}, page_size at least 1, like the first", cache, good)
-    want(op, names[1], f"{len(k_caches)} caches, as {names[0]}", f"{len(v_caches)}", len(v_caches) == len(k_caches))
+            check_constant(op, **{name: cache})
+            repeated = any(step == 0 and size > 1 for step, size in zip(cache.stride(), cache.shape, strict=True))
+            want(op, name, "elements that do not share memory", "an expanded tensor", not (written and repeated))
 
 
 def check_block_table(op: str, block_table: object, first: Tensor, requests: int | None = None) -> int:

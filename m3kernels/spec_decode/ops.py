@@ -19,10 +19,13 @@ from m3kernels.library import define
 from m3kernels.spec_decode.arguments import (
     DTYPE_NAMES,
     INTEGERS,
+    MOST,
     all_positive,
+    as_int32,
     check_block_table,
     check_caches,
     check_coins,
+    check_constant,
     check_links,
     check_queries,
     check_range,
@@ -56,7 +59,7 @@ def draft_topk(
     Args:
         logits: (B, F, V) fp32, bf16 or fp16 of the draft; F rows of the frontier, 1 at step 0, k later. NaN is -inf.
         scores: (B, F) fp32, log-probability of the path to each row, nats.
-        k: 1..V. step: 0 for the first.
+        k: 1..V. step: 0 for the first, below 1024.
         d2t: (V,) int64, target id minus draft id of each draft token; None: the vocabularies are one.
         seed, position: (B,) int64. With both, tokens are ranked with the noise by which tree_verify's mode "coupled"
             draws the token at this position, so that draft and target tend to agree; which token is emitted does not
@@ -70,11 +73,11 @@ def draft_topk(
     op = "draft_topk"
     want(op, "logits", "(B, F, V) " + DTYPE_NAMES, logits, logits_like(logits, 3))
     requests, frontier, vocabulary = logits.shape
+    want(op, "logits", "a row or more of each request, a vocabulary of at least 1", logits, frontier * vocabulary > 0)
     good = is_strided(scores) and scores.shape == (requests, frontier) and scores.dtype == torch.float32
     want(op, "scores", f"({requests}, {frontier}) float32{on(logits)}", scores, good and near(scores, logits))
     want(op, "k", f"an integer in 1..{vocabulary}", k, is_integer(k) and 1 <= k <= vocabulary)
-    want(op, "step", "an integer of at least 0", step, is_integer(step) and step >= 0)
-    want(op, "k", f"at most {frontier * k} paths to choose from; F * k at least k", k, frontier >= 1)
+    want(op, "step", f"an integer in 0..{MAX_NODES - 1}", step, is_integer(step, 0, MAX_NODES - 1))
     if d2t is not None:
         good = is_strided(d2t) and d2t.shape == (vocabulary,) and d2t.dtype == torch.int64 and near(d2t, logits)
         want(op, "d2t", f"({vocabulary},) int64{on(logits)}", d2t, good)
@@ -82,6 +85,7 @@ def draft_topk(
         raise refuse(op, "position" if position is None else "seed", "both seed and position, or neither", "one")
     seed = None if seed is None else vector(op, "seed", seed, logits, (torch.int64,), torch.int64)
     position = None if position is None else vector(op, "position", position, logits, INTEGERS, torch.int64)
+    check_constant(op, logits=logits, scores=scores)
     found = _draft_topk(with_rows(logits), scores.contiguous(), packed(d2t), seed, position, k, step)
     return Drafts(*found)
 
@@ -120,11 +124,12 @@ def tree_finalize(
     good = is_strided(parent_list) and parent_list.ndim == 2 and len(parent_list) == requests
     good = good and parent_list.dtype == torch.int64 and near(parent_list, scores)
     want(op, "parent_list", f"({requests}, L) int64{on(scores)}", parent_list, good)
-    want(op, "topk", "an integer of at least 1", topk, is_integer(topk) and topk >= 1)
+    want(op, "topk", f"an integer in 1..{MOST}", topk, is_integer(topk, 1, MOST))
     want(op, "num_nodes", f"an integer in 1..{MAX_NODES}", num_nodes, is_integer(num_nodes, 1, MAX_NODES))
     bonus = vector(op, "bonus", bonus, scores, INTEGERS, torch.int64)
     seq_lens = vector(op, "seq_lens", seq_lens, scores, INTEGERS, torch.int64)
     budget = None if budget is None else vector(op, "budget", budget, scores, INTEGERS, torch.int32)
+    check_constant(op, scores=scores)
     given = (scores.contiguous(), tokens.contiguous(), parent_list.contiguous(), bonus, seq_lens, budget)
     return Tree(*_tree_finalize(*given, topk, num_nodes))
 
@@ -196,9 +201,10 @@ def tree_attention(
         shapes = ((*lead, heads), (*lead, heads, size))
         good = is_strided(gate) and gate.shape in shapes and gate.dtype in (torch.float32, q.dtype) and near(gate, q)
         want(op, "gate", f"{shapes[0]} or {shapes[1]} float32 or {q.dtype}{on(q)}", gate, good)
-    scale = size**-0.5 if softmax_scale is None else softmax_scale
-    want(op, "softmax_scale", "a finite number", scale, is_number(scale) and abs(scale) < float("inf"))
-    want(op, "window", "an integer of at least 0", window, is_integer(window) and window >= 0)
+    scale = max(size, 1) ** -0.5 if softmax_scale is None else softmax_scale
+    want(op, "softmax_scale", "a number that is finite in float32", scale, is_number(scale))
+    want(op, "window", f"an integer in 0..{MOST}", window, is_integer(window, 0, MOST))
+    check_constant(op, q=q, gate=gate)
     rows = q.flatten(0, -3) if batched else q
     if not rows.shape[0] or not heads or not size:
         return torch.empty_like(q)
@@ -207,10 +213,10 @@ def tree_attention(
         with_rows(rows),
         with_rows(k_cache),
         with_rows(v_cache),
-        block_table.int().contiguous(),
+        as_int32(block_table),
         cache_seqlens,
         cu_seqlens_q,
-        None if mask_bits is None else mask_bits.reshape(len(rows), -1).contiguous(),
+        None if mask_bits is None else mask_bits.flatten(0, -2).contiguous(),
         None if gate is None else gate.reshape(len(rows), *gate.shape[len(lead) :]).contiguous(),
         float(scale),
         window,
@@ -318,6 +324,7 @@ def tree_verify(
         good = is_strided(grammar_bits) and grammar_bits.shape == shape and grammar_bits.dtype == torch.int32
         want(op, "grammar_bits", f"{shape} int32{on(logits)}", grammar_bits, good and near(grammar_bits, logits))
     check_links(op, next_token, next_sibling)
+    check_constant(op, logits=logits, draft_probs=draft_probs)
     found = _tree_verify(
         with_rows(logits),
         candidates.contiguous(),
@@ -369,7 +376,10 @@ def tree_commit(
     if hidden is not None:
         good = logits_like(hidden, 3) and len(hidden) == requests and near(hidden, accept_index)
         want(op, "hidden", f"({requests}, N, C) {DTYPE_NAMES}{on(accept_index)}", hidden, good)
-    if readable(accept_index, accept_length) and requests:
+        check_constant(op, hidden=hidden)
+    if readable(accept_index, accept_length, cache_seqlens) and requests:
+        good = bool(((cache_seqlens >= 0) & (cache_seqlens <= MOST - width)).all())
+        want(op, "cache_seqlens", f"values in 0..{MOST - width}", f"{cache_seqlens.tolist()[:8]}", good)
         good = bool(((accept_length >= 0) & (accept_length < width)).all())
         want(op, "accept_length", f"values in 0..{width - 1}", f"{accept_length.tolist()[:8]}", good)
         used = torch.arange(width) <= accept_length[:, None]
@@ -378,7 +388,7 @@ def tree_commit(
         most = MAX_NODES if hidden is None else hidden.shape[1]
         good = good and not bool((accept_index.where(used, 0) >= most).any())
         want(op, "accept_index", f"ascending nodes in 0..{most - 1} along each path", "others", good)
-    args = (accept_index.contiguous(), accept_length, list(k_caches), list(v_caches), block_table.int().contiguous())
+    args = (accept_index.contiguous(), accept_length, list(k_caches), list(v_caches), as_int32(block_table))
     seqlens, accepted = _tree_commit(*args, cache_seqlens, None if hidden is None else hidden.contiguous())
     return Committed(seqlens, None if hidden is None else accepted)
 
@@ -417,11 +427,11 @@ def tree_budget(
     )
     if readable(cost_table):
         want(op, "cost_table", "finite values above 0 from m = 1 on", "others", all_positive(cost_table[1:]))
-    want(op, "num_experts", "an integer of at least 0", num_experts, is_integer(num_experts) and num_experts >= 0)
+    want(op, "num_experts", f"an integer in 0..{MOST}", num_experts, is_integer(num_experts, 0, MOST))
     good = is_integer(topk_experts) and (1 <= topk_experts <= num_experts or topk_experts == num_experts == 0)
     want(op, "topk_experts", f"an integer in 1..{num_experts}" if num_experts else "0", topk_experts, good)
-    good = is_number(expert_cost) and 0 <= expert_cost < float("inf")
-    want(op, "expert_cost", "a finite number of at least 0", expert_cost, good)
+    want(op, "expert_cost", "a finite number of at least 0", expert_cost, is_number(expert_cost) and expert_cost >= 0)
+    check_constant(op, scores=scores)
     return _tree_budget(scores.contiguous(), cost_table.contiguous(), num_experts, topk_experts, float(expert_cost))
 
 

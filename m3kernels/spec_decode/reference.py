@@ -128,7 +128,7 @@ def links(parents: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 def draft_topk(
     logits: Tensor, scores: Tensor, d2t: Tensor | None, seed: Tensor | None, position: Tensor | None, k: int, step: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    rows = logits.double().nan_to_num(-torch.inf, torch.inf, -torch.inf).log_softmax(-1)
+    rows = law.clean(logits, None).log_softmax(-1)
     ids = torch.arange(logits.shape[-1], device=logits.device)
     if d2t is not None:
         ids = ids + d2t
@@ -137,7 +137,8 @@ def draft_topk(
         rows = (rows - noise.log()[:, None]).log_softmax(-1)
     order = rows.sort(dim=-1, descending=True, stable=True)
     tokens = ids[order.indices[..., :k]]
-    cum_scores = (scores.double()[..., None] + order.values[..., :k]).float()
+    sums = scores.double()[..., None] + order.values[..., :k]
+    cum_scores = sums.float().nan_to_num(-torch.inf, torch.inf, -torch.inf)  # nan: no token of the row is possible
     best = cum_scores.flatten(1).sort(dim=-1, descending=True, stable=True)
     flat, next_scores = best.indices[:, :k], best.values[:, :k]
     next_ids = tokens.flatten(1).gather(1, flat)
@@ -193,16 +194,10 @@ def tree_attention(
     softmax_scale: float,
     window: int,
 ) -> Tensor:
-    out = torch.zeros_like(q, dtype=torch.float64)
+    out = torch.zeros(q.shape, dtype=torch.float64, device=q.device)
     page_size, group = k_cache.shape[1], q.shape[1] // k_cache.shape[2]
     for b, (start, stop) in enumerate(itertools.pairwise(cu_seqlens_q.tolist())):
-        length = int(cache_seqlens[b])
-        prefix = length - (stop - start)
-        pages = block_table[b, : -(-length // page_size)].long() if stop > start else block_table.new_empty(0)
-        if len(pages) and not 0 <= int(pages.min()) <= int(pages.max()) < len(k_cache):
-            want = f"block ids in 0..{len(k_cache) - 1} for the keys of request {b}"
-            raise refuse("tree_attention", "block_table", want, f"{int(pages.min())}..{int(pages.max())}")
-        keys, values = (cache[pages].flatten(0, 1)[:length].double() for cache in (k_cache, v_cache))
+        prefix = int(cache_seqlens[b]) - (stop - start)
         for t in range(start, stop):
             slots = torch.arange(stop - start, device=q.device)
             if mask_bits is None:
@@ -214,7 +209,12 @@ def tree_attention(
                 attended = attended[-window:]
             if not len(attended):
                 continue
-            k, v = (cache[attended].repeat_interleave(group, 1) for cache in (keys, values))
+            pages = block_table[b, attended // page_size].long()
+            if not 0 <= int(pages.min()) <= int(pages.max()) < len(k_cache):
+                want = f"block ids in 0..{len(k_cache) - 1} for the keys of request {b}"
+                raise refuse("tree_attention", "block_table", want, f"{int(pages.min())}..{int(pages.max())}")
+            found = (cache[pages, attended % page_size].double() for cache in (k_cache, v_cache))
+            k, v = (each.repeat_interleave(group, 1) for each in found)
             weights = (torch.einsum("hd,jhd->hj", q[t].double(), k) * softmax_scale).softmax(-1)
             out[t] = torch.einsum("hj,jhd->hd", weights, v)
     if gate is not None:
