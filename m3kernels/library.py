@@ -40,9 +40,7 @@ def define(
         return op
 
     def call(*args: Any) -> Any:
-        first = args[0]
-        plain = type(first) is torch.Tensor and not first.is_meta
-        if not plain or torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+        if torch.compiler.is_compiling() or type(args[0]) is not torch.Tensor or torch._C._len_torch_dispatch_stack():
             return op(*args)
         return select(package, name, *args)(*args)
 

@@ -19,6 +19,77 @@ def unsupported(op: str, first: Tensor, *args: Any) -> str:
 
 
 # -- attention: tree_attention ----------------------------------------------------------------------------------------
+ATTENTION_TYPE = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+
+def _attention_tensor(name: str, tensor: Tensor, dtype: torch.dtype | None = None, ndim: int | None = None) -> Tensor:
+    """tensor, if it is on CPU, of the given dtype (default: one that attention computes in) and number of dimensions;
+    rows along the last dimension may have any distance, their elements none."""
+    good = tensor.is_cpu and (tensor.dtype == dtype if dtype else tensor.dtype in ATTENTION_TYPE)
+    good = good and ndim in (None, tensor.ndim) and (tensor.shape[-1] <= 1 or tensor.stride(-1) == 1)
+    if not good:
+        wanted = f"{dtype or 'float32, bfloat16 or float16'} in CPU memory".removeprefix("torch.")
+        raise refuse("tree_attention", name, f"{wanted}, contiguous along the last dimension", tensor)
+    return tensor
+
+
+def _attention_span(name: str, tensor: Tensor, dtype: torch.dtype | None = None) -> tuple[int, int]:
+    """(address, elements) of a contiguous tensor."""
+    if not _attention_tensor(name, tensor, dtype).is_contiguous():
+        raise refuse("tree_attention", name, "a contiguous tensor", f"strides {tensor.stride()}")
+    return tensor.data_ptr(), tensor.numel()
+
+
+def tree_attention(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    block_table: Tensor,
+    cache_seqlens: Tensor,
+    cu_seqlens_q: Tensor,
+    mask_bits: Tensor | None,
+    gate: Tensor | None,
+    softmax_scale: float,
+    window: int,
+) -> Tensor:
+    op = "tree_attention"
+    rows, heads, size = _attention_tensor("q", q, ndim=3).shape
+    pages, page_size, kv_heads, _ = _attention_tensor("k_cache", k_cache, ndim=4).shape
+    _attention_tensor("v_cache", v_cache, k_cache.dtype, ndim=4)
+    if k_cache.shape[3] != size or v_cache.shape != k_cache.shape:
+        raise refuse(op, "v_cache", f"caches {(pages, page_size, kv_heads, size)}", v_cache)
+    if block_table.ndim != 2 or len(block_table) != cache_seqlens.numel():
+        raise refuse(op, "block_table", f"({cache_seqlens.numel()}, max_pages)", block_table)
+    table = (pages, page_size, _attention_span("block_table", block_table, torch.int32), block_table.shape[1])
+    mask: tuple[tuple[int, int], int] = ((0, 0), 0)
+    if mask_bits is not None:
+        if mask_bits.ndim != 2 or mask_bits.shape[0] != rows or not mask_bits.shape[1]:
+            raise refuse(op, "mask_bits", f"({rows}, W), W at least 1", mask_bits)
+        mask = (_attention_span("mask_bits", mask_bits, torch.int32), mask_bits.shape[1])
+    gating: tuple[tuple[int, int], int, bool] = ((0, 0), 0, False)
+    if gate is not None:
+        if gate.shape not in ((rows, heads), (rows, heads, size)):
+            raise refuse(op, "gate", f"({rows}, {heads}) or ({rows}, {heads}, {size})", gate)
+        gating = (_attention_span("gate", gate), ATTENTION_TYPE[gate.dtype], gate.ndim == 2)
+    out = torch.empty((rows, heads, size), dtype=q.dtype)
+    _cpu_ext.tree_attention(
+        (rows, heads, kv_heads, size),
+        (q.data_ptr(), ATTENTION_TYPE[q.dtype]),
+        q.stride()[:2],
+        (k_cache.data_ptr(), *k_cache.stride()[:3]),
+        (v_cache.data_ptr(), *v_cache.stride()[:3]),
+        ATTENTION_TYPE[k_cache.dtype],
+        table,
+        _attention_span("cache_seqlens", cache_seqlens, torch.int32),
+        _attention_span("cu_seqlens_q", cu_seqlens_q, torch.int32),
+        mask,
+        gating,
+        softmax_scale,
+        window,
+        out.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return out
 
 
 # -- trees: tree_finalize, tree_commit, the drop-in set ---------------------------------------------------------------
