@@ -13,7 +13,7 @@ from torch import Tensor
 
 from m3kernels.checks import is_strided, refuse
 from m3kernels.policy_loss import batch
-from m3kernels.policy_loss.types import RATIO_LEVELS, LossSpec, check_choice, check_number
+from m3kernels.policy_loss.types import RATIO_LEVELS, LossSpec, check_choice, check_number, wide_dtype
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 DTYPE_NAMES = "float32, bfloat16, float16 or float64"
@@ -88,7 +88,7 @@ def check_mask(
     if not good:
         raise refuse(op, "mask", f"{tuple(shape)} bool or numbers >= 0 on {like.device}, like ids", mask)
     assert isinstance(mask, Tensor)
-    wide = torch.float64 if like.dtype == torch.float64 else torch.float32
+    wide = wide_dtype(like)
     if mask.is_cpu and mask.numel() and mask.dtype != torch.bool and not torch.compiler.is_compiling():
         low, high = mask.detach().to(wide).aminmax()
         if not (low >= 0 and high < torch.inf):
@@ -156,7 +156,7 @@ def check_start(op: str, vocab_start: object) -> None:
 
 def temperature_rows(op: str, temperature: object, shape: Sequence[int], hidden: Tensor) -> Tensor | None:
     """(T,) fp32 (fp64 for fp64 hidden), or None where it is 1."""
-    dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+    dtype = wide_dtype(hidden)
     count = math.prod(shape)
     least, most = torch.finfo(dtype).tiny, torch.finfo(dtype).max  # whose reciprocals are finite
     want = f"a number > 0, or {tuple(shape)} floating point > 0"

@@ -17,7 +17,7 @@ from torch.autograd.function import once_differentiable
 from m3kernels.library import define
 from m3kernels.policy_loss.arguments import check_main_grad
 from m3kernels.policy_loss.schedule import coefficients, padded, two_sum
-from m3kernels.policy_loss.types import METRICS, check_flag
+from m3kernels.policy_loss.types import METRICS, check_flag, wide_dtype
 
 Call = Callable[[Tensor, Tensor, "Tensor | None", tuple[bool, bool, bool], bool], tuple[Tensor, ...]]
 
@@ -189,11 +189,6 @@ def over_ranks(
 
 
 # -- ops --------------------------------------------------------------------------------------------------------------
-def wide_dtype(x: Tensor) -> torch.dtype:
-    """Of log-probabilities and of gradients while they grow."""
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-
 def fake_logprobs(
     hidden: Tensor, weight: Tensor, ids: Tensor, bias: Any, temperature: Any, logit_scale: float, softcap: float,
     first_id: int, entropy: bool, sum_sq: bool, save_logits: bool, workspace: int,

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from m3kernels.checks import has_data, is_strided, refuse
+from m3kernels.policy_loss.types import wide_dtype
 
 
 class Layout(NamedTuple):
@@ -31,7 +32,7 @@ def flat(stream: Tensor | None) -> Tensor | None:
     """(T,) of a (B, L) or (T,) stream, in fp32 (fp64 if it is), without gradient."""
     if stream is None:
         return None
-    return stream.detach().reshape(-1).to(torch.float64 if stream.dtype == torch.float64 else torch.float32)
+    return stream.detach().reshape(-1).to(wide_dtype(stream))
 
 
 def layout(op: str, mask: Tensor, segment_ids: Tensor | None, cu_seqlens: Tensor | None, dtype: torch.dtype) -> Layout:

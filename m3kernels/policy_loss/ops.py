@@ -47,6 +47,7 @@ from m3kernels.policy_loss.types import (
     check_choice,
     check_flag,
     check_length,
+    wide_dtype,
 )
 
 Metrics = dict[str, Tensor]
@@ -154,7 +155,7 @@ def linear_logprobs_backward(
     check_stream(op, "lse", lse, hidden.shape[:1], hidden, required=True)
     check_start(op, vocab_start)
     hidden, weight, lse, grad_logprobs = (x.detach() for x in (hidden, weight, lse, grad_logprobs))
-    wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+    wide = wide_dtype(hidden)
     picked = per_row(grad_logprobs.to(wide), len(hidden)).contiguous()
     bias = None if bias is None else bias.detach().contiguous()
     d_hidden, d_weight, d_bias = logprobs_backward_op(
@@ -286,7 +287,7 @@ def policy_loss_from_logprobs(
     tokens = policy_tokens(op, spec, layout, logprobs.shape, advantages, streams, normaliser)
     loss = spec.to_text() if isinstance(spec, LossSpec) else spec
     rows = tokens.weight.nonzero()[:, 0]
-    wide = torch.float64 if logprobs.dtype == torch.float64 else torch.float32
+    wide = wide_dtype(logprobs)
     chosen = logprobs.reshape(-1)[rows].to(wide)
     entropies = None if entropy is None else entropy.reshape(-1)[rows].to(wide)
     taken = tokens.take(rows)

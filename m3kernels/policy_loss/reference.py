@@ -16,7 +16,7 @@ from torch import Tensor
 
 from m3kernels.policy_loss import losses
 from m3kernels.policy_loss.schedule import padded
-from m3kernels.policy_loss.types import Head, Tokens
+from m3kernels.policy_loss.types import Head, Tokens, wide_dtype
 
 # Error of a result against fp64, as a multiple c of the error of torch in the same dtype (full logits, autograd), plus
 # eps relative to the largest value: RMS and max. c is 1.5 because fp32 sums in another order differ by about that.
@@ -81,10 +81,6 @@ def logits64(hidden: Tensor, head: Head) -> Tensor:
     return u if head.temperature is None else u / head.temperature.double()[:, None]
 
 
-def wide(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-
 def linear_logprobs(
     hidden: Tensor,
     weight: Tensor,
@@ -109,12 +105,12 @@ def linear_logprobs(
     found = (
         picked.clamp(max=0),
         lse,
-        lse - lse.to(wide(hidden)).double(),
+        lse - lse.to(wide_dtype(hidden)).double(),
         losses.expectation(logp, -logp) if entropy else empty,
         p.square().sum(-1) if sum_sq else empty,
         F.pad(logits, (0, 0, 0, padded(len(logits)) - len(logits))).reshape(-1) if save_logits else empty,
     )
-    logprobs, lse, low, entropies, squares, saved = (x.to(wide(hidden), copy=True) for x in found)
+    logprobs, lse, low, entropies, squares, saved = (x.to(wide_dtype(hidden), copy=True) for x in found)
     return logprobs, lse, low, entropies, squares, saved
 
 
@@ -214,7 +210,7 @@ def linear_policy_loss(
             slopes = differentiate(total, [logprobs, entropy, None], (True, True, False))
             counts["rows_differentiated"] = int(((slopes[0] != 0).any(1) | (slopes[1] != 0)).sum())
     metrics = losses.metrics(details, counts, len(rows), hidden)
-    return total.detach().to(wide(hidden)), *narrow(found, hidden, weight, wide_weight_grad), metrics
+    return total.detach().to(wide_dtype(hidden)), *narrow(found, hidden, weight, wide_weight_grad), metrics
 
 
 def differentiate(total: Tensor, inputs: list[Tensor | None], wanted: tuple[bool, bool, bool]) -> list[Tensor]:
@@ -234,7 +230,7 @@ def narrow(
     found: list[Tensor], hidden: Tensor, weight: Tensor, wide_weight_grad: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     d_hidden, d_weight, d_bias = (x.detach() for x in found)
-    dtype = wide(hidden) if wide_weight_grad else weight.dtype
+    dtype = wide_dtype(hidden) if wide_weight_grad else weight.dtype
     return d_hidden.to(hidden.dtype), d_weight.to(dtype), d_bias.to(weight.dtype)
 
 
@@ -275,4 +271,4 @@ def linear_distill_loss(
     details = {"kl": values.detach(), "entropy": losses.expectation(student, -student)}
     differentiated = len(rows) if wants_hidden or wants_weight or wants_bias else 0
     metrics = losses.metrics(details, {"rows_differentiated": differentiated}, len(rows), hidden)
-    return total.detach().to(wide(hidden)), *narrow(found, hidden, weight, wide_weight_grad), metrics
+    return total.detach().to(wide_dtype(hidden)), *narrow(found, hidden, weight, wide_weight_grad), metrics

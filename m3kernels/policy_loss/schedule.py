@@ -202,7 +202,6 @@ class Gradients:
             self.narrow = torch.empty_like(weight, dtype=dtype)
         elif wanted[1]:
             self.total = tiles.empty(weight.numel(), weight).view(weight.shape)
-        self.vocabulary = len(weight)
 
     def weight_tile(self, first: int, last: int, scratch: Tensor) -> Tensor:
         """Where rows first..last of dW are summed, fp32."""
@@ -215,7 +214,8 @@ class Gradients:
     def results(self) -> tuple[Tensor, Tensor, Tensor]:
         """(dX, dW, db); 0 elements where not wanted."""
         if not self.started:
-            self.total.zero_(), self.narrow.zero_()
+            self.total.zero_()
+            self.narrow.zero_()
         weight = self.narrow if self.narrow.numel() else self.total.to(self.dtype)
         return self.hidden, weight, self.bias.to(self.bias_dtype)
 

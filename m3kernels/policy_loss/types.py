@@ -11,6 +11,7 @@ import dataclasses
 from types import NoneType
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from m3kernels.checks import refuse
@@ -235,3 +236,8 @@ def check_length(op: str, aggregation: str, length: object) -> None:
     if not (type(length) is int and 1 <= length < 2**53) and (aggregation == "constant" or length is not None):
         optional = "" if aggregation == "constant" else ", or None"
         raise refuse(op, "constant_length", f"an int >= 1{optional} with aggregation={aggregation!r}", length)
+
+
+def wide_dtype(x: Tensor) -> torch.dtype:
+    """Of log-probabilities, and of gradients while they grow: fp64 for fp64, else fp32."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
