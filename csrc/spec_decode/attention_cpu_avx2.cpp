@@ -13,7 +13,6 @@ alignas(32) const int32_t kPart[16] = {-1, -1, -1, -1, -1, -1, -1, -1, 0, 0, 0, 
 struct Avx2 {
   static constexpr int kLanes = 8, kLevels = 3, kRows = 6, kVectors = 2;
   static constexpr int kFold[4] = {0, 4, 1, 2};
-  static constexpr bool kFused = true;
   using F = __m256;
 
   static inline __m256i part(int count) { return _mm256_loadu_si256((const __m256i*)(kPart + 8 - count)); }

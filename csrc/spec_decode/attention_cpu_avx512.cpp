@@ -11,7 +11,6 @@ namespace {
 struct Avx512 {
   static constexpr int kLanes = 16, kLevels = 4, kRows = 6, kVectors = 4;
   static constexpr int kFold[5] = {0, 8, 4, 1, 2};
-  static constexpr bool kFused = true;
   using F = __m512;
 
   static inline __mmask16 part(int count) { return (__mmask16)((1u << count) - 1); }

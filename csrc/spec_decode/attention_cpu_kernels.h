@@ -6,7 +6,7 @@
 // other into the row's vectors, which stay in registers for kRows rows at a time. Nothing in the order of a row's
 // operations depends on the rows beside it.
 //
-// A trait offers F (a vector of kLanes floats), its loads, stores and arithmetic, kFused (fma rounds once), and
+// A trait offers F (a vector of kLanes floats), its loads, stores and arithmetic, and
 //   load_part, store_part       the first `count` lanes; the others read as 0 and are not written
 //   max(a, b), min(a, b)        b where one of them is nan
 //   scaled_exp(p, t, n, x)      p * 2^n, 0 where x < kSmallest; t holds n + 127 in its low bits
@@ -19,12 +19,12 @@
 constexpr float kLowest = -__builtin_huge_valf();
 constexpr float kSmallest = -126.0f;         // exp2 of less is subnormal: it becomes 0
 constexpr float kRound = 12582912.0f + 127;  // 1.5 * 2^23: adding it rounds to an integer, kept in the low bits
-constexpr float kLog2E = 1.44269504f;
+constexpr float kLog2E = 1.44269504f, kLn2High = 0.693359375f, kLn2Low = -2.12194440e-4f;
 
-// 2^x within 1 ulp for x <= 128; 0 below kSmallest and for -inf; nan for nan. Minimax polynomial of degree 6.
+// 2^(n + r), |r| <= 1/2: within 1 ulp for x <= 128; 0 where x < kSmallest, -inf included; nan for nan. Minimax
+// polynomial of degree 6.
 template <class S>
-M3_INLINE typename S::F exponential2(typename S::F x) {
-  const typename S::F t = S::add(x, S::splat(kRound)), n = S::sub(t, S::splat(kRound)), r = S::sub(x, n);
+M3_INLINE typename S::F power_of_two(typename S::F t, typename S::F n, typename S::F r, typename S::F x) {
   typename S::F p = S::fma(S::splat(1.53458124e-4f), r, S::splat(1.33999309e-3f));
   p = S::fma(p, r, S::splat(9.61848907e-3f));
   p = S::fma(p, r, S::splat(5.55032864e-2f));
@@ -32,6 +32,22 @@ M3_INLINE typename S::F exponential2(typename S::F x) {
   p = S::fma(p, r, S::splat(0.693147182f));
   p = S::fma(p, r, S::splat(1.0f));
   return S::scaled_exp(p, t, n, x);
+}
+
+template <class S>
+M3_INLINE typename S::F exponential2(typename S::F x) {
+  const typename S::F t = S::add(x, S::splat(kRound)), n = S::sub(t, S::splat(kRound));
+  return power_of_two<S>(t, n, S::sub(x, n), x);
+}
+
+// 1 / (1 + e^-g). g = -(n + r) ln 2 by Cody and Waite: kLn2High has so few bits that n * kLn2High is exact.
+template <class S>
+M3_INLINE typename S::F sigmoid(typename S::F g) {
+  const typename S::F x = S::min(S::splat(128.0f), S::mul(g, S::splat(-kLog2E)));
+  const typename S::F t = S::add(x, S::splat(kRound)), n = S::sub(t, S::splat(kRound));
+  const typename S::F rest = S::fma(n, S::splat(kLn2Low), S::fma(n, S::splat(kLn2High), g));
+  const typename S::F r = S::max(S::splat(-1.0f), S::mul(rest, S::splat(-kLog2E))), one = S::splat(1.0f);
+  return S::div(one, S::add(one, power_of_two<S>(t, n, S::min(one, r), x)));
 }
 
 // exp2 of differences to this: the maximum, or 0 before the first finite score.
@@ -262,7 +278,7 @@ template <class S>
 void finish(const Finish& f) {
   typename S::F lanes = S::load(f.total);
   for (int v = S::kLanes; v < kPad; v += S::kLanes) lanes = S::add(lanes, S::load(f.total + v));
-  const typename S::F total = S::splat(S::sum(lanes)), one = S::splat(1.0f);
+  const typename S::F total = S::splat(S::sum(lanes));
   for (int64_t d = 0; d < f.size; d += S::kLanes) {
     const int count = int(f.size - d < S::kLanes ? f.size - d : S::kLanes);
     typename S::F y = S::div(S::load(f.weighted + d), total);
@@ -270,8 +286,7 @@ void finish(const Finish& f) {
       const typename S::F g = f.gate_type == Type::kFloat32    ? gate_at<S, Type::kFloat32>(f, d, count)
                               : f.gate_type == Type::kBfloat16 ? gate_at<S, Type::kBfloat16>(f, d, count)
                                                                : gate_at<S, Type::kFloat16>(f, d, count);
-      const typename S::F e = exponential2<S>(S::min(S::splat(128.0f), S::mul(g, S::splat(-kLog2E))));
-      y = S::div(y, S::add(one, e));
+      y = S::mul(y, sigmoid<S>(g));
     }
     if (f.type == Type::kFloat32) {
       S::store_part((float*)f.out + d, count, y);

@@ -11,7 +11,6 @@ namespace {
 struct Neon {
   static constexpr int kLanes = 4, kLevels = 2, kRows = 6, kVectors = 4;
   static constexpr int kFold[3] = {0, 1, 2};
-  static constexpr bool kFused = true;
   using F = float32x4_t;
 
   static inline F bits(uint32x4_t a) { return vreinterpretq_f32_u32(a); }

@@ -11,7 +11,6 @@ namespace {
 struct Scalar {
   static constexpr int kLanes = 4, kLevels = 2, kRows = 4, kVectors = 2;
   static constexpr int kFold[3] = {0, 1, 2};
-  static constexpr bool kFused = false;
   typedef float F __attribute__((vector_size(16)));
   typedef int32_t I __attribute__((vector_size(16)));
 

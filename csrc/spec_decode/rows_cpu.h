@@ -24,8 +24,8 @@ struct Row {
   int64_t size;
 };
 
-// Weight of a token: w = exp((z - maximum) * (inverse + inverse_low)), 0 where z < threshold. With draft probabilities q
-// (outside 0..1: 0) it is max(w * inverse_total - q, 0).
+// Weight of a token: w = exp((z - maximum) * (inverse + inverse_low)), 0 where z < threshold. With draft probabilities
+// q (outside 0..1: 0) it is max(w * inverse_total - q, 0).
 struct Weight {
   float maximum, inverse, inverse_low, threshold;
   const float* draft;  // (size,) or null

@@ -64,8 +64,7 @@ M3_INLINE typename S::F gumbel_of(typename S::U word) {
   const typename S::F one = S::splat(1.0f), scale = S::splat(0x1p-32f), byte = S::splat(256.0f);
   const typename S::F high = S::high_24(word), low = S::low_8(word);
   const typename S::F u = S::mul(S::fma(high, byte, S::add(low, S::splat(0.5f))), scale);
-  typename S::F rest =
-      S::mul(S::fma(S::sub(S::splat(16777215.0f), high), byte, S::sub(S::splat(255.5f), low)), scale);
+  typename S::F rest = S::mul(S::fma(S::sub(S::splat(16777215.0f), high), byte, S::sub(S::splat(255.5f), low)), scale);
   rest = S::max(S::splat(0x1p-24f), rest);
   typename S::F k;
   typename S::F m = S::split(rest, k);
@@ -404,10 +403,10 @@ M3_INLINE void race_words(const Noise& noise, typename S::U c0, typename S::U (&
   words[0] = c0, words[1] = c1, words[2] = c2, words[3] = c3;
 }
 
-// A token can only win if its E is at most exp(x - best), and E >= u >= floor(2^24 u) / 2^24: a comparison of 24 bits of
-// the word with the token's weight finds the few that can, and those are scored in double. Tokens whose 24 bits are 0
-// are always among them, so that refined words need no thought here; nor do weights below exp(-87): without those bits
-// they would lose to any score from -3 on.
+// A token can only win if its E is at most exp(x - best), and E >= u >= floor(2^24 u) / 2^24: a comparison of 24 bits
+// of the word with the token's weight finds the few that can, and those are scored in double. Tokens whose 24 bits are
+// 0 are always among them, so that refined words need no thought here; nor do weights below exp(-87): without those
+// bits they would lose to any score from -3 on.
 template <class S>
 void race(const Row& row, const Weight& weight, double temperature, const Noise& noise, const float* maxima,
           Best& best) {

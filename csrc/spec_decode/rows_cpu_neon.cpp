@@ -17,9 +17,7 @@ struct Neon {
   static inline uint32x4_t bits(F a) { return vreinterpretq_u32_f32(a); }
   static inline F load(const float* p) { return vld1q_f32(p); }
   static inline F load(const Bf16* p) { return bits(vshll_n_u16(vld1_u16((const uint16_t*)p), 16)); }
-  static inline F load(const F16* p) {
-    return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16((const uint16_t*)p)));
-  }
+  static inline F load(const F16* p) { return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16((const uint16_t*)p))); }
   static inline void store(float* p, F a) { vst1q_f32(p, a); }
   static inline F splat(float f) { return vdupq_n_f32(f); }
   static inline F add(F a, F b) { return vaddq_f32(a, b); }

@@ -63,7 +63,8 @@ def draft_topk(
         d2t: (V,) int64, target id minus draft id of each draft token; None: the vocabularies are one.
         seed, position: (B,) int64. With both, tokens are ranked with the noise by which tree_verify's mode "coupled"
             draws the token at this position, so that draft and target tend to agree; which token is emitted does not
-            depend on it. position is that of the drafted tokens.
+            depend on it. position is that of the drafted tokens; pass logits over the request's temperature. It pays
+            where sampling is close to the model's own law, and costs where filters have cut that law to few tokens.
     Returns:
         Drafts. Ties go to the lower draft id and the lower flat index. Scores carry fp32 rounding.
     Raises:

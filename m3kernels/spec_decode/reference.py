@@ -244,10 +244,11 @@ class _Request:
             self.mode = "greedy"
 
     def children(self, node: int) -> list[int]:
-        found, child = [], self.first_child[node]
-        while child >= 0:
+        """Elder siblings first. A link that does not lead to a larger index ends them, as in every room."""
+        found, last, child = [], node, self.first_child[node]
+        while last < child < len(self.candidates):
             found.append(child)
-            child = self.sibling[child]
+            last, child = child, self.sibling[child]
         return found
 
     def coin(self, node: int, depth: int) -> float:

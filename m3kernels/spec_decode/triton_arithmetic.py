@@ -96,7 +96,11 @@ def coin(seed, position, stream: tl.constexpr):
 def log_exponential(word, refined):
     """log E, fp32, of the race's word and its refinement (used where the word is below 256)."""
     u = (word.to(tl.float32) + 0.5) * 2.3283064365386963e-10
-    u = tl.where(word < 256, (word.to(tl.float32) + (refined.to(tl.float32) + 0.5) * 2.3283064365386963e-10) * 2.3283064365386963e-10, u)
+    u = tl.where(
+        word < 256,
+        (word.to(tl.float32) + (refined.to(tl.float32) + 0.5) * 2.3283064365386963e-10) * 2.3283064365386963e-10,
+        u,
+    )
     rest = tl.maximum(((word ^ 0xFFFFFFFF).to(tl.float32) + 0.5) * 2.3283064365386963e-10, 5.9604644775390625e-08)
     near = 1.0 - u  # log1p(-u) = log(near) * u / (1 - near) where u is small
     gap = 1.0 - near

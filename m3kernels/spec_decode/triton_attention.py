@@ -38,6 +38,7 @@ from m3kernels.triton_compile import CompileCase
 
 SPLIT = 512  # positions per split: a context of 4096 is 8 programs a head
 WORKSPACE_BYTES = 64 << 20  # of partial sums; beyond, a program goes through its splits one after the other
+SINGLE, PARTIAL, SERIAL = (tl.constexpr(kind) for kind in range(3))
 LOG2_E = 1.4426950408889634
 
 
@@ -85,15 +86,19 @@ def _attended_kernel(mask_bits, cu_seqlens, slots, counts, requests, bits, BLOCK
 
 @triton.jit
 def _join(total_m, total_l, total_acc, m, l, acc):
-    """The softmax of two splits together; the second may hold nothing."""
-    some = l != 0.0
-    top = tl.where(some, tl.maximum(total_m, m), total_m)
+    """The softmax of two splits together; where one holds nothing, the other as it is."""
+    top = tl.maximum(total_m, m)
     before = tl.exp2(total_m - top)
     after = tl.exp2(m - top)
     joint_l = total_l * before + l * after
-    wide = tl.broadcast_to(some[:, None], acc.shape)
     joint_acc = total_acc * before[:, None] + acc * after[:, None]
-    return top, tl.where(some, joint_l, total_l), tl.where(wide, joint_acc, total_acc)
+    joint_acc = tl.where(tl.broadcast_to((total_l == 0.0)[:, None], acc.shape), acc, joint_acc)
+    joint_acc = tl.where(tl.broadcast_to((l == 0.0)[:, None], acc.shape), total_acc, joint_acc)
+    return (
+        tl.where(l == 0.0, total_m, tl.where(total_l == 0.0, m, top)),
+        tl.where(l == 0.0, total_l, tl.where(total_l == 0.0, l, joint_l)),
+        joint_acc,
+    )
 
 
 @triton.jit
@@ -180,8 +185,8 @@ def _finite_values(slot, wanted, block_table, v_cache, page_size, pages, v_page,
 # BLOCK_M / HEADS queries of one request, each with HEADS query heads of one kv head; request b has room for blocks from
 # cu[b] // queries + b on, the surplus returns. Reads the keys and values of its rows' positions: whole chunks of the
 # shared prefix once, chunks where rows differ once if that is safe and the rows attend to the same slots, else once a
-# query. PARTIAL: one split, its sums go to ``part`` (T, H, splits, D) and ``part_ml`` (T, H, splits, 2); otherwise all
-# splits in order and the rows of ``out``.
+# query. PARTIAL: one split, its sums go to ``part`` (T, H, splits, D) and ``part_ml`` (T, H, splits, 2). SERIAL: all splits in
+# order, their joint sum waits in ``part`` (T, H, D), and the rows of ``out``. SINGLE: there is but one split.
 @triton.jit(do_not_specialize=["requests", "window", "splits", "table_width"])
 def _attention_kernel(
     q,
@@ -216,7 +221,7 @@ def _attention_kernel(
     v_slot,
     v_head,
     GATE: tl.constexpr,
-    PARTIAL: tl.constexpr,
+    KIND: tl.constexpr,
     TREE: tl.constexpr,
     HEADS: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -276,12 +281,17 @@ def _attention_kernel(
     shared = tl.minimum(tl.cdiv(tl.max(tl.where(real, start, 0), 0), CHUNK), last)
     own = tl.maximum(common // CHUNK, shared)
 
-    low = tl.program_id(2) * CHUNKS if PARTIAL else (first_chunk // CHUNKS) * CHUNKS
-    high = tl.minimum(low + CHUNKS, last) if PARTIAL else last
-    if PARTIAL:
+    low = tl.program_id(2) * CHUNKS if KIND == PARTIAL else (first_chunk // CHUNKS) * CHUNKS
+    high = tl.minimum(low + CHUNKS, last) if KIND == PARTIAL else last
+    if KIND == PARTIAL:
         if (low >= last) | (low + CHUNKS <= first_chunk):
             return
 
+    out_row = t * heads + head
+    mask = real[:, None] & in_head[None, :]
+    part_at = out_row[:, None] * head_size + d[None, :]
+    if KIND == PARTIAL:
+        part_at = (out_row * splits + tl.program_id(2))[:, None] * head_size + d[None, :]
     total_m = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     total_l = tl.zeros((BLOCK_M,), tl.float32)
     total_acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
@@ -326,18 +336,20 @@ def _attention_kernel(
                         tile_q, m, l, acc, some, valid, slot, wanted, block_table, k_cache, v_cache,
                         page_size, pages, k_page, k_slot, v_page, v_slot, scale, d, in_head, False, COMPUTE,
                     )  # fmt: skip
-        if PARTIAL:
-            total_m, total_l, total_acc = m, l, acc
-        else:
-            total_m, total_l, total_acc = _join(total_m, total_l, total_acc, m, l, acc)
+        if KIND == SERIAL:
+            if split > low:
+                tl.debug_barrier()
+                before = tl.load(part + part_at, mask=mask, other=0.0)
+                m, l, acc = _join(total_m, total_l, before, m, l, acc)
+            if split + CHUNKS < high:
+                tl.store(part + part_at, acc, mask=mask)
+        total_m, total_l, total_acc = m, l, acc
 
-    out_row = t * heads + head
-    mask = real[:, None] & in_head[None, :]
-    if PARTIAL:
+    if KIND == PARTIAL:
         at = out_row * splits + tl.program_id(2)
         tl.store(part_ml + at * 2, total_m, mask=real)
         tl.store(part_ml + at * 2 + 1, total_l, mask=real)
-        tl.store(part + at[:, None] * head_size + d[None, :], total_acc, mask=mask)
+        tl.store(part + part_at, total_acc, mask=mask)
     else:
         total_l = tl.where(impossible, float("nan"), total_l)
         at = out_row[:, None] * head_size + d[None, :]
@@ -435,8 +447,11 @@ def tree_attention(
     queries = plan.block_m // rows
     splits = triton.cdiv(table_width * page_size, SPLIT)
     partial = splits > 1 and tokens * heads * splits * (head_size + 2) * 4 <= WORKSPACE_BYTES
+    kind = PARTIAL if partial else SERIAL if splits > 1 else SINGLE
     part = part_ml = None
-    if partial:
+    if kind.value == SERIAL.value:
+        part = torch.empty(tokens, heads, head_size, dtype=torch.float32, device=q.device)
+    if kind.value == PARTIAL.value:
         part = torch.empty(tokens, heads, splits, head_size, dtype=torch.float32, device=q.device)
         part_ml = torch.empty(tokens, heads, splits, 2, dtype=torch.float32, device=q.device)
     scale = softmax_scale * LOG2_E
@@ -450,7 +465,7 @@ def tree_attention(
         requests, heads, group, head_size, page_size, pages, table_width, bits, window, splits, scale,
         q.stride(0), q.stride(1), *k_cache.stride()[:3], *v_cache.stride()[:3],
         GATE=gate_kind,
-        PARTIAL=partial,
+        KIND=kind.value,
         TREE=mask_bits is not None,
         HEADS=rows,
         BLOCK_M=plan.block_m,
@@ -482,15 +497,15 @@ def tree_attention(
 def cases(target: str) -> list[CompileCase]:
     """Launches of a decoding model (16 bits, heads of 128 and 64), of a prefill, of fp32, with everything and plain."""
     return [
-        attention_case(target, "bf16", "bf16", 128, 4, tree=True, partial=True, gate=2),
-        attention_case(target, "bf16", "bf16", 128, 4, tree=False, partial=True, gate=0),
-        attention_case(target, "bf16", "bf16", 128, 16, tree=True, partial=False, gate=1),
-        attention_case(target, "bf16", "bf16", 128, 4, tree=False, partial=False, gate=0),
-        attention_case(target, "fp16", "fp16", 64, 3, tree=True, partial=True, gate=2),
-        attention_case(target, "fp16", "fp16", 64, 1, tree=False, partial=False, gate=0),
-        attention_case(target, "bf16", "bf16", 256, 8, tree=True, partial=False, gate=2),
-        attention_case(target, "fp32", "fp32", 64, 4, tree=True, partial=True, gate=2),
-        attention_case(target, "fp32", "bf16", 128, 4, tree=True, partial=False, gate=2),
+        attention_case(target, "bf16", "bf16", 128, 4, kind=PARTIAL, tree=True, gate=2),
+        attention_case(target, "bf16", "bf16", 128, 4, kind=PARTIAL, tree=False, gate=0),
+        attention_case(target, "bf16", "bf16", 128, 16, kind=SERIAL, tree=True, gate=1),
+        attention_case(target, "bf16", "bf16", 128, 4, kind=SERIAL, tree=False, gate=0),
+        attention_case(target, "fp16", "fp16", 64, 3, kind=PARTIAL, tree=True, gate=2),
+        attention_case(target, "fp16", "fp16", 64, 1, kind=SERIAL, tree=False, gate=0),
+        attention_case(target, "bf16", "bf16", 256, 8, kind=SERIAL, tree=True, gate=2),
+        attention_case(target, "fp32", "fp32", 64, 4, kind=PARTIAL, tree=True, gate=2),
+        attention_case(target, "fp32", "bf16", 128, 4, kind=SERIAL, tree=True, gate=2),
         join_case("bf16", 128, tree=True, gate=2),
         join_case("fp32", 64, tree=False, gate=0),
         case(
@@ -501,16 +516,17 @@ def cases(target: str) -> list[CompileCase]:
 
 
 def attention_case(
-    target: str, q: str, cache: str, head_size: int, group: int, *, tree: bool, partial: bool, gate: int
+    target: str, q: str, cache: str, head_size: int, group: int, *, kind: tl.constexpr, tree: bool, gate: int
 ) -> CompileCase:
     names = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
     exact = names[q] if q == cache else torch.float32
     plan = tile(head_size, exact, target.startswith("gfx"))
     extra = "slots *i32, counts *i32, " if tree else ""
     extra += f"gate *{q}, " if gate else ""
-    extra += "part *fp32, part_ml *fp32, " if partial else ""
+    extra += "part *fp32, " if kind != SINGLE else ""
+    extra += "part_ml *fp32, " if kind == PARTIAL else ""
     made = case(
-        f"attention_{q}_{cache}_{head_size}{'_tree' if tree else ''}{'_partial' if partial else ''}",
+        f"attention_{q}_{cache}_{head_size}{'_tree' if tree else ''}_{('single', 'partial', 'serial')[kind.value]}",
         _attention_kernel,
         f"q *{q}, k_cache *{cache}, v_cache *{cache}, block_table *i32, cache_seqlens *i32, cu_seqlens *i32, {extra}"
         f"out *{q}, requests i32, heads i32, group i32, head_size i32:16, page_size i32:16, pages i32, table_width i32, "
@@ -519,7 +535,7 @@ def attention_case(
         plan.num_warps,
         plan.num_stages,
         GATE=gate,
-        PARTIAL=partial,
+        KIND=kind.value,
         TREE=tree,
         HEADS=triton.next_power_of_2(group),
         BLOCK_M=plan.block_m,

@@ -116,6 +116,9 @@ SHAPES = {
 }
 
 
+SHARED_CHAIN = dataclasses.replace(SHAPES["chain"], shared_noise=True)
+
+
 def draft(model: Model, bonus: Tensor, seq_lens: Tensor, shape: Shape, seed: Tensor) -> Tree:
     """Trees by a draft model that sees the last token alone: the target without its layers."""
     requests = len(bonus)
@@ -214,3 +217,10 @@ def test_rounding_of_activations_changes_nothing(backend, activations):
 @native
 def test_greedy_decoding_is_the_same(backend):
     check_same((16, "auto", torch.float32), SHAPES["deep"], Sampling(), "greedy")
+
+
+@native
+def test_noise_shared_by_draft_and_target_saves_passes_at_temperature_one(backend):
+    runs = [decode(Model(16, "auto"), shape, Sampling(), "coupled") for shape in (SHAPES["chain"], SHARED_CHAIN)]
+    assert runs[0].tokens == runs[1].tokens
+    assert runs[1].passes < 0.7 * runs[0].passes
