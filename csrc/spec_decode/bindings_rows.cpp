@@ -7,7 +7,7 @@
 
 namespace py = pybind11;
 using namespace m3;
-using namespace m3::spec_decode;
+using namespace m3::spec_decode::rows;
 
 namespace m3::spec_decode {
 void bind_rows(pybind11::module_& module);

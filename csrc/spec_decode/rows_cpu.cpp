@@ -9,7 +9,7 @@
 #include "spec_decode/rows_cpu_driver.h"
 #include "spec_decode/rows_cpu_law.h"
 
-namespace m3::spec_decode {
+namespace m3::spec_decode::rows {
 namespace {
 
 // visit(i) for 0 <= i < count. What a thread throws is thrown here.
@@ -268,4 +268,4 @@ void tree_verify(const Verification& args, int threads) {
   });
 }
 
-}  // namespace m3::spec_decode
+}  // namespace m3::spec_decode::rows

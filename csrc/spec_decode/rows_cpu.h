@@ -7,7 +7,7 @@
 #pragma once
 #include <cstdint>
 
-namespace m3::spec_decode {
+namespace m3::spec_decode::rows {
 
 constexpr int64_t kGroup = 256, kBlock = 1024;
 constexpr int64_t kSlack = 32;  // elements that a kernel may write behind the last of a list
@@ -73,4 +73,4 @@ extern const Kernels kAvx2Rows;
 extern const Kernels kAvx512Rows;
 extern const Kernels kNeonRows;
 
-}  // namespace m3::spec_decode
+}  // namespace m3::spec_decode::rows

@@ -3,7 +3,7 @@
 
 #include "spec_decode/rows_cpu_noise.h"
 
-namespace m3::spec_decode {
+namespace m3::spec_decode::rows {
 namespace {
 
 #include "spec_decode/rows_cpu_kernels.h"
@@ -95,4 +95,4 @@ struct Avx2 {
 extern const Kernels kAvx2Rows = {scan<Avx2>, soften<Avx2>, find<Avx2>, collect<Avx2>, tally<Avx2>,
                                   add<Avx2>,  weigh<Avx2>,  race<Avx2>, perturb<Avx2>};
 
-}  // namespace m3::spec_decode
+}  // namespace m3::spec_decode::rows

@@ -3,7 +3,7 @@
 
 #include "spec_decode/rows_cpu_noise.h"
 
-namespace m3::spec_decode {
+namespace m3::spec_decode::rows {
 namespace {
 
 #include "spec_decode/rows_cpu_kernels.h"
@@ -83,4 +83,4 @@ struct Avx512 {
 extern const Kernels kAvx512Rows = {scan<Avx512>, soften<Avx512>, find<Avx512>, collect<Avx512>, tally<Avx512>,
                                     add<Avx512>,  weigh<Avx512>,  race<Avx512>, perturb<Avx512>};
 
-}  // namespace m3::spec_decode
+}  // namespace m3::spec_decode::rows

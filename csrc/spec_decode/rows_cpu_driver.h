@@ -4,7 +4,7 @@
 
 #include "spec_decode/rows_cpu.h"
 
-namespace m3::spec_decode {
+namespace m3::spec_decode::rows {
 
 enum class Mode : int { kGreedy = 0, kTargetOnly = 1, kChain = 2, kCoupled = 3 };
 enum class Logprobs : int { kNone = 0, kRaw = 1, kSampling = 2 };
@@ -53,4 +53,4 @@ struct Verification {
 void draft_topk(const Drafting& args, int threads);
 void tree_verify(const Verification& args, int threads);
 
-}  // namespace m3::spec_decode
+}  // namespace m3::spec_decode::rows

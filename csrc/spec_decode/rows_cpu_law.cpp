@@ -10,7 +10,7 @@
 
 #include "common/isa.h"
 
-namespace m3::spec_decode {
+namespace m3::spec_decode::rows {
 namespace {
 
 constexpr int64_t kListed = 1024;   // tokens kept, at most, for which each has its mass in double
@@ -342,4 +342,4 @@ void Law::trim() {
   mass_.trim(), residual_.trim(), sums_.trim(), residual_sums_.trim();
 }
 
-}  // namespace m3::spec_decode
+}  // namespace m3::spec_decode::rows

@@ -7,7 +7,7 @@
 
 #include "spec_decode/rows_cpu_noise.h"
 
-namespace m3::spec_decode {
+namespace m3::spec_decode::rows {
 
 // The kernels of the instruction set in use.
 const Kernels& row_kernels();
@@ -99,4 +99,4 @@ class Normalizer {
   Kept<float> references_;
 };
 
-}  // namespace m3::spec_decode
+}  // namespace m3::spec_decode::rows

@@ -3,7 +3,7 @@
 
 #include "spec_decode/rows_cpu_noise.h"
 
-namespace m3::spec_decode {
+namespace m3::spec_decode::rows {
 namespace {
 
 #include "spec_decode/rows_cpu_kernels.h"
@@ -86,4 +86,4 @@ struct Neon {
 extern const Kernels kNeonRows = {scan<Neon>, soften<Neon>, find<Neon>, collect<Neon>, tally<Neon>,
                                   add<Neon>,  weigh<Neon>,  race<Neon>, perturb<Neon>};
 
-}  // namespace m3::spec_decode
+}  // namespace m3::spec_decode::rows

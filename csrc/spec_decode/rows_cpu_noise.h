@@ -6,7 +6,7 @@
 
 #include "spec_decode/rows_cpu.h"
 
-namespace m3::spec_decode {
+namespace m3::spec_decode::rows {
 
 constexpr uint32_t kMultiplier0 = 0xD2511F53, kMultiplier1 = 0xCD9E8D57;
 constexpr uint32_t kWeyl0 = 0x9E3779B9, kWeyl1 = 0xBB67AE85;
@@ -52,4 +52,4 @@ static inline float clean(float a) {
   return a > kClip ? kClip : a < -kClip ? -kClip : a;
 }
 
-}  // namespace m3::spec_decode
+}  // namespace m3::spec_decode::rows

@@ -3,7 +3,7 @@
 
 #include "spec_decode/rows_cpu_noise.h"
 
-namespace m3::spec_decode {
+namespace m3::spec_decode::rows {
 namespace {
 
 #include "spec_decode/rows_cpu_kernels.h"
@@ -90,4 +90,4 @@ struct Scalar {
 extern const Kernels kScalarRows = {scan<Scalar>, soften<Scalar>, find<Scalar>, collect<Scalar>, tally<Scalar>,
                                     add<Scalar>,  weigh<Scalar>,  race<Scalar>, perturb<Scalar>};
 
-}  // namespace m3::spec_decode
+}  // namespace m3::spec_decode::rows

@@ -16,6 +16,119 @@ def unsupported(op: str, first: Tensor, *args: Any) -> str:
 
 
 # -- rows of logits: draft_topk, tree_verify --------------------------------------------------------------------------
+ROW_TYPE = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+MODE = {"greedy": 0, "target_only": 1, "chain": 2, "coupled": 3}
+LOGPROB = {"none": 0, "raw": 1, "sampling": 2}
+
+
+def _choice(op: str, name: str, choices: dict[str, int], value: str) -> int:
+    if value not in choices:
+        raise refuse(op, name, ", ".join(map(repr, choices)), value)
+    return choices[value]
+
+
+def _row_span(op: str, name: str, tensor: Tensor | None, dtype: torch.dtype) -> tuple[int, int]:
+    """(address, elements) of a contiguous tensor; (0, 0) for None."""
+    if tensor is None:
+        return 0, 0
+    if tensor.dtype != dtype or not tensor.is_cpu or not tensor.is_contiguous():
+        raise refuse(op, name, f"contiguous {str(dtype).removeprefix('torch.')} in CPU memory", tensor)
+    return tensor.data_ptr(), tensor.numel()
+
+
+def _rows(
+    op: str, name: str, tensor: Tensor | None, dtypes: tuple[torch.dtype, ...]
+) -> tuple[int, int, int, int, int, int]:
+    """(address, B, rows, columns, elements from request to request, from row to row); zeros for None."""
+    if tensor is None:
+        return 0, 0, 0, 0, 0, 0
+    if tensor.dtype not in dtypes or not tensor.is_cpu or tensor.ndim != 3:
+        names = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+        raise refuse(op, name, f"a tensor of three dimensions, {names}, in CPU memory", tensor)
+    if tensor.shape[2] > 1 and tensor.stride(2) != 1:
+        raise refuse(op, name, "rows of contiguous elements", f"a stride of {tensor.stride(2)}")
+    return tensor.data_ptr(), *tensor.shape, tensor.stride(0), tensor.stride(1)
+
+
+def draft_topk(
+    logits: Tensor, scores: Tensor, d2t: Tensor | None, seed: Tensor | None, position: Tensor | None, k: int, step: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    op = "draft_topk"
+    rows = _rows(op, "logits", logits, tuple(ROW_TYPE))
+    requests, frontier = logits.shape[:2]
+    width = max(k, 0)  # a k that is none is refused below
+    tokens = torch.empty(requests, frontier, width, dtype=torch.int64)
+    cum_scores = torch.empty(requests, frontier, width)
+    next_ids, parents = (torch.empty(requests, width, dtype=torch.int64) for _ in range(2))
+    next_scores, src_row = torch.empty(requests, width), torch.empty(requests, width, dtype=torch.int32)
+    _cpu_ext.spec_decode_draft_topk(
+        (rows, ROW_TYPE[logits.dtype]),
+        _row_span(op, "scores", scores, torch.float32),
+        _row_span(op, "d2t", d2t, torch.int64),
+        _row_span(op, "seed", seed, torch.int64),
+        _row_span(op, "position", position, torch.int64),
+        k,
+        step,
+        *((each.data_ptr(), each.numel()) for each in (tokens, cum_scores, next_ids, next_scores, src_row, parents)),
+        torch.get_num_threads(),
+    )
+    return tokens, cum_scores, next_ids, next_scores, src_row, parents
+
+
+def tree_verify(
+    logits: Tensor,
+    candidates: Tensor,
+    next_token: Tensor,
+    next_sibling: Tensor,
+    temperature: Tensor,
+    top_k: Tensor | None,
+    top_p: Tensor | None,
+    min_p: Tensor | None,
+    seed: Tensor | None,
+    position: Tensor | None,
+    coins: Tensor | None,
+    final_coins: Tensor | None,
+    draft_probs: Tensor | None,
+    grammar_bits: Tensor | None,
+    mode: str,
+    width: int,
+    logprobs: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    op = "tree_verify"
+    rows = _rows(op, "logits", logits, tuple(ROW_TYPE))
+    requests, slots = logits.shape[0], max(width, 0)  # a width that is none is refused below
+    tokens = torch.empty(requests, slots, dtype=torch.int64)
+    accept_index = torch.empty(requests, slots, dtype=torch.int32)
+    accept_length = torch.empty(requests, dtype=torch.int32)
+    token_logprobs = torch.empty(requests, 0 if logprobs == "none" else slots)
+    _cpu_ext.spec_decode_tree_verify(
+        (rows, ROW_TYPE[logits.dtype]),
+        (
+            _row_span(op, "candidates", candidates, torch.int64),
+            _row_span(op, "next_token", next_token, torch.int64),
+            _row_span(op, "next_sibling", next_sibling, torch.int64),
+        ),
+        (
+            _row_span(op, "temperature", temperature, torch.float32),
+            _row_span(op, "top_k", top_k, torch.int32),
+            _row_span(op, "top_p", top_p, torch.float32),
+            _row_span(op, "min_p", min_p, torch.float32),
+        ),
+        (
+            _row_span(op, "seed", seed, torch.int64),
+            _row_span(op, "position", position, torch.int64),
+            _row_span(op, "coins", coins, torch.float64),
+            _row_span(op, "final_coins", final_coins, torch.float64),
+        ),
+        _rows(op, "draft_probs", draft_probs, (torch.float32,)),
+        _rows(op, "grammar_bits", grammar_bits, (torch.int32,)),
+        _choice(op, "mode", MODE, mode),
+        width,
+        _choice(op, "logprobs", LOGPROB, logprobs),
+        *((each.data_ptr(), each.numel()) for each in (tokens, accept_index, accept_length, token_logprobs)),
+        torch.get_num_threads(),
+    )
+    return tokens, accept_index, accept_length, token_logprobs
 
 
 # -- attention: tree_attention ----------------------------------------------------------------------------------------
