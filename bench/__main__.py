@@ -1,4 +1,4 @@
-"""``python -m bench int4 | policy_loss | roofline | report``: measure, and turn the rows into docs/benchmarks.md."""
+"""``python -m bench int4 | skinny | policy_loss | roofline | report``: measure; turn rows into docs/benchmarks.md."""
 
 from __future__ import annotations
 
@@ -9,7 +9,17 @@ import os
 import sys
 from pathlib import Path
 
-from bench import int4, policy_loss, policy_loss_report, record, roofline, tables, workloads
+from bench import (
+    int4,
+    policy_loss,
+    policy_loss_report,
+    record,
+    roofline,
+    skinny,
+    skinny_report,
+    tables,
+    workloads,
+)
 
 
 def numbers(text: str) -> tuple[int, ...]:
@@ -52,6 +62,16 @@ def parser() -> argparse.ArgumentParser:
     )
     gemm.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     gemm.add_argument("--out", type=Path, help=f"JSON lines to add to (default: {record.RESULTS.name}/int4.jsonl)")
+
+    few = commands.add_parser("skinny", help="INT4 GEMM of few rows over that of one, beside the roofline")
+    few.add_argument("--preset", choices=sorted(skinny.PRESETS), help="default: acceptance")
+    few.add_argument("--shapes", type=words, help=f"of {', '.join(workloads.SKINNY_LINEARS)}")
+    few.add_argument("--modes", type=words, help=f"of {', '.join(skinny.MODES)}")
+    few.add_argument("--isa", type=words, help="default: avx2 and the best of this machine")
+    few.add_argument("--m", type=numbers, help="rows of x, 1 among them (default: 1,2,4,8)")
+    few.add_argument("--seconds", type=float, help="for each shape and store")
+    few.add_argument("--rounds", type=int, help="at least this many")
+    few.add_argument("--out", type=Path, help=f"JSON lines to add to (default: {record.RESULTS.name}/skinny.jsonl)")
 
     loss = commands.add_parser("policy_loss", help="the fused policy loss against other projects")
     loss.add_argument("--preset", choices=sorted(policy_loss.PRESETS), help="default: acceptance; on a GPU: gpu")
@@ -120,6 +140,40 @@ def run_int4(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def skinny_plan(arguments: argparse.Namespace) -> skinny.Plan:
+    """The preset, with what the command line says in place of its fields."""
+    fields = {
+        "shapes": arguments.shapes,
+        "modes": arguments.modes,
+        "isas": arguments.isa,
+        "ms": arguments.m,
+        "seconds": arguments.seconds,
+        "min_rounds": arguments.rounds,
+    }
+    changes = {name: value for name, value in fields.items() if value is not None}
+    return dataclasses.replace(skinny.PRESETS[arguments.preset or "acceptance"], **changes)
+
+
+def run_skinny(arguments: argparse.Namespace) -> int:
+    say = functools.partial(print, file=sys.stderr, flush=True)
+    plan = skinny_plan(arguments)
+    for shape in plan.shapes:
+        workloads.look_up(shape, workloads.SKINNY_LINEARS)
+    out = arguments.out or record.RESULTS / "skinny.jsonl"
+    found: list[record.SkinnyRow] = []
+    peaks: dict[str, float] = {}
+    for shape in plan.shapes:
+        for case in skinny.run(shape, plan, say, peaks):
+            record.append(out, case)
+            print(skinny_report.tables(case), flush=True)
+            found += case
+    lines = skinny_report.acceptance(found)
+    if arguments.preset and lines:
+        print(tables.acceptance_table(lines))
+        return 0 if all(line.passed for line in lines) else 1
+    return 0
+
+
 def loss_plan(arguments: argparse.Namespace) -> policy_loss.Plan:
     """The preset, with what the command line says in place of its fields."""
     plan = policy_loss.PRESETS[arguments.preset or ("gpu" if arguments.device == "cuda" else "acceptance")]
@@ -167,6 +221,8 @@ def main() -> int:
         if arguments.malloc_huge_pages and not record.malloc_huge_pages():
             start_again(record.HUGE_MALLOC)
         return run_int4(arguments)
+    if arguments.command == "skinny":
+        return run_skinny(arguments)
     if arguments.command == "policy_loss":
         if arguments.device == "cpu" and not record.malloc_keeps():
             start_again(record.KEEPING_MALLOC)

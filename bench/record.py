@@ -120,6 +120,31 @@ class GemmRow(Row):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class SkinnyRow(Row):
+    """An INT4 product of M rows beside the same of one row; times per product."""
+
+    TIMED: ClassVar[tuple[str, ...]] = (*Row.TIMED, "growth")
+
+    m: int
+    n: int
+    k: int
+    group_size: int
+    isa: str | None
+    memory: str  # "streamed": weights come from where the whole model lies; "cached": from L2
+    weight_bytes: int
+    copies: int
+    growth: Triple | None = None  # C(M) / C(1) within a round
+    read_gbytes_s: float | None = None  # of a store of that size
+    peak_gmacs: float | None = None  # of the instructions of this mode
+    least_s: float | None = None  # the longer of reading the weight and multiplying at the peak
+    least_growth: float | None = None  # the same over that of M = 1
+
+    @property
+    def key(self) -> tuple[object, ...]:
+        return (self.place, self.op, self.shape, self.memory, self.isa, self.m, self.arm)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class LossRow(Row):
     """A policy loss with the gradients of hidden (T, D) and weight (V, D), or a product that is a unit of its time."""
 
@@ -150,7 +175,13 @@ class LossRow(Row):
         return (self.place, *case, self.arm)
 
 
-KINDS: dict[str, type[Row]] = {"int4_gemm": GemmRow, "int4_moe": GemmRow, "linear_policy_loss": LossRow}  # by op
+KINDS: dict[str, type[Row]] = {  # by op
+    "int4_gemm": GemmRow,
+    "int4_moe": GemmRow,
+    "int4_skinny": SkinnyRow,
+    "linear_policy_loss": LossRow,
+}
+TRIPLES = ("units", "units_bf16", "growth")  # fields that JSON holds as lists
 
 
 def append(path: Path, rows: Iterable[Row]) -> None:
@@ -168,7 +199,7 @@ def read(path: Path) -> list[Row]:
             values = json.loads(line)
             if values["ratios"] is not None:
                 values["ratios"] = {peer: tuple(value) for peer, value in values["ratios"].items()}
-            for name in ("units", "units_bf16"):
+            for name in TRIPLES:
                 if values.get(name) is not None:
                     values[name] = tuple(values[name])
             rows.append(KINDS[values["op"]](**values))

@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterable, Sequence
 from itertools import groupby
 from pathlib import Path
 
-from bench import policy_loss_report, record
-from bench.record import GemmRow, LossRow, Row
+from bench import policy_loss_report, record, skinny_report
+from bench.record import GemmRow, LossRow, Row, SkinnyRow
 from bench.tables import Line, acceptance_table, error_text, save, share, table, time_text, timed, why_untimed
 
 OURS = ("m3_int8", "m3_int16", "m3_exact")
@@ -257,6 +257,7 @@ def machine_section(rows: Sequence[Row], out: Path) -> str:
     parts = [f"## {machine_key(last)[1]}\n", f"{machine_text(rows)}. Commit {commits}; last run {last.date}.\n"]
     slug = re.sub(r"[^a-z0-9]+", "-", machine_key(last)[1].lower()).strip("-")
     parts += gemm_parts([row for row in rows if isinstance(row, GemmRow)], slug, out)
+    parts += skinny_report.sections([row for row in rows if isinstance(row, SkinnyRow)])
     parts += policy_loss_report.sections([row for row in rows if isinstance(row, LossRow)], slug, out)
     return "\n".join(parts)
 

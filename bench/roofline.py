@@ -70,15 +70,21 @@ def buffer() -> torch.Tensor:
 
 
 class ReadProbe:
-    """Reads the next 32 MiB of the buffer; each call returns the seconds that took."""
+    """Reads the next 32 MiB of the buffer; each call returns the seconds that took.
 
-    def __init__(self, threads: int, kind: int = 0) -> None:
+    ``total_bytes``: only of its first so many bytes, again and again, in windows no larger than that: with less than a
+    cache holds, the bandwidth of that cache.
+    """
+
+    def __init__(self, threads: int, kind: int = 0, total_bytes: int = BUFFER_BYTES) -> None:
         self.threads, self.kind, self.window = threads, kind, 0
-        self.bytes = WINDOW_BYTES // (1024 * threads) * (1024 * threads)
+        self.window_bytes = min(WINDOW_BYTES, total_bytes)
+        self.windows = total_bytes // self.window_bytes
+        self.bytes = self.window_bytes // (1024 * threads) * (1024 * threads)
 
     def __call__(self) -> float:
-        start = self.window * WINDOW_BYTES
-        self.window = (self.window + 1) % (BUFFER_BYTES // WINDOW_BYTES)
+        start = self.window * self.window_bytes
+        self.window = (self.window + 1) % self.windows
         probe = library()
         if probe is None:
             view = buffer()[start // 8 : (start + self.bytes) // 8]

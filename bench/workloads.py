@@ -99,6 +99,26 @@ LOSS_HEADS = {
     )
 }
 
+# The linear layers of which products with few rows are measured, one by one as their models have them, and the bytes
+# that go by between two uses of a weight: all INT4 weights of the 30 layers of SmolLM2-135M, or more than any cache.
+SKINNY_LINEARS = {
+    linear.name: linear
+    for linear in (
+        Linear(name="smollm2-135m.o", n=576, k=576, group_size=64),
+        Linear(name="smollm2-135m.kv", n=192, k=576, group_size=64),
+        Linear(name="smollm2-135m.gate", n=1536, k=576, group_size=64),
+        Linear(name="smollm2-135m.down", n=576, k=1536, group_size=64),
+        Linear(name="qwen3-8b.o", n=4096, k=4096),
+        Linear(name="qwen3-8b.kv", n=1024, k=4096),
+        Linear(name="qwen3-8b.gate", n=12288, k=4096),
+        Linear(name="qwen3-8b.down", n=4096, k=12288),
+    )
+}
+SKINNY_STORES: dict[str, dict[str, int]] = {
+    name: {"streamed": 56 << 20, "cached": 0} if name.startswith("smollm2") else {"streamed": 512 << 20}
+    for name in SKINNY_LINEARS
+}
+
 PRESETS = {
     "acceptance": ("4096x4096", "4096x12288"),
     "smollm2": tuple(name for name in LINEARS if name.startswith("smollm2")),

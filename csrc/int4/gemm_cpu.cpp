@@ -191,6 +191,8 @@ void run(const Weights& w, const Rows& rows, const std::vector<Block>& blocks, M
   std::vector<uint8_t> good(count, 1);
 
   std::vector<Task> tasks;
+  const int64_t skinny_rows = planes_of(mode) == 1 ? isa.skinny_rows : 0;
+  std::vector<int64_t> task_of;    // per row, its task where that wants its rows interleaved, else -1
   std::vector<int64_t> expert_of;  // per row, where the permutation differs by expert
   if (w.perm && w.experts > 1) expert_of.resize(count);
   for (int64_t expert = 0, row = 0; expert < w.experts; expert++) {
@@ -201,6 +203,10 @@ void run(const Weights& w, const Rows& rows, const std::vector<Block>& blocks, M
     for (int64_t part = 0; part < parts; part++) {
       const int64_t next = first + total * (part + 1) / parts;
       tasks.push_back({expert, row, next - row});
+      if (next - row >= 2 && next - row <= skinny_rows) {
+        if (task_of.empty()) task_of.resize(count, -1);
+        std::fill(task_of.begin() + row, task_of.begin() + next, (int64_t)tasks.size() - 1);
+      }
       row = next;
     }
   }
@@ -211,8 +217,14 @@ void run(const Weights& w, const Rows& rows, const std::vector<Block>& blocks, M
     const int64_t row = only ? (*only)[i] : i;
     const int32_t* perm = w.perm ? w.perm + (expert_of.empty() ? 0 : expert_of[i]) * w.k : nullptr;
     read_row(rows, w, perm, row, buffer);
-    good[i] = isa.pack_row(mode, buffer, blocks.data(), (int)num_blocks, x + i * stride, plane, x_scale + i * cells,
+    const Task* task = task_of.empty() || task_of[i] < 0 ? nullptr : &tasks[task_of[i]];
+    int32_t* packed = task ? reinterpret_cast<int32_t*>(buffer + columns + 16) : x + i * stride;
+    good[i] = isa.pack_row(mode, buffer, blocks.data(), (int)num_blocks, packed, plane, x_scale + i * cells,
                            x_sum + i * cells);
+    if (task) {
+      int32_t* out = x + task->row * stride + (i - task->row);
+      for (int64_t word = 0; word < plane - 16; word++) out[word * task->rows] = packed[word];
+    }
   };
   const auto multiply = [&](int64_t index, float* c, void* panel) {
     const Task& task = tasks[index / n_tiles];
@@ -244,7 +256,7 @@ void run(const Weights& w, const Rows& rows, const std::vector<Block>& blocks, M
   int64_t widest = 0;
   for (const Task& task : tasks) widest = std::max(widest, task.rows);
   const int64_t c_floats = widest * kTileN, panel_floats = kPanelBytes / 4;
-  const int64_t own = std::max(columns + 16, c_floats + panel_floats);
+  const int64_t own = std::max(columns + 16 + plane, c_floats + panel_floats);
   thread_local Scratch work_memory;
   float* work = work_memory.get<float>(own * threads);
   if (threads == 1) {

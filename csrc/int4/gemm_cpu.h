@@ -35,8 +35,8 @@ struct TileArgs {
   Type scale_type;
   const Block* blocks;
   int num_blocks;
-  const int32_t* x;      // packed rows, planes of a row one after another
-  int64_t x_stride;      // words from a plane to the next
+  const int32_t* x;      // packed rows, planes of a row one after another; interleaved: word w of row r at w * rows + r
+  int64_t x_stride;      // words from a plane to the next; unused where rows are interleaved
   const float* x_scale;  // (rows * planes, num_blocks): value of one step, in plane 0; unused when exact
   const int32_t* x_sum;  // (rows * planes, num_blocks): sum of the packed integers; unused when exact
   int64_t rows;
@@ -47,6 +47,7 @@ constexpr int64_t kPanelBytes = kBlockTiles * kTileN * kTileK * 4;
 
 struct Kernels {
   const char* name;
+  int64_t skinny_rows;  // tasks of 2 to this many rows (one plane a row) want x interleaved, see TileArgs; 0: none
   // Packs one row of `16 * tiles` fp32 values (zero-padded). False: the row must be computed as kExact (mode is
   // another).
   bool (*pack_row)(Mode mode, const float* x, const Block* blocks, int num_blocks, int32_t* packed,

@@ -13,10 +13,8 @@ namespace {
 }  // namespace
 
 extern const Kernels kAvx2Kernels = {
-    "avx2",
-    pack_row,
-    {tile<Avx2, Mode::kExact>, tile<Avx2, Mode::kInt16>, tile<Avx2, Mode::kInt8>, nullptr},
-    to_row_order,
-    silu_mul};
+    "avx2",       Avx2::kSkinnyRows,
+    pack_row,     {tile<Avx2, Mode::kExact>, tile<Avx2, Mode::kInt16>, tile<Avx2, Mode::kInt8>, nullptr},
+    to_row_order, silu_mul};
 
 }  // namespace m3::int4

@@ -2,7 +2,7 @@
 // gemm_cpu_kernels.h.
 
 struct Avx2 {
-  static constexpr int kLanes = 8, kDirectAcc = 8, kWidenTiles = 2;
+  static constexpr int kLanes = 8, kDirectAcc = 8, kWidenTiles = 2, kSkinnyRows = 8, kSkinnyAcc = 10;
   static constexpr bool kRawLow = false;
   static constexpr int panel_rows(Mode mode) { return mode == Mode::kInt8 ? 4 : 6; }
   static constexpr int panel_vectors(Mode) { return 1; }

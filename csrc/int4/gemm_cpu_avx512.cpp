@@ -15,10 +15,8 @@ namespace {
 }  // namespace
 
 extern const Kernels kAvx512Kernels = {
-    "avx512",
-    pack_row,
-    {tile<Avx512, Mode::kExact>, tile<Avx512, Mode::kInt16>, tile<Avx512, Mode::kInt8>, nullptr},
-    to_row_order,
-    silu_mul};
+    "avx512",     Avx512::kSkinnyRows,
+    pack_row,     {tile<Avx512, Mode::kExact>, tile<Avx512, Mode::kInt16>, tile<Avx512, Mode::kInt8>, nullptr},
+    to_row_order, silu_mul};
 
 }  // namespace m3::int4

@@ -1,7 +1,7 @@
 // The AVX-512 trait (F, BW, VL, DQ). Included inside an anonymous namespace, after gemm_cpu_avx2.h.
 
 struct Avx512 {
-  static constexpr int kLanes = 16, kDirectAcc = 24, kWidenTiles = 2;
+  static constexpr int kLanes = 16, kDirectAcc = 24, kWidenTiles = 2, kSkinnyRows = 0;
   static constexpr bool kRawLow = false;
   // A panel of fp32 for all 64 rows of W would fill L1: exact takes half at a time.
   static constexpr int panel_rows(Mode mode) { return mode == Mode::kExact ? 12 : mode == Mode::kInt8 ? 4 : 6; }

@@ -23,6 +23,7 @@ struct Avx512Vnni : Avx512 {
 }  // namespace
 
 extern const Kernels kAvx512VnniKernels = {"avx512vnni",
+                                           Avx512Vnni::kSkinnyRows,
                                            pack_row,
                                            {tile<Avx512Vnni, Mode::kExact>, tile<Avx512Vnni, Mode::kInt16>,
                                             tile<Avx512Vnni, Mode::kInt8>, tile<Avx512Vnni, Mode::kInt24>},

@@ -22,6 +22,7 @@ struct AvxVnni : Avx2 {
 
 extern const Kernels kAvxVnniKernels = {
     "avxvnni",
+    AvxVnni::kSkinnyRows,
     pack_row,
     {tile<AvxVnni, Mode::kExact>, tile<AvxVnni, Mode::kInt16>, tile<AvxVnni, Mode::kInt8>, tile<AvxVnni, Mode::kInt24>},
     to_row_order,

@@ -7,12 +7,14 @@
 //   int24    int8 three times: the planes of a row are three rows, added up at the end of the block
 //   exact    acc[row, n]    = fma(float(u - zero), x, acc), k in stored order
 // and at the end of a block c[row, n] += acc * scale_w, or (acc - zero * sum(q)) * scale_w * scale_x. Few rows take the
-// nibbles apart in registers (Direct); more rows share a panel that was taken apart once into L1 (Panel). Per row both
-// perform the same operations in the same order, so a row's result does not depend on how many rows there are.
+// nibbles apart in registers (Direct); more rows share a panel that was taken apart once into L1 (Panel); where there
+// are 16 vector registers, 2 to 8 rows go together through each chunk of W (Skinny). Per row all perform the same
+// operations in the same order, so a row's result does not depend on how many rows there are.
 //
 // A trait offers: kLanes (words of a vector), I and F (vectors), kDirectAcc (accumulators that fit for Direct),
 // panel_rows and panel_vectors (register block of Panel), kWidenTiles (k-tiles after which a 16-bit accumulator must be
-// widened; 0: dot8 accumulates in 32 bits), kRawLow (dot8 takes any unsigned byte), and the functions used below.
+// widened; 0: dot8 accumulates in 32 bits), kRawLow (dot8 takes any unsigned byte), kSkinnyRows (0: no Skinny) and
+// kSkinnyAcc (its accumulators), and the functions used below.
 // words<t>(row, v) undoes the tile's xor: vector v holds the words of positions kLanes * v and on.
 
 #define M3_INLINE static inline __attribute__((always_inline))
@@ -263,8 +265,166 @@ static __attribute__((noinline)) void panel_rows(const int32_t* panel, int num_t
   micro<S, kMode, kRows, S::panel_vectors(kMode), true>(nullptr, panel, num_tiles, v0, scale, a, row, block, first);
 }
 
+// Skinny: 2 to S::kSkinnyRows rows where vector registers are few. A pass multiplies kVectors word vectors, one or both
+// nibble halves of them, into all rows over a chunk of k-tiles; sums of rows wait in L1 between the chunks of a block.
+// An operand is taken apart once for all rows, and each pass prefetches its share of the chunks to come, so that memory
+// is asked evenly while the products run. x is interleaved by row: all rows of a word have one address. The sums of a
+// row meet the same operations in the same order as in micro().
+constexpr int kChunkTiles = 2;  // at most kWidenTiles
+constexpr int kSkinnyMax = 8;   // room for the sums of so many rows
+
+// One half of operands(): h = 0 the low nibbles, 1 the high ones.
+template <class S, Mode kMode, int e, int h>
+M3_INLINE typename Acc<S, kMode>::X operand(typename S::I w, const float (*base)[kTileN], int v) {
+  if constexpr (kMode == Mode::kInt8 || kMode == Mode::kInt24) {
+    return S::template nibbles<4 * h>(w, 0x0F0F0F0F);
+  } else if constexpr (kMode == Mode::kInt16) {
+    return S::template nibbles<8 * e + 4 * h>(w, 0x000F000F);
+  } else {
+    constexpr int p = 8 * (e % 2) + 4 * h;
+    if constexpr (e >= 2) w = S::template nibbles<16>(w, 0xFFFF);
+    return S::template minus_base<p>(w, S::load((const typename S::F*)(base[p / 4] + 32 * h + v * S::kLanes)));
+  }
+}
+
+template <class S, Mode kMode, int kRows, int kVectors, int kHalves, int h, int t, int e>
+M3_INLINE void skinny_steps(const uint8_t* const (&w)[kVectors][4], int64_t at, const float (*base)[kTileN], int v0,
+                            const int32_t* x, typename Acc<S, kMode>::T (&acc)[kHalves][kVectors][kRows]) {
+  if constexpr (t < 4) {
+    const int32_t* xs = x + (t * kExpand[int(kMode)] + e) * kRows;
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; v++) {
+      const auto word = S::load((const typename S::I*)(w[v][t] + at));
+#pragma GCC unroll 2
+      for (int i = 0; i < kHalves; i++) {
+        const auto o =
+            i + h ? operand<S, kMode, e, 1>(word, base, v0 + v) : operand<S, kMode, e, 0>(word, base, v0 + v);
+#pragma GCC unroll 16
+        for (int r = 0; r < kRows; r++) {
+          acc[i][v][r] = multiply_add<S, kMode>(acc[i][v][r], o, broadcast<S, kMode>(xs + r));
+          S::pin(acc[i][v][r]);
+        }
+      }
+    }
+    constexpr bool kNext = e + 1 == kExpand[int(kMode)];
+    skinny_steps<S, kMode, kRows, kVectors, kHalves, h, t + kNext, kNext ? 0 : e + 1>(w, at, base, v0, x, acc);
+  }
+}
+
+template <class S, Mode kMode, int kRows, int kVectors, int kHalves, int h>
+M3_INLINE void skinny_pass(const uint8_t* tiles, int num_tiles, int v0, const BlockScale& scale, const TileArgs& a,
+                           const int32_t* x, int block, bool start, bool end) {
+  using T = typename Acc<S, kMode>::T;
+  constexpr bool kNarrow = kExpand[int(kMode)] == 1 && S::kWidenTiles > 0;
+  const uint8_t* w[kVectors][4];
+#pragma GCC unroll 4
+  for (int v = 0; v < kVectors; v++)
+#pragma GCC unroll 4
+    for (int t = 0; t < 4; t++) w[v][t] = tiles + t * 128 + ((v0 + v) ^ t) * 4 * S::kLanes;
+  T* sums = (T*)a.panel + (h * 32 / S::kLanes + v0) * kSkinnyMax;
+  constexpr int kHalf = 32 / S::kLanes * kSkinnyMax;
+  T acc[kHalves][kVectors][kRows];
+#pragma GCC unroll 2
+  for (int i = 0; i < kHalves; i++)
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; v++)
+#pragma GCC unroll 16
+      for (int r = 0; r < kRows; r++)
+        acc[i][v][r] = kNarrow || start ? S::zero(T{}) : S::load(sums + i * kHalf + v * kSkinnyMax + r);
+#pragma GCC unroll 1
+  for (int64_t at = 0; at < num_tiles * kTileBytes; at += kTileBytes, x += words_per_tile(kMode) * kRows)
+    skinny_steps<S, kMode, kRows, kVectors, kHalves, h, 0, 0>(w, at, scale.base, v0, x, acc);
+  if constexpr (kNarrow) {
+#pragma GCC unroll 2
+    for (int i = 0; i < kHalves; i++)
+#pragma GCC unroll 4
+      for (int v = 0; v < kVectors; v++)
+#pragma GCC unroll 16
+        for (int r = 0; r < kRows; r++)
+          acc[i][v][r] = S::widen(start ? S::zero(T{}) : S::load(sums + i * kHalf + v * kSkinnyMax + r), acc[i][v][r]);
+  }
+  if (!end) {
+#pragma GCC unroll 2
+    for (int i = 0; i < kHalves; i++)
+#pragma GCC unroll 4
+      for (int v = 0; v < kVectors; v++)
+#pragma GCC unroll 16
+        for (int r = 0; r < kRows; r++) S::store((int32_t*)(sums + i * kHalf + v * kSkinnyMax + r), acc[i][v][r]);
+    return;
+  }
+#pragma GCC unroll 2
+  for (int i = 0; i < kHalves; i++)
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; v++) {
+      const int position = 32 * (i + h) + (v0 + v) * S::kLanes;
+      const auto s = S::load((const typename S::F*)(scale.scales + position));
+#pragma GCC unroll 16
+      for (int r = 0; r < kRows; r++) {
+        float* c = a.c + r * kTileN + position;
+        const auto old = block == 0 ? S::zero(typename S::F{}) : S::load((const typename S::F*)c);
+        if constexpr (kMode == Mode::kExact) {
+          S::store(c, S::fma(acc[i][v][r], s, old));
+        } else {
+          const int64_t cell = (int64_t)r * a.num_blocks + block;
+          const auto z = S::load((const typename S::I*)(scale.zeros + position));
+          const auto product = kMode == Mode::kInt16 ? S::multiply(z, a.x_sum[cell]) : S::multiply16(z, a.x_sum[cell]);
+          const auto total = S::to_float(S::sub(acc[i][v][r], product));
+          S::store(c, S::fma(total, S::mul(s, S::splat(a.x_scale[cell])), old));
+        }
+      }
+    }
+}
+
+template <class S, Mode kMode, int kRows>
+static __attribute__((noinline)) void skinny(const TileArgs& a) {
+  BlockScale scale;
+  constexpr int kHalves = 2 * kRows <= S::kSkinnyAcc ? 2 : 1, kVectors = 4 * kRows <= S::kSkinnyAcc ? 2 : 1;
+  constexpr int kPasses = 32 / S::kLanes / kVectors, kShare = kChunkTiles * kTileBytes / kPasses;
+  for (int block = 0; block < a.num_blocks; block++) {
+    const Block& b = a.blocks[block];
+    scale.template load<S, kMode>(a, b.group, block == 0);
+    for (int i = 0; i < b.tiles; i += kChunkTiles) {
+      const int count = b.tiles - i < kChunkTiles ? b.tiles - i : kChunkTiles;
+      const uint8_t* tiles = a.tiles + (int64_t)(b.tile + i) * kTileBytes;
+      const int32_t* x = a.x + (int64_t)(b.tile + i) * words_per_tile(kMode) * kRows;
+      const bool start = i == 0, end = i + count == b.tiles;
+#pragma GCC unroll 1
+      for (int pass = 0; pass < kPasses; pass++) {
+        const int v = pass * kVectors;
+        prefetch_ahead(tiles + pass * kShare, kShare / (3 - kHalves));
+        skinny_pass<S, kMode, kRows, kVectors, kHalves, 0>(tiles, count, v, scale, a, x, block, start, end);
+        if constexpr (kHalves == 1) {
+          prefetch_ahead(tiles + pass * kShare + kShare / 2, kShare / 2);
+          skinny_pass<S, kMode, kRows, kVectors, 1, 1>(tiles, count, v, scale, a, x, block, start, end);
+        }
+      }
+    }
+  }
+}
+
 template <class S, Mode kMode>
 static void tile(const TileArgs& a) {
+  if constexpr (S::kSkinnyRows > 0 && planes_of(kMode) == 1) {
+    static_assert(S::kSkinnyRows == kSkinnyMax);
+    switch (a.rows) {
+      case 2:
+        return skinny<S, kMode, 2>(a);
+      case 3:
+        return skinny<S, kMode, 3>(a);
+      case 4:
+        return skinny<S, kMode, 4>(a);
+      case 5:
+        return skinny<S, kMode, 5>(a);
+      case 6:
+        return skinny<S, kMode, 6>(a);
+      case 7:
+        return skinny<S, kMode, 7>(a);
+      case 8:
+        return skinny<S, kMode, 8>(a);
+      default:
+        break;
+    }
+  }
   BlockScale scale;
   int32_t* panel = (int32_t*)a.panel;
   for (int block = 0; block < a.num_blocks; block++) {

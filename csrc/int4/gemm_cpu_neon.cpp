@@ -13,7 +13,7 @@ namespace {
 // 32 registers: 24 accumulators leave room for the operands of a step. sdot wants signed bytes; a nibble is one as it
 // stands.
 struct Neon {
-  static constexpr int kLanes = 4, kDirectAcc = 16, kWidenTiles = 0;
+  static constexpr int kLanes = 4, kDirectAcc = 16, kWidenTiles = 0, kSkinnyRows = 0;
   static constexpr bool kRawLow = false;  // sdot reads a byte above 127 as negative
   static constexpr int panel_rows(Mode) { return 6; }
   static constexpr int panel_vectors(Mode) { return 2; }
@@ -167,10 +167,8 @@ void silu_mul(float* gate, const float* up, int64_t count) {
 }  // namespace
 
 extern const Kernels kNeonKernels = {
-    "neon",
-    pack_row,
-    {tile<Neon, Mode::kExact>, tile<Neon, Mode::kInt16>, tile<Neon, Mode::kInt8>, nullptr},
-    to_row_order,
-    silu_mul};
+    "neon",       Neon::kSkinnyRows,
+    pack_row,     {tile<Neon, Mode::kExact>, tile<Neon, Mode::kInt16>, tile<Neon, Mode::kInt8>, nullptr},
+    to_row_order, silu_mul};
 
 }  // namespace m3::int4

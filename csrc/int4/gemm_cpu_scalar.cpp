@@ -10,7 +10,7 @@ namespace {
 #include "int4/gemm_cpu_kernels.h"
 
 struct Scalar {
-  static constexpr int kLanes = 4, kDirectAcc = 8, kWidenTiles = 0;
+  static constexpr int kLanes = 4, kDirectAcc = 8, kWidenTiles = 0, kSkinnyRows = 0;
   static constexpr bool kRawLow = false;
   static constexpr int panel_rows(Mode) { return 4; }
   static constexpr int panel_vectors(Mode) { return 2; }
@@ -150,10 +150,8 @@ void silu_mul(float* gate, const float* up, int64_t count) {
 }  // namespace
 
 extern const Kernels kScalarKernels = {
-    "scalar",
-    pack_row,
-    {tile<Scalar, Mode::kExact>, tile<Scalar, Mode::kInt16>, tile<Scalar, Mode::kInt8>, nullptr},
-    to_row_order,
-    silu_mul};
+    "scalar",     Scalar::kSkinnyRows,
+    pack_row,     {tile<Scalar, Mode::kExact>, tile<Scalar, Mode::kInt16>, tile<Scalar, Mode::kInt8>, nullptr},
+    to_row_order, silu_mul};
 
 }  // namespace m3::int4

@@ -277,20 +277,37 @@ class Worker {
     }
   }
 
-  // Addresses of the keys and values at positions first .. last - 1 of a chunk that all queries share.
-  void fetch_shared(int64_t chunk, int first, int last, int64_t rows) {
-    const Attention& a = call_.a;
-    const void *keys[kChunk], *values[kChunk];
+  // Where the keys and values at positions first .. last - 1 of a shared chunk lie.
+  void locate(int64_t chunk, int first, int last, const void** keys, const void** values) const {
     for (int j = first; j < last; j++) {
-      keys[j] = address(a.keys, chunk * kChunk + j);
-      values[j] = address(a.values, chunk * kChunk + j);
+      keys[j] = address(call_.a.keys, chunk * kChunk + j);
+      values[j] = address(call_.a.values, chunk * kChunk + j);
     }
+  }
+
+  // key_at_, value_at_ of positions first .. last - 1 of a chunk that all queries share, and what to prefetch: the
+  // chunk's values and the next one's keys where they are read in place, else the next one's keys and values.
+  void fetch_shared(int64_t chunk, int first, int last, int64_t rows, bool more) {
+    locate(chunk, first, last, here_[0], here_[1]);
+    const int next = more ? (int)std::min<int64_t>(kChunk, block_->end - (chunk + 1) * kChunk) : 0;
+    const int64_t bytes = call_.a.size * bytes_of(call_.a.cache_type);
+    if (next > 0) locate(chunk + 1, 0, next, ahead_[0], ahead_[1]);
     if (call_.direct && rows <= kDirectRows) {
-      for (int j = first; j < last; j++) key_at_[j] = (const float*)keys[j], value_at_[j] = (const float*)values[j];
+      for (int j = first; j < last; j++) {
+        key_at_[j] = (const float*)here_[0][j];
+        value_at_[j] = (const float*)here_[1][j];
+      }
+      soon_[0] = {here_[1] + first, last - first, bytes};
+      soon_[1] = {ahead_[0], next, bytes};
       return;
     }
-    copy(keys + first, values + first, last - first, keys_ + first * call_.stride, values_ + first * call_.stride);
-    for (int j = first; j < last; j++) key_at_[j] = keys_ + j * call_.stride, value_at_[j] = values_ + j * call_.stride;
+    copy(here_[0] + first, here_[1] + first, last - first, keys_ + first * call_.stride,
+         values_ + first * call_.stride);
+    for (int j = first; j < last; j++) {
+      key_at_[j] = keys_ + j * call_.stride;
+      value_at_[j] = values_ + j * call_.stride;
+    }
+    for (int i : {0, 1}) soon_[i] = {ahead_[i], next, bytes};
   }
 
   void copy(const void* const* keys, const void* const* values, int64_t count, float* to_keys, float* to_values) const {
@@ -343,10 +360,11 @@ class Worker {
       }
       if (low >= high) continue;
       const int64_t row = row_of(low, 0), rows = (high - low) * call_.group;
+      soon_[0] = soon_[1] = {};
       if (listed)
         fetch_listed(chunk, first, last);
       else
-        fetch_shared(chunk, first, last, rows);
+        fetch_shared(chunk, first, last, rows, chunk + 1 < to);
       for (int j = 0; j < first; j++) key_at_[j] = key_at_[first];  // read with their neighbours, counted by no row
       for (int j = last; j < kChunk; j++) key_at_[j] = key_at_[first];
       call_.isa.attend({.keys = key_at_,
@@ -358,7 +376,8 @@ class Worker {
                         .stride = call_.stride,
                         .scores = scores_,
                         .scale = scale_,
-                        .state = split_.at(row)});
+                        .state = split_.at(row),
+                        .ahead = {soon_[0], soon_[1]}});
       for (int32_t t = low; t < high; t++)
         if (begin_of(t) < (chunk + 1) * kChunk && end_of(t) > chunk * kChunk &&
             (chunk % kSplitChunks == kSplitChunks - 1 || end_of(t) <= (chunk + 1) * kChunk))
@@ -427,6 +446,8 @@ class Worker {
   std::vector<int32_t> slots_;
   std::vector<char> tail_ready_;
   const float *key_at_[kChunk], *value_at_[kChunk];
+  const void *here_[2][kChunk], *ahead_[2][kChunk];  // keys and values
+  Ahead soon_[2];
   const Block* block_ = nullptr;
   int64_t only_ = -1, prefix_ = 0;
 };

@@ -24,6 +24,12 @@ struct State {
   float* weighted;  // (rows, stride): sum of exp2(score - maximum) * value
 };
 
+// Rows in memory that are needed soon: the first `bytes` bytes of each. They need not be readable.
+struct Ahead {
+  const void* const* rows;
+  int64_t count, bytes;
+};
+
 // Rows of queries against the keys of one chunk. Key j of row i counts iff begin[i] <= j < end[i].
 struct Chunk {
   const float* const* keys;    // (kChunk,) addresses of `stride` floats; all can be read, whether they count or not
@@ -34,6 +40,7 @@ struct Chunk {
   int64_t stride;         // head size, padded
   float *scores, *scale;  // (rows, kChunk) and (rows,), scratch
   State state;
+  Ahead ahead[2];  // to prefetch while scores are computed, and while values are added up
 };
 
 // out[i] = weighted / total * sigmoid(gate)

@@ -228,18 +228,28 @@ M3_INLINE void accumulate_block(const Chunk& c, int64_t row, int rows) {
     if (last < end[i]) accumulate<S>(c, row + i, 1, ones, last, end[i]);
 }
 
-// All scores first, then all values: a chunk of keys, and then one of values, stays in L1 for all rows.
+// Part i of `parts` of what is needed next starts on its way to the cache.
+M3_INLINE void prefetch(const Ahead& ahead, int64_t i, int64_t parts) {
+  for (int64_t j = ahead.count * i / parts; j < ahead.count * (i + 1) / parts; j++)
+    for (int64_t byte = 0; byte < ahead.bytes; byte += 64) __builtin_prefetch((const char*)ahead.rows[j] + byte);
+}
+
+// All scores, then all weights, then all values: a chunk of keys, and then one of values, stays in L1 for all rows.
 template <class S, int kSteps>
 M3_INLINE void attend_steps(const Chunk& c) {
   for (int64_t i = 0; i < c.rows; i++) {
-    c.scale[i] = 1.0f;
-    if (c.begin[i] >= c.end[i]) continue;
-    float* scores = c.scores + i * kChunk;
-    score_row<S, kSteps>(c.queries + i * c.stride, c.keys, c.stride, c.begin[i], c.end[i], scores);
-    c.scale[i] = weigh<S>(scores, c.begin[i], c.end[i], c.state.maximum[i], c.state.total + i * kPad);
+    prefetch(c.ahead[0], i, c.rows);
+    score_row<S, kSteps>(c.queries + i * c.stride, c.keys, c.stride, c.begin[i], c.end[i], c.scores + i * kChunk);
   }
-  for (int64_t i = 0; i < c.rows; i += S::kRows)
+  for (int64_t i = 0; i < c.rows; i++) {
+    c.scale[i] = 1.0f;
+    if (c.begin[i] < c.end[i])
+      c.scale[i] = weigh<S>(c.scores + i * kChunk, c.begin[i], c.end[i], c.state.maximum[i], c.state.total + i * kPad);
+  }
+  for (int64_t i = 0; i < c.rows; i += S::kRows) {
+    prefetch(c.ahead[1], i / S::kRows, (c.rows + S::kRows - 1) / S::kRows);
     accumulate_block<S>(c, i, int(c.rows - i < S::kRows ? c.rows - i : S::kRows));
+  }
 }
 
 template <class S>

@@ -31,6 +31,7 @@ struct Avx2 {
     return _mm256_blendv_ps(no, yes, _mm256_cmp_ps(a, b, _CMP_GT_OQ));
   }
   static inline F where_at_least(F a, F b, F yes) { return _mm256_and_ps(_mm256_cmp_ps(a, b, _CMP_GE_OQ), yes); }
+  static inline F add_where_at_least(F sum, F a, F b, F more) { return add(sum, where_at_least(a, b, more)); }
   static inline unsigned at_least(F a, F b) { return (unsigned)_mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_GE_OQ)); }
   static inline F allow(F a, uint32_t bits) {
     const __m256i lane = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);

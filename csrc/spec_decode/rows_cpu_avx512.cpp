@@ -33,6 +33,9 @@ struct Avx512 {
   static inline F where_at_least(F a, F b, F yes) {
     return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(a, b, _CMP_GE_OQ), yes);
   }
+  static inline F add_where_at_least(F sum, F a, F b, F more) {
+    return _mm512_mask_add_ps(sum, _mm512_cmp_ps_mask(a, b, _CMP_GE_OQ), sum, more);
+  }
   static inline unsigned at_least(F a, F b) { return _mm512_cmp_ps_mask(a, b, _CMP_GE_OQ); }
   static inline F allow(F a, uint32_t bits) { return _mm512_mask_mov_ps(splat(kNothing), (__mmask16)bits, a); }
   static inline F scaled_exp(F p, F, F n, F x) {

@@ -10,6 +10,7 @@
 //   load(const float*), load(const Bf16*), load(const F16*)
 //   min, max(a, b)            b where one of them is nan
 //   where_greater(a, b, yes, no), where_at_least(a, b, yes)   no, or 0, where a comparison with nan is false
+//   add_where_at_least(sum, a, b, more)   sum + more where a >= b, else sum
 //   at_least(a, b)            a bit per lane
 //   allow(a, bits)            -inf where the lane's bit is 0
 //   scaled_exp(p, t, n, x)    p * 2^n, 0 where x < kSmallest; t holds n + 127 in its low bits
@@ -94,6 +95,19 @@ M3_INLINE float nothing(float) { return kNothing; }
 M3_INLINE Bf16 nothing(Bf16) { return {0xFF80}; }
 M3_INLINE F16 nothing(F16) { return {0xFC00}; }
 
+// Whether weights may be taken of raw logits: where the maximum is far from the clips and the temperature is not
+// immense, what clean_of changes has weight 0 (nan and -inf do in any case).
+struct Raw {};
+struct Clean {};
+
+template <class Visit>
+M3_INLINE void with_values(float maximum, float inverse, Visit visit) {
+  if (maximum > -0.1f * kClip && maximum < 0.1f * kClip && inverse > 1e-20f)
+    visit(Raw());
+  else
+    visit(Clean());
+}
+
 // A row as groups. The last one, if it is not whole, is a copy filled up with -inf.
 template <class S, class Element, bool kMasked>
 struct Source {
@@ -129,6 +143,8 @@ struct Source {
       return a;
     }
     __attribute__((always_inline)) F z(int i) const { return clean_of<S>(raw(i)); }
+    __attribute__((always_inline)) F get(Raw, int i) const { return raw(i); }
+    __attribute__((always_inline)) F get(Clean, int i) const { return z(i); }
   };
 
   __attribute__((always_inline)) Group group(int64_t g) const {
@@ -174,7 +190,7 @@ struct Measure {
         threshold(S::splat(w.threshold)),
         inverse_total(S::splat(w.inverse_total)) {}
 
-  // (z - maximum) / temperature; at least -1000, also for -inf.
+  // (z - maximum) / temperature; at least -1000, also for -inf and nan.
   __attribute__((always_inline)) typename S::F exponent(typename S::F z) const {
     const typename S::F d = S::sub(z, maximum);
     return S::max(S::fma(d, inverse, S::mul(d, inverse_low)), S::splat(-1000.0f));
@@ -257,11 +273,13 @@ float soften(const Row& row, float inverse, float inverse_low, float* maxima, do
       const Measure<S, false> measure(Weight{most, inverse, inverse_low, -kClip, nullptr, 0.0f});
       typename S::F chains[kChains];
       for (auto& chain : chains) chain = S::splat(0.0f);
-      each_group(b, source.groups, [&](int64_t g) __attribute__((always_inline)) {
-        const auto group = source.group(g);
+      with_values(most, inverse, [&](auto values) __attribute__((always_inline)) {
+        each_group(b, source.groups, [&](int64_t g) __attribute__((always_inline)) {
+          const auto group = source.group(g);
 #pragma GCC unroll 4
-        for (int i = 0; i < kGroup / S::kLanes; i++)
-          chains[i % kChains] = S::add(chains[i % kChains], measure.of(group.z(i), nullptr));
+          for (int i = 0; i < kGroup / S::kLanes; i++)
+            chains[i % kChains] = S::add(chains[i % kChains], exponential<S>(measure.exponent(group.get(values, i))));
+        });
       });
       sums[b] = sum_of<S>(chains);
     }
@@ -314,20 +332,22 @@ void tally(const Row& row, const Weight& weight, const float* pivots, double* ma
     typename S::F pivot[kPivots];
     for (int j = 0; j < kPivots; j++) pivot[j] = S::splat(pivots[j]);
     for (int j = 0; j <= kPivots; j++) masses[j] = 0.0;
-    for (int64_t b = 0; b < blocks_of(source.groups); b++) {
-      typename S::F sums[kPivots + 1];
-      for (auto& sum : sums) sum = S::splat(0.0f);
-      each_group(b, source.groups, [&](int64_t g) __attribute__((always_inline)) {
-        const auto group = source.group(g);
-        for (int i = 0; i < kGroup / S::kLanes; i++) {
-          const typename S::F z = group.z(i), w = measure.of(z, nullptr);
+    with_values(weight.maximum, weight.inverse, [&](auto values) __attribute__((always_inline)) {
+      for (int64_t b = 0; b < blocks_of(source.groups); b++) {
+        typename S::F sums[kPivots + 1];
+        for (auto& sum : sums) sum = S::splat(0.0f);
+        each_group(b, source.groups, [&](int64_t g) __attribute__((always_inline)) {
+          const auto group = source.group(g);
+          for (int i = 0; i < kGroup / S::kLanes; i++) {
+            const typename S::F z = group.get(values, i), w = measure.of(z, nullptr);
 #pragma GCC unroll 8
-          for (int j = 0; j < kPivots; j++) sums[j] = S::add(sums[j], S::where_at_least(z, pivot[j], w));
-          sums[kPivots] = S::add(sums[kPivots], w);
-        }
-      });
-      for (int j = 0; j <= kPivots; j++) masses[j] += (double)S::sum(sums[j]);
-    }
+            for (int j = 0; j < kPivots; j++) sums[j] = S::add_where_at_least(sums[j], z, pivot[j], w);
+            sums[kPivots] = S::add(sums[kPivots], w);
+          }
+        });
+        for (int j = 0; j <= kPivots; j++) masses[j] += (double)S::sum(sums[j]);
+      }
+    });
   });
 }
 
@@ -336,19 +356,21 @@ M3_INLINE void add_as(const Row& row, const Weight& weight, const float* maxima,
   with_source<S>(row, [&](const auto& source) __attribute__((always_inline)) {
     const Measure<S, kResidual> measure(weight);
     const Draft<kResidual> draft(weight.draft, row.size);
-    for (int64_t b = 0; b < blocks_of(source.groups); b++) {
-      typename S::F chains[kChains];
-      for (auto& chain : chains) chain = S::splat(0.0f);
-      each_group(b, source.groups, [&](int64_t g) __attribute__((always_inline)) {
-        if (!(maxima[g] >= weight.threshold)) return;  // its weights are 0
-        const auto group = source.group(g);
-        const float* q = draft.group(g);
+    with_values(weight.maximum, weight.inverse, [&](auto values) __attribute__((always_inline)) {
+      for (int64_t b = 0; b < blocks_of(source.groups); b++) {
+        typename S::F chains[kChains];
+        for (auto& chain : chains) chain = S::splat(0.0f);
+        each_group(b, source.groups, [&](int64_t g) __attribute__((always_inline)) {
+          if (!(maxima[g] >= weight.threshold)) return;  // its weights are 0
+          const auto group = source.group(g);
+          const float* q = draft.group(g);
 #pragma GCC unroll 4
-        for (int i = 0; i < kGroup / S::kLanes; i++)
-          chains[i % kChains] = S::add(chains[i % kChains], measure.of(group.z(i), q + i * S::kLanes));
-      });
-      sums[b] = sum_of<S>(chains);
-    }
+          for (int i = 0; i < kGroup / S::kLanes; i++)
+            chains[i % kChains] = S::add(chains[i % kChains], measure.of(group.get(values, i), q + i * S::kLanes));
+        });
+        sums[b] = sum_of<S>(chains);
+      }
+    });
   });
 }
 

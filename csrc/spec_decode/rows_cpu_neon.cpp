@@ -28,6 +28,7 @@ struct Neon {
   static inline F max(F a, F b) { return vbslq_f32(vcgtq_f32(a, b), a, b); }
   static inline F where_greater(F a, F b, F yes, F no) { return vbslq_f32(vcgtq_f32(a, b), yes, no); }
   static inline F where_at_least(F a, F b, F yes) { return bits(vandq_u32(bits(yes), vcgeq_f32(a, b))); }
+  static inline F add_where_at_least(F sum, F a, F b, F more) { return add(sum, where_at_least(a, b, more)); }
   static inline unsigned at_least(F a, F b) {
     const uint32x4_t lane = {1, 2, 4, 8};
     return vaddvq_u32(vandq_u32(vcgeq_f32(a, b), lane));

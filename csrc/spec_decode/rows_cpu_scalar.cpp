@@ -40,6 +40,7 @@ struct Scalar {
   static inline F max(F a, F b) { return choose(a > b, a, b); }
   static inline F where_greater(F a, F b, F yes, F no) { return choose(a > b, yes, no); }
   static inline F where_at_least(F a, F b, F yes) { return (F)((I)yes & (I)(a >= b)); }
+  static inline F add_where_at_least(F sum, F a, F b, F more) { return add(sum, where_at_least(a, b, more)); }
   static inline unsigned at_least(F a, F b) {
     const I yes = a >= b;
     return (yes[0] & 1) | (yes[1] & 2) | (yes[2] & 4) | (yes[3] & 8);

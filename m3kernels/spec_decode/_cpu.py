@@ -269,9 +269,10 @@ def tree_commit(
             raise refuse(op, "hidden", f"({requests}, N, C) with contiguous rows on cpu", hidden)
         size = hidden.element_size()
         accepted = hidden.new_empty(requests, width, hidden.shape[2])
-        source = (hidden.data_ptr(), hidden.shape[1], hidden.stride(0) * size, hidden.stride(1) * size)
-        source = (*source, hidden.shape[2] * size)
-    shape, caches = (0, 1, 0, 0), []
+        strides = (hidden.stride(0) * size, hidden.stride(1) * size)
+        source = (hidden.data_ptr(), hidden.shape[1], *strides, hidden.shape[2] * size)
+    shape: tuple[int, ...] = (0, 1, 0, 0)
+    caches: list[tuple[int, ...]] = []
     for cache in (*k_caches, *v_caches):
         size = cache.element_size()
         first = (*cache.shape[:-1], cache.shape[-1] * size)
@@ -295,7 +296,7 @@ def tree_commit(
 
 
 def _dense(tensor: Tensor) -> bool:
-    """Whether the last dimension is contiguous and no stride is negative or aliases what is written."""
+    """Whether the last dimension is contiguous."""
     return tensor.shape[-1] <= 1 or tensor.stride(-1) == 1
 
 

@@ -63,8 +63,9 @@ def all_positive(values: Tensor) -> bool:
 
 
 def readable(*values: Tensor) -> bool:
-    """Whether values can be looked at here without a synchronisation: CPU tensors outside a trace."""
-    return all(has_data(value) and value.is_cpu for value in values) and not torch.compiler.is_compiling()
+    """Whether values can be looked at here without a synchronisation: plain CPU tensors outside a trace."""
+    plain = all(type(value) is Tensor and has_data(value) and value.is_cpu for value in values)
+    return plain and not torch.compiler.is_compiling()
 
 
 def check_range(op: str, name: str, value: Tensor | None, low: float, high: float, wanted: str) -> None:
@@ -93,6 +94,7 @@ def vector(
     good = is_strided(value) and value.shape == (count,) and value.dtype in dtypes and near(value, first)
     want(op, name, f"({count},) {names}{on(first)}", value, good)
     assert isinstance(value, Tensor)
+    check_constant(op, **{name: value})
     return as_int32(value) if dtype == torch.int32 else value.to(dtype).contiguous()
 
 
@@ -112,6 +114,8 @@ def check_caches(op: str, k_caches: Sequence[Tensor], v_caches: Sequence[Tensor]
             check_constant(op, **{name: cache})
             repeated = any(step == 0 and size > 1 for step, size in zip(cache.stride(), cache.shape, strict=True))
             want(op, name, "elements that do not share memory", "an expanded tensor", not (written and repeated))
+            rows = cache.stride(-1) == 1 or cache.shape[-1] <= 1
+            want(op, name, "a last dimension that is contiguous", f"strides {cache.stride()}", rows or not written)
 
 
 def check_block_table(op: str, block_table: object, first: Tensor, requests: int | None = None) -> int:
@@ -169,5 +173,6 @@ def check_coins(op: str, coins: Tensor | None, final_coins: Tensor | None, logit
             continue
         good = is_strided(value) and value.shape == shape and value.dtype in (torch.float32, torch.float64)
         want(op, name, f"{shape} float32 or float64{on(logits)}", value, good and near(value, logits))
+        check_constant(op, **{name: value})
         if readable(value):
             want(op, name, "values in [0, 1)", "values outside, or nan", bool(((value >= 0) & (value < 1)).all()))

@@ -197,7 +197,7 @@ def tree_attention(
     if mask_bits is not None:
         good = is_strided(mask_bits) and mask_bits.shape[:-1] == lead and mask_bits.ndim == len(lead) + 1
         good = good and mask_bits.dtype == torch.int32 and near(mask_bits, q)
-        want(op, "mask_bits", f"({', '.join(map(str, lead))}, W) int32{on(q)}", mask_bits, good)
+        want(op, "mask_bits", f"({''.join(f'{size}, ' for size in lead)}W) int32{on(q)}", mask_bits, good)
     if gate is not None:
         shapes = ((*lead, heads), (*lead, heads, size))
         good = is_strided(gate) and gate.shape in shapes and gate.dtype in (torch.float32, q.dtype) and near(gate, q)
@@ -359,7 +359,7 @@ def tree_commit(
 
     Args:
         accept_index: (B, S) int32, accept_length: (B,) int32, of tree_verify: nodes in ascending order.
-        k_caches, v_caches: (P, page_size, G, D) of every layer, changed in place; one shape, dtype and stride.
+        k_caches, v_caches: (P, page_size, G, D) of every layer, changed in place; one shape and dtype, D contiguous.
         block_table: (B, max_pages) int32 or int64. cache_seqlens: (B,) int32 or int64: keys before the tree.
         hidden: (B, N, C) fp32, bf16 or fp16 hidden states of the nodes, to gather along the path; None.
     Returns:
@@ -432,7 +432,7 @@ def tree_budget(
     good = is_integer(topk_experts) and (1 <= topk_experts <= num_experts or topk_experts == num_experts == 0)
     want(op, "topk_experts", f"an integer in 1..{num_experts}" if num_experts else "0", topk_experts, good)
     want(op, "expert_cost", "a finite number of at least 0", expert_cost, is_number(expert_cost) and expert_cost >= 0)
-    check_constant(op, scores=scores)
+    check_constant(op, scores=scores, cost_table=cost_table)
     return _tree_budget(scores.contiguous(), cost_table.contiguous(), num_experts, topk_experts, float(expert_cost))
 
 

@@ -108,7 +108,7 @@ def links(parents: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Depths (B, N), mask_bits (B, N, W), next_token and next_sibling (B, N) of trees given by parents (B, N)."""
     requests, nodes = parents.shape
     ancestors = torch.zeros(requests, nodes, -(-nodes // BITS) * BITS, dtype=torch.int64, device=parents.device)
-    next_token, next_sibling = torch.full((2, requests, nodes), -1, device=parents.device)
+    next_token, next_sibling = (torch.full((requests, nodes), -1, device=parents.device) for _ in range(2))
     for b, row in enumerate(parents.tolist()):
         last: dict[int, int] = {}
         for i, parent in enumerate(row):
@@ -140,7 +140,7 @@ def draft_topk(
     sums = scores.double()[..., None] + order.values[..., :k]
     cum_scores = sums.float().nan_to_num(-torch.inf, torch.inf, -torch.inf)  # nan: no token of the row is possible
     best = cum_scores.flatten(1).sort(dim=-1, descending=True, stable=True)
-    flat, next_scores = best.indices[:, :k], best.values[:, :k]
+    flat, next_scores = best.indices[:, :k].contiguous(), best.values[:, :k].contiguous()
     next_ids = tokens.flatten(1).gather(1, flat)
     parents = flat if step == 0 else flat + k + (step - 1) * k * k
     return tokens, cum_scores, next_ids, next_scores, (flat // k).int(), parents
@@ -198,6 +198,9 @@ def tree_attention(
     page_size, group = k_cache.shape[1], q.shape[1] // k_cache.shape[2]
     for b, (start, stop) in enumerate(itertools.pairwise(cu_seqlens_q.tolist())):
         prefix = int(cache_seqlens[b]) - (stop - start)
+        if stop > start and int(cache_seqlens[b]) > block_table.shape[1] * page_size:
+            want = f"room for the {int(cache_seqlens[b])} keys of request {b}"
+            raise refuse("tree_attention", "block_table", want, block_table)
         for t in range(start, stop):
             slots = torch.arange(stop - start, device=q.device)
             if mask_bits is None:

@@ -15,7 +15,17 @@ from torch import Tensor
 
 from m3kernels.checks import is_strided
 from m3kernels.library import define
-from m3kernels.spec_decode.arguments import DTYPE_NAMES, DTYPES, is_integer, is_number, near, on, want, with_rows
+from m3kernels.spec_decode.arguments import (
+    DTYPE_NAMES,
+    DTYPES,
+    check_constant,
+    is_integer,
+    is_number,
+    near,
+    on,
+    want,
+    with_rows,
+)
 from m3kernels.spec_decode.types import MAX_NODES
 
 BIT_PACKED = 2  # of tree_mask_mode
@@ -119,7 +129,7 @@ def verify_tree_greedy(
         accept_index: (B, S) int32, written: retrive_index of the path, the root first. accept_token_num: (B,) int32,
             written: accepted nodes, the root not counted.
         candidates: (B, N) int64. retrive_index: (B, N) int64, where a node's token lies in predicts and
-            target_predict. retrive_next_token, retrive_next_sibling: (B, N) int64, first child and next sibling, -1 none.
+            target_predict. retrive_next_token, retrive_next_sibling: (B, N) int64, first child and next sibling, or -1.
         target_predict: (B, N) int64, the target's token after each node.
     Raises:
         ValueError: an argument out of contract; on CPU also links that are no tree.
@@ -181,6 +191,7 @@ def tree_speculative_sampling_target_only(
         good = good and near(draft_probs, predicts) and with_rows(draft_probs) is draft_probs
         names = " or ".join(sorted(str(choice).removeprefix("torch.") for choice in choices))
         want(op, "draft_probs", f"{shape} {names}, rows contiguous{on(predicts)}", draft_probs, good)
+        check_constant(op, draft_probs=draft_probs)
     for name, value in (("threshold_single", threshold_single), ("threshold_acc", threshold_acc)):
         want(op, name, "a number in [0, 1]", value, is_number(value) and 0 <= value <= 1)
     _sample_tree(
@@ -220,7 +231,7 @@ def chain_speculative_sampling(
         predicts .. retrive_index: as verify_tree_greedy, slot i of a chain being node i; accept_index (B, N).
             retrive_next_token, retrive_next_sibling, threshold_single, threshold_acc, deterministic: not used.
         uniform_samples: (B, at least N - 1) fp32 in [0, 1). uniform_samples_for_final_sampling: (B,) fp32.
-        target_probs: (B, N, V) fp32, bf16 or fp16. draft_probs: (B, at least N - 1, V) of the same dtypes, row i the law
+        target_probs: (B, N, V) fp32, bf16 or fp16. draft_probs: (B, at least N - 1, V) of any of these, row i the law
             that draft i + 1 was drawn from; what is no probability counts 0. V contiguous.
     Writes, Raises: as tree_speculative_sampling_target_only.
     """
@@ -238,6 +249,7 @@ def chain_speculative_sampling(
     good = good and draft_probs.shape[::2] == target_probs.shape[::2] and draft_probs.shape[1] >= nodes - 1
     wanted = f"({requests}, at least {nodes - 1}, {target_probs.shape[2]}) {DTYPE_NAMES}{on(predicts)}"
     want(op, "draft_probs", wanted, draft_probs, good and near(draft_probs, predicts))
+    check_constant(op, draft_probs=draft_probs)
     _sample_chain(
         *(predicts, accept_index, accept_token_num),
         *(link.contiguous() for link in links),
@@ -263,25 +275,25 @@ def _check_nodes(op: str, nodes: object) -> None:
 
 
 def _check_shape(
-    op: str, name: str, value: object, shape: tuple[int, ...], dtype: torch.dtype, first: Tensor, out: bool = False
+    op: str, name: str, value: Tensor, shape: tuple[int, ...], dtype: torch.dtype, first: Tensor, out: bool = False
 ) -> None:
     good = is_strided(value) and value.shape == shape and value.dtype == dtype and near(value, first)
-    good = good and (not out or value.is_contiguous())  # type: ignore[attr-defined]
+    good = good and (not out or value.is_contiguous())
     kind = f"{str(dtype).removeprefix('torch.')}{', contiguous' if out else ''}{on(first)}"
     want(op, name, f"{shape} {kind}", value, good)
 
 
-def _check_mask(op: str, tree_mask: object, count: int, first: Tensor) -> None:
+def _check_mask(op: str, tree_mask: Tensor, count: int, first: Tensor) -> None:
     good = is_strided(tree_mask) and tree_mask.is_contiguous() and near(tree_mask, first)
-    good = good and tree_mask.numel() * tree_mask.element_size() >= count  # type: ignore[attr-defined]
+    good = good and tree_mask.numel() * tree_mask.element_size() >= count
     want(op, "tree_mask", f"at least {count} contiguous bytes{on(first)}", tree_mask, good)
 
 
 def _check_links(
-    op: str, positions: object, links: tuple[Tensor, ...], requests: int, nodes: int, first: Tensor
+    op: str, positions: Tensor, links: tuple[Tensor, ...], requests: int, nodes: int, first: Tensor
 ) -> None:
     good = is_strided(positions) and positions.numel() == requests * nodes and positions.dtype == torch.int64
-    good = good and positions.is_contiguous() and near(positions, first)  # type: ignore[attr-defined]
+    good = good and positions.is_contiguous() and near(positions, first)
     want(op, "positions", f"({requests * nodes},) int64, contiguous{on(first)}", positions, good)
     names = ("retrive_index", "retrive_next_token", "retrive_next_sibling")
     for name, link in zip(names, links, strict=True):
@@ -309,10 +321,11 @@ def _check_walk(
     return requests, nodes
 
 
-def _check_laws(op: str, name: str, laws: object, requests: int, nodes: int, first: Tensor) -> None:
+def _check_laws(op: str, name: str, laws: Tensor, requests: int, nodes: int, first: Tensor) -> None:
     good = is_strided(laws) and laws.ndim == 3 and laws.dtype in DTYPES and near(laws, first)
-    good = good and laws.shape[:2] == (requests, nodes) and laws.shape[2] >= 1  # type: ignore[attr-defined]
+    good = good and laws.shape[:2] == (requests, nodes) and laws.shape[2] >= 1
     want(op, name, f"({requests}, {nodes}, V) {DTYPE_NAMES} with V at least 1{on(first)}", laws, good)
+    check_constant(op, **{name: laws})
 
 
 # -- ops --------------------------------------------------------------------------------------------------------------

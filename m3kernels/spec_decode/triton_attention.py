@@ -5,7 +5,7 @@
 Keys are taken in order of logical position, CHUNK at a time; position p of a row is slot p of the prefix, or the
 (p - prefix)-th of its attended tree slots. A chunk starts at a multiple of CHUNK and enters through the same two matrix
 products whatever it holds: scores, then one term of ``acc = acc * alpha + p v`` that starts from zero. SPLIT positions
-form a split with a softmax of its own; splits are joined in order, by ``_join``, in whichever kernel. So the bits of a
+form a split with a softmax of its own; splits are joined in order, by ``_joint``, in whichever kernel. So the bits of a
 row follow from its own q, gate and keys:
   - an element of a matrix product is a sum over one row of the left and one column of the right operand, in an order
     that the shape of the tile fixes; a launch has one tile shape for a head geometry and dtype, decoding or not;
@@ -47,16 +47,15 @@ class Tile(NamedTuple):
 
     block_m: int
     chunk: int
+    piece: int  # columns of a head taken together: bounds the operands and terms that registers hold
     num_warps: int
     num_stages: int
 
 
 def tile(head_size: int, compute: torch.dtype, amd: bool) -> Tile:
     if compute == torch.float32:
-        return Tile(16, 32, 4, 2)
-    if head_size <= 64:
-        return Tile(64, 64, 4, 2 if amd else 3)
-    return Tile(64, 64, 4, 2)
+        return Tile(16, 16, 64, 4, 1)
+    return Tile(64, 64, 64, 4, 2)
 
 
 def compute_dtype(q: torch.dtype, cache: torch.dtype) -> torch.dtype:
@@ -85,30 +84,35 @@ def _attended_kernel(mask_bits, cu_seqlens, slots, counts, requests, bits, BLOCK
 
 
 @triton.jit
-def _join(total_m, total_l, total_acc, m, l, acc):
-    """The softmax of two splits together; where one holds nothing, the other as it is."""
-    top = tl.maximum(total_m, m)
-    before = tl.exp2(total_m - top)
-    after = tl.exp2(m - top)
-    joint_l = total_l * before + l * after
-    joint_acc = total_acc * before[:, None] + acc * after[:, None]
-    joint_acc = tl.where(tl.broadcast_to((total_l == 0.0)[:, None], acc.shape), acc, joint_acc)
-    joint_acc = tl.where(tl.broadcast_to((l == 0.0)[:, None], acc.shape), total_acc, joint_acc)
-    return (
-        tl.where(l == 0.0, total_m, tl.where(total_l == 0.0, m, top)),
-        tl.where(l == 0.0, total_l, tl.where(total_l == 0.0, l, joint_l)),
-        joint_acc,
-    )
+def _joint(total_m, total_l, m, l):
+    """(m, l, factors) of two splits together; where one holds nothing the other stays as it is: its factor is 1."""
+    top = tl.where(l == 0.0, total_m, tl.where(total_l == 0.0, m, tl.maximum(total_m, m)))
+    before = tl.where(total_l == 0.0, 0.0, tl.exp2(total_m - top))
+    after = tl.where(l == 0.0, 0.0, tl.exp2(m - top))
+    return top, total_l * before + l * after, before, after
+
+
+@triton.jit
+def _joint_acc(total, before, acc, after):
+    joint = total * before[:, None] + acc * after[:, None]
+    joint = tl.where(tl.broadcast_to((before == 0.0)[:, None], acc.shape), acc * after[:, None], joint)
+    return tl.where(tl.broadcast_to((after == 0.0)[:, None], acc.shape), total * before[:, None], joint)
 
 
 @triton.jit
 def _finish(l, acc, gate, gate_at, mask, GATE: tl.constexpr, dtype: tl.constexpr):
-    """Normalised, gated and rounded: (rows, D). A row without keys is 0. gate_at has the shape of acc if GATE is 2."""
+    """Normalised, gated and rounded: (rows, columns). A row without keys is 0. GATE 2: gate_at has the shape of acc."""
     out = tl.where(tl.broadcast_to((l == 0.0)[:, None], acc.shape), 0.0, acc / l[:, None])
     if GATE > 0:
         g = tl.load(gate + gate_at, mask=mask, other=0.0).to(tl.float32)
         out = out * (1.0 / (1.0 + tl.exp(-g)))
     return round_to(out, dtype)
+
+
+@triton.jit
+def _tile_of(row, real, column, head_size):
+    """(offsets, mask) of columns of rows of ``head_size`` elements."""
+    return row[:, None] * head_size + column[None, :], real[:, None] & (column < head_size)[None, :]
 
 
 @triton.jit
@@ -141,16 +145,21 @@ def _chunk(
     v_page,
     v_slot,
     scale,
-    d,
-    in_head,
+    head_size,
     SHARED: tl.constexpr,
+    PIECES: tl.constexpr,
+    PIECE: tl.constexpr,
     COMPUTE: tl.constexpr,
 ):
     """Online softmax of one chunk for the rows ``rows``, whose keys in it are ``valid`` (SHARED: every row, every key)."""
     at, good = _slot_offsets(slot, wanted, block_table, page_size, pages, k_page, k_slot)
-    k = tl.load(k_cache + at[None, :] + d[:, None], mask=good[None, :] & in_head[:, None], other=0.0)
-    s = tl.dot(q, k.to(COMPUTE), input_precision="ieee") * scale
-    s = tl.where((wanted & ~good)[None, :], float("nan"), s)
+    s = tl.zeros((q[0].shape[0], slot.shape[0]), tl.float32)
+    for i in tl.static_range(PIECES):
+        column = i * PIECE + tl.arange(0, PIECE)
+        mask = good[None, :] & (column < head_size)[:, None]
+        k = tl.load(k_cache + at[None, :] + column[:, None], mask=mask, other=0.0)  # (PIECE, CHUNK)
+        s = tl.dot(q[i], k.to(COMPUTE), s, input_precision="ieee")
+    s = tl.where((wanted & ~good)[None, :], float("nan"), s * scale)
     if not SHARED:
         s = tl.where(valid, s, float("-inf"))
     top = tl.maximum(m, tl.max(s, 1))
@@ -160,25 +169,37 @@ def _chunk(
     alpha = tl.exp2(m - top)
     total = l * alpha + tl.sum(p, 1)
     at, good = _slot_offsets(slot, wanted, block_table, page_size, pages, v_page, v_slot)
-    v = tl.load(v_cache + at[:, None] + d[None, :], mask=good[:, None] & in_head[None, :], other=0.0)
-    term = tl.dot(p.to(COMPUTE), v.to(COMPUTE), input_precision="ieee")
-    joint = tl.fma(acc, tl.broadcast_to(alpha[:, None], acc.shape), term)
-    if SHARED:
-        return top, total, joint
-    return (
-        tl.where(rows, top, m),
-        tl.where(rows, total, l),
-        tl.where(tl.broadcast_to(rows[:, None], acc.shape), joint, acc),
-    )
+    joint = ()
+    for i in tl.static_range(PIECES):
+        column = i * PIECE + tl.arange(0, PIECE)
+        mask = good[:, None] & (column < head_size)[None, :]
+        v = tl.load(v_cache + at[:, None] + column[None, :], mask=mask, other=0.0)  # (CHUNK, PIECE)
+        term = tl.dot(p.to(COMPUTE), v.to(COMPUTE), input_precision="ieee")
+        term = tl.fma(acc[i], tl.broadcast_to(alpha[:, None], term.shape), term)
+        if not SHARED:
+            term = tl.where(tl.broadcast_to(rows[:, None], term.shape), term, acc[i])
+        joint = joint + (term,)
+    if not SHARED:
+        top = tl.where(rows, top, m)
+        total = tl.where(rows, total, l)
+    return top, total, joint
 
 
 @triton.jit
-def _finite_values(slot, wanted, block_table, v_cache, page_size, pages, v_page, v_slot, d, in_head):
+def _finite_values(
+    slot, wanted, block_table, v_cache, page_size, pages, v_page, v_slot, head_size,
+    PIECES: tl.constexpr, PIECE: tl.constexpr,
+):  # fmt: skip
     """Whether all values of a chunk are finite."""
     at, good = _slot_offsets(slot, wanted, block_table, page_size, pages, v_page, v_slot)
-    v = tl.load(v_cache + at[:, None] + d[None, :], mask=good[:, None] & in_head[None, :], other=0.0)
-    infinite = tl.where(tl.abs(v.to(tl.float32)) < float("inf"), 0, 1)
-    return tl.max(tl.max(infinite, 1), 0) == 0
+    found = 0
+    for i in tl.static_range(PIECES):
+        column = i * PIECE + tl.arange(0, PIECE)
+        mask = good[:, None] & (column < head_size)[None, :]
+        v = tl.load(v_cache + at[:, None] + column[None, :], mask=mask, other=0.0)
+        infinite = tl.where(tl.abs(v.to(tl.float32)) < float("inf"), 0, 1)
+        found += tl.max(tl.max(infinite, 1), 0)
+    return found == 0
 
 
 # Grid: (blocks of queries, kv heads * blocks of their query heads, splits if PARTIAL). A program owns BLOCK_M rows:
@@ -225,7 +246,8 @@ def _attention_kernel(
     TREE: tl.constexpr,
     HEADS: tl.constexpr,
     BLOCK_M: tl.constexpr,
-    BLOCK_D: tl.constexpr,
+    PIECES: tl.constexpr,
+    PIECE: tl.constexpr,
     CHUNK: tl.constexpr,
     SPLIT: tl.constexpr,
     COMPUTE: tl.constexpr,
@@ -260,13 +282,12 @@ def _attention_kernel(
         end = prefix + begin + query + 1
     end = tl.where(real & (not impossible), end, 0)
     start = tl.maximum(end - window, 0) if window > 0 else end * 0
-    d = tl.arange(0, BLOCK_D)
-    in_head = d < head_size
-    tile_q = tl.load(
-        q + t[:, None] * q_token + (head.to(tl.int64) * q_head)[:, None] + d[None, :],
-        mask=real[:, None] & in_head[None, :],
-        other=0.0,
-    ).to(COMPUTE)
+    tile_q = ()
+    q_at = t * q_token + head.to(tl.int64) * q_head
+    for c in tl.static_range(PIECES):
+        d = c * PIECE + tl.arange(0, PIECE)
+        mask = real[:, None] & (d < head_size)[None, :]
+        tile_q = tile_q + (tl.load(q + q_at[:, None] + d[None, :], mask=mask, other=0.0).to(COMPUTE),)
     block_table += b.to(tl.int64) * table_width
     k_cache += kv_head.to(tl.int64) * k_head
     v_cache += kv_head.to(tl.int64) * v_head
@@ -287,18 +308,17 @@ def _attention_kernel(
         if (low >= last) | (low + CHUNKS <= first_chunk):
             return
 
-    out_row = t * heads + head
-    mask = real[:, None] & in_head[None, :]
-    part_at = out_row[:, None] * head_size + d[None, :]
-    if KIND == PARTIAL:
-        part_at = (out_row * splits + tl.program_id(2))[:, None] * head_size + d[None, :]
     total_m = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     total_l = tl.zeros((BLOCK_M,), tl.float32)
-    total_acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    total_acc = ()
+    for _ in tl.static_range(PIECES):
+        total_acc = total_acc + (tl.zeros((BLOCK_M, PIECE), tl.float32),)
     for split in range(low, high, CHUNKS):
         m = tl.full((BLOCK_M,), float("-inf"), tl.float32)
         l = tl.zeros((BLOCK_M,), tl.float32)
-        acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+        acc = ()
+        for _ in tl.static_range(PIECES):
+            acc = acc + (tl.zeros((BLOCK_M, PIECE), tl.float32),)
         split_first = tl.maximum(split, first_chunk)
         split_last = tl.minimum(split + CHUNKS, last)
         for side in range(2):
@@ -306,7 +326,7 @@ def _attention_kernel(
                 position = chunk * CHUNK + tl.arange(0, CHUNK)
                 m, l, acc = _chunk(
                     tile_q, m, l, acc, real, real[:, None], position, position >= 0, block_table, k_cache, v_cache,
-                    page_size, pages, k_page, k_slot, v_page, v_slot, scale, d, in_head, True, COMPUTE,
+                    page_size, pages, k_page, k_slot, v_page, v_slot, scale, head_size, True, PIECES, PIECE, COMPUTE,
                 )  # fmt: skip
             from_chunk = tl.maximum(split_first, own) if side == 1 else split_first
             to_chunk = split_last if side == 1 else tl.minimum(split_last, shared)
@@ -318,7 +338,8 @@ def _attention_kernel(
                     together = (chunk + 1) * CHUNK <= prefix
                 if together:
                     together = _finite_values(
-                        position, present, block_table, v_cache, page_size, pages, v_page, v_slot, d, in_head
+                        position, present, block_table, v_cache, page_size, pages, v_page, v_slot, head_size,
+                        PIECES, PIECE,
                     )
                 for i in range(0, 1 if together else active):
                     rows = real & (together | (query == i))
@@ -334,28 +355,40 @@ def _attention_kernel(
                     some = rows & (start < (chunk + 1) * CHUNK) & (end > chunk * CHUNK)
                     m, l, acc = _chunk(
                         tile_q, m, l, acc, some, valid, slot, wanted, block_table, k_cache, v_cache,
-                        page_size, pages, k_page, k_slot, v_page, v_slot, scale, d, in_head, False, COMPUTE,
+                        page_size, pages, k_page, k_slot, v_page, v_slot, scale, head_size, False, PIECES, PIECE, COMPUTE,
                     )  # fmt: skip
         if KIND == SERIAL:
+            # Read anew, so that the addresses of the tile are not kept in registers through the loops.
+            out_row = (tl.load(cu_seqlens + b, volatile=True) + begin + query).to(tl.int64) * heads + head
             if split > low:
                 tl.debug_barrier()
-                before = tl.load(part + part_at, mask=mask, other=0.0)
-                m, l, acc = _join(total_m, total_l, before, m, l, acc)
+                m, l, before, after = _joint(total_m, total_l, m, l)
+                joined = ()
+                for c in tl.static_range(PIECES):
+                    at, mask = _tile_of(out_row, real, c * PIECE + tl.arange(0, PIECE), head_size)
+                    joined = joined + (_joint_acc(tl.load(part + at, mask=mask, other=0.0), before, acc[c], after),)
+                acc = joined
             if split + CHUNKS < high:
-                tl.store(part + part_at, acc, mask=mask)
+                for c in tl.static_range(PIECES):
+                    at, mask = _tile_of(out_row, real, c * PIECE + tl.arange(0, PIECE), head_size)
+                    tl.store(part + at, acc[c], mask=mask)
         total_m, total_l, total_acc = m, l, acc
 
+    out_row = t * heads + head
     if KIND == PARTIAL:
         at = out_row * splits + tl.program_id(2)
         tl.store(part_ml + at * 2, total_m, mask=real)
         tl.store(part_ml + at * 2 + 1, total_l, mask=real)
-        tl.store(part + part_at, total_acc, mask=mask)
+        for c in tl.static_range(PIECES):
+            part_at, mask = _tile_of(at, real, c * PIECE + tl.arange(0, PIECE), head_size)
+            tl.store(part + part_at, total_acc[c], mask=mask)
     else:
         total_l = tl.where(impossible, float("nan"), total_l)
-        at = out_row[:, None] * head_size + d[None, :]
-        gate_at = at if GATE == 2 else tl.broadcast_to(out_row[:, None], mask.shape)
-        rounded = _finish(total_l, total_acc, gate, gate_at, mask, GATE, out.dtype.element_ty)
-        tl.store(out + at, rounded, mask=mask)
+        for c in tl.static_range(PIECES):
+            at, mask = _tile_of(out_row, real, c * PIECE + tl.arange(0, PIECE), head_size)
+            gate_at = at if GATE == 2 else tl.broadcast_to(out_row[:, None], mask.shape)
+            rounded = _finish(total_l, total_acc[c], gate, gate_at, mask, GATE, out.dtype.element_ty)
+            tl.store(out + at, rounded, mask=mask)
 
 
 # Grid: (rows, blocks of heads). A program joins the splits of one query's heads, in order, and writes ``out``.
@@ -405,7 +438,8 @@ def _join_kernel(
         split_m = tl.load(part_ml + at * 2, mask=in_heads, other=0.0)
         split_l = tl.load(part_ml + at * 2 + 1, mask=in_heads, other=0.0)
         split_acc = tl.load(part + at[:, None] * head_size + d[None, :], mask=mask, other=0.0)
-        m, l, acc = _join(m, l, acc, split_m, split_l, split_acc)
+        m, l, before, after = _joint(m, l, split_m, split_l)
+        acc = _joint_acc(acc, before, split_acc, after)
     l = tl.where(impossible, float("nan"), l)
     at = row[:, None] * head_size + d[None, :]
     gate_at = at if GATE == 2 else tl.broadcast_to(row[:, None], mask.shape)
@@ -469,7 +503,8 @@ def tree_attention(
         TREE=mask_bits is not None,
         HEADS=rows,
         BLOCK_M=plan.block_m,
-        BLOCK_D=block_d,
+        PIECES=triton.cdiv(block_d, plan.piece),
+        PIECE=min(block_d, plan.piece),
         CHUNK=plan.chunk,
         SPLIT=SPLIT,
         COMPUTE=TL_DTYPE[compute],
@@ -539,7 +574,8 @@ def attention_case(
         TREE=tree,
         HEADS=triton.next_power_of_2(group),
         BLOCK_M=plan.block_m,
-        BLOCK_D=head_size,
+        PIECES=triton.cdiv(head_size, plan.piece),
+        PIECE=min(head_size, plan.piece),
         CHUNK=plan.chunk,
         SPLIT=SPLIT,
         COMPUTE=TL_DTYPE[exact],

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ast
 import ctypes
+import functools
 import hashlib
 import importlib.util
 import shutil
@@ -67,7 +68,9 @@ def wheel() -> Path:
             command = [sys.executable, "-m", "pip", "download", *options, REQUIREMENT]
             run = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
             if run.returncode:
-                pytest.skip(f"pip cannot download {REQUIREMENT}: {(run.stderr.strip().splitlines() or ['?'])[-1][:200]}")
+                pytest.skip(
+                    f"pip cannot download {REQUIREMENT}: {(run.stderr.strip().splitlines() or ['?'])[-1][:200]}"
+                )
             (Path(work) / WHEEL).replace(target)
     with target.open("rb") as file:
         found = hashlib.file_digest(file, "sha256").hexdigest()
@@ -97,6 +100,7 @@ def interpreted(folder: Path) -> Callable[[str], ModuleType]:
     """Name of a file of SGLang's -> a module with its Triton kernels and the functions that launch them."""
     pytest.importorskip("triton", reason="Triton is not installed")
 
+    @functools.cache
     def module(name: str) -> ModuleType:
         with zipfile.ZipFile(wheel()) as archive:
             source = archive.read(TRITON.format(name)).decode()

@@ -312,6 +312,10 @@ ERRORS: dict[Callable[..., Any], tuple[dict[str, Any], dict[str, tuple[Change, s
             dict(k_caches=[CACHE, CACHE[:1].expand(6, 4, 2, 8)]),
             "k_caches: want elements that do not share memory; got an expanded tensor",
         ),
+        "k_strides": (
+            dict(k_caches=[CACHE, CACHE.mT.contiguous().mT]),
+            "k_caches: want a last dimension that is contiguous; got strides (64, 16, 1, 2)",
+        ),
         "k_gradient": (dict(k_caches=[CACHE, grown(CACHE)]), "k_caches: " + NO_GRAD),
         "v_none": (dict(v_caches=None), "v_caches: want a list or tuple of tensors; got None"),
         "v_fewer": (dict(v_caches=[CACHE]), "v_caches: want 2 caches, as k_caches; got 1"),

@@ -7,12 +7,14 @@ the cumulative mass are hit exactly, and the results must be equal, not close. R
 from __future__ import annotations
 
 import ctypes
+import functools
 import itertools
 import random
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any, NamedTuple
 
+import numpy as np
 import pytest
 import torch
 from sglang_peer import call, interpreted, native, on_device
@@ -128,56 +130,53 @@ def check_equal(mine: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
 
 # -- building ---------------------------------------------------------------------------------------------------------
 @every_room
-@every_shape
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(
+    ("shape", "mode"),
+    [(shape, mode) for shape in SHAPES for mode in MODES if mode != "packed" or SHAPES[shape][3] <= 32],
+)
 def test_build_equals_the_cuda_kernel(backend: str, shape: str, mode: str, cuda_sources: ctypes.CDLL) -> None:
-    if mode == "packed" and SHAPES[shape][3] > 32:
-        pytest.skip("SGLang packs at most 32 nodes")
     chosen = selections(0, *SHAPES[shape])
     theirs = buffers(chosen, MODES[mode])
-    call(
-        cuda_sources.build_tree, len(chosen.parent_list), *chosen[:3], *theirs.values(), *sizes(chosen, MODES[mode])
-    )
+    call(cuda_sources.build_tree, len(chosen.parent_list), *chosen[:3], *theirs.values(), *sizes(chosen, MODES[mode]))
     check_equal(ours(chosen, MODES[mode]), theirs)
 
 
 @every_room
-@pytest.mark.parametrize("shape", ("root", "one_step", "pairs", "eight"))
+@pytest.mark.parametrize("shape", ("root", "one_step", "pairs"))
 @pytest.mark.parametrize("mode", ("full", "queries"))
 def test_build_equals_the_triton_kernel(
     backend: str, shape: str, mode: str, triton_sources: Callable[[str], ModuleType]
 ) -> None:
     chosen = selections(1, *SHAPES[shape])
-    theirs = buffers(chosen, MODES[mode])
-    run_triton_build(triton_sources, chosen, theirs, MODES[mode])
-    check_equal(ours(chosen, MODES[mode]), theirs)
+    check_equal(ours(chosen, MODES[mode]), triton_build(triton_sources, shape, mode))
 
 
-def run_triton_build(
-    triton_sources: Callable[[str], ModuleType], chosen: Selection, out: dict[str, Tensor], mode: int
-) -> None:
-    build = triton_sources("spec_tree").sgl_build_tree_kernel_triton
+@functools.cache
+def triton_build(triton_sources: Callable[[str], ModuleType], shape: str, mode: str) -> dict[str, Tensor]:
+    chosen = selections(1, *SHAPES[shape])
+    return run_triton_build(triton_sources, chosen, MODES[mode])
+
+
+def run_triton_build(triton_sources: Callable[[str], ModuleType], chosen: Selection, mode: int) -> dict[str, Tensor]:
+    out = buffers(chosen, mode)
     moved = on_device(*chosen[:3], *out.values())
-    build(*moved, *sizes(chosen, mode))
-    for name, value in zip(out, moved[3:], strict=True):
-        out[name].copy_(value)
+    triton_sources("spec_tree").sgl_build_tree_kernel_triton(*moved, *sizes(chosen, mode))
+    return {name: value.cpu() for name, value in zip(out, moved[3:], strict=True)}
 
 
 @every_room
 def test_build_passes_over_a_node_without_a_selected_parent(
     backend: str, triton_sources: Callable[[str], ModuleType]
 ) -> None:
-    """Candidate 4 hangs under candidate 0, and candidate 20 under candidate 13: neither parent is selected."""
-    parent_list = torch.tensor([[-1, 0, 1, 2, 13, 8, 4]])
-    selected = torch.tensor([[1, 4, 8, 13, 20 - 8, 20 + 1]])
+    """Candidate 4 hangs under 0 and candidate 12 under 11: neither is selected. 8 hangs under 1 and 17 under 8."""
+    parent_list = torch.tensor([[-1, 0, 1, 2, 11, 8, 4]])
     selected = torch.tensor([[1, 4, 8, 12, 17]])
     chosen = Selection(parent_list, selected, torch.tensor([3]), 3, 3, 6)
-    theirs = buffers(chosen, 1)
-    run_triton_build(triton_sources, chosen, theirs, 1)
     mine = ours(chosen, 1)
-    check_equal(mine, theirs)
-    reached = set(mine["retrive_next_token"].flatten().tolist()) | set(mine["retrive_next_sibling"].flatten().tolist())
-    assert reached < {-1, 1, 2, 3, 4, 5}, "a node that is skipped has no link to it"
+    check_equal(mine, run_triton_build(triton_sources, chosen, 1))
+    assert mine["retrive_next_token"].tolist() == [[1, 3, -1, 5, -1, -1]]
+    assert mine["retrive_next_sibling"].tolist() == [[-1] * 6]
+    assert mine["positions"].tolist() == [3, 4, 4, 5, 4, 6]
 
 
 @every_room
@@ -266,7 +265,7 @@ def walks(seed: int, requests: int, nodes: int, vocabulary: int, bushy: float, s
     """
     rng, generator = random.Random(seed), torch.Generator().manual_seed(seed)
     if smooth:
-        laws = (torch.randn(requests, nodes, vocabulary, generator=generator) * 2).softmax(-1)
+        laws = (torch.randn(requests, nodes, vocabulary, generator=generator) * 5).softmax(-1)
         coins = [torch.rand(size, generator=generator) for size in ((requests, nodes), (requests,))]
     else:
         laws = dyadic(generator, requests, nodes, vocabulary)
@@ -315,7 +314,7 @@ every_width = pytest.mark.parametrize("width", WIDTHS)
 
 
 def requests_of(backend: str, tree: str) -> int:
-    return {"reference": 6, "cpu": 150}[backend] if tree not in ("hundred", "large_rows") else 5
+    return {"reference": 6, "cpu": 60}[backend] if tree not in ("hundred", "large_rows") else 5
 
 
 @every_room
@@ -432,7 +431,7 @@ def chains(seed: int, requests: int, slots: int, vocabulary: int) -> tuple[Walks
     return case, draft
 
 
-CHAINS = {"root": (5, 1, 4), "one": (24, 2, 5), "four": (24, 5, 8), "long": (6, 9, 3), "two_tiles": (3, 3, 5000)}
+CHAINS = {"root": (3, 1, 4), "one": (16, 2, 5), "four": (16, 5, 8), "long": (4, 9, 3), "two_tiles": (2, 3, 5000)}
 
 
 @every_room
@@ -442,20 +441,36 @@ def test_chain_sampler_equals_the_triton_kernel(
     backend: str, chain: str, block_verification: bool, triton_sources: Callable[[str], ModuleType]
 ) -> None:
     case, draft = chains(10, *CHAINS[chain])
-    check_chain(case, draft, block_verification, triton_sources)
+    check_equal(
+        run_chain(case, draft, block_verification), triton_chain(triton_sources, chain, 0.0, block_verification)
+    )
 
 
-def check_chain(
-    case: Walks, draft: Tensor, block_verification: bool, triton_sources: Callable[[str], ModuleType]
-) -> dict[str, Tensor]:
-    mine, theirs = (outputs(case, case.candidates.shape[1]) for _ in range(2))
+def run_chain(case: Walks, draft: Tensor, block_verification: bool) -> dict[str, Tensor]:
+    out = outputs(case, case.candidates.shape[1])
     given = (*case.links, *case.coins, case.target_probs, draft)
-    spec_decode.chain_speculative_sampling(*mine.values(), *given, block_verification=block_verification)
-    moved = on_device(*theirs.values(), *given)
+    spec_decode.chain_speculative_sampling(*out.values(), *given, block_verification=block_verification)
+    return out
+
+
+def spoil(draft: Tensor, bad: float) -> Tensor:
+    """Every second law, with every second probability replaced, unless bad is 0."""
+    if bad != 0:
+        draft[::2, :, ::2] = bad
+    return draft
+
+
+@functools.cache
+def triton_chain(
+    triton_sources: Callable[[str], ModuleType], chain: str, bad: float, block_verification: bool
+) -> dict[str, Tensor]:
+    case, draft = chains(10, *CHAINS[chain])
+    out = outputs(case, case.candidates.shape[1])
+    moved = on_device(*out.values(), *case.links, *case.coins, case.target_probs, spoil(draft, bad))
     sampler = triton_sources("reject_sampling").chain_speculative_sampling_triton
-    sampler(*moved, 1.0, 1.0, True, block_verification=block_verification)
-    check_equal(mine, {name: value.cpu() for name, value in zip(theirs, moved[:3], strict=True)})
-    return mine
+    with np.errstate(invalid="ignore"):  # coins that are 0 times inf, in the interpreter
+        sampler(*moved, 1.0, 1.0, True, block_verification=block_verification)
+    return {name: value.cpu() for name, value in zip(out, moved[:3], strict=True)}
 
 
 @every_room
@@ -463,9 +478,9 @@ def check_chain(
 def test_chain_sampler_takes_what_is_no_probability_for_zero(
     backend: str, bad: float, triton_sources: Callable[[str], ModuleType]
 ) -> None:
-    case, draft = chains(11, 12, 4, 6)
-    draft[::2, :, ::2] = bad
-    check_chain(case, draft, False, triton_sources)
+    case, draft = chains(10, *CHAINS["four"])
+    mine = run_chain(case, spoil(draft, bad), False)
+    check_equal(mine, triton_chain(triton_sources, "four", bad, False))
 
 
 def test_chain_sampler_has_sglangs_name_too() -> None:
@@ -534,21 +549,21 @@ def test_strided_arguments_give_what_contiguous_ones_give(backend: str) -> None:
         wide = torch.full((*value.shape[:-1], 2 * value.shape[-1]), 99, dtype=value.dtype)
         return wide[..., : value.shape[-1]].copy_(value) if value.ndim == 3 else wide[..., ::2].copy_(value)
 
-    for given in ((*case.links, *case.coins, case.target_probs, draft),):
-        plain, strided = outputs(case, 5), outputs(case, 5)
-        spec_decode.chain_speculative_sampling(*plain.values(), *given)
-        spec_decode.chain_speculative_sampling(*strided.values(), *map(spread, given))
-        check_equal(strided, plain)
-        spec_decode.tree_speculative_sampling_target_only(*plain.values(), *given[:-1])
-        zeros = spread(torch.zeros_like(case.target_probs))
-        spec_decode.tree_speculative_sampling_target_only(*strided.values(), *map(spread, given[:-1]), zeros)
-        check_equal(strided, plain)
+    given = (*case.links, *case.coins, case.target_probs)
+    plain, strided = outputs(case, 5), outputs(case, 5)
+    spec_decode.chain_speculative_sampling(*plain.values(), *given, draft)
+    spec_decode.chain_speculative_sampling(*strided.values(), *map(spread, given), spread(draft))
+    check_equal(strided, plain)
+    spec_decode.tree_speculative_sampling_target_only(*plain.values(), *given)
+    zeros = spread(torch.zeros_like(case.target_probs))
+    spec_decode.tree_speculative_sampling_target_only(*strided.values(), *map(spread, given), zeros)
+    check_equal(strided, plain)
 
 
 @every_room
 @pytest.mark.parametrize("mode", MODES)
 def test_build_takes_1024_nodes(backend: str, mode: str) -> None:
-    """A chain under every fourth child of the root; bits of 32 words a row."""
+    """Mask and links are the same in every mode; bits of 32 words a row."""
     nodes, topk, depth = 1024, 33, 33
     rng = random.Random(15)
     parents, selected = expand(rng, topk, depth, nodes)
