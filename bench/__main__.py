@@ -1,4 +1,4 @@
-"""``python -m bench int4 | skinny | policy_loss | roofline | report``: measure; turn rows into docs/benchmarks.md."""
+"""``python -m bench int4 | skinny | policy_loss | spec_decode | roofline | report``: measure; rows to a document."""
 
 from __future__ import annotations
 
@@ -17,6 +17,9 @@ from bench import (
     roofline,
     skinny,
     skinny_report,
+    spec_decode,
+    spec_decode_cases,
+    spec_decode_report,
     tables,
     workloads,
 )
@@ -86,6 +89,17 @@ def parser() -> argparse.ArgumentParser:
     loss.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     loss.add_argument(
         "--out", type=Path, help=f"JSON lines to add to (default: {record.RESULTS.name}/policy_loss.jsonl)"
+    )
+
+    trees = commands.add_parser("spec_decode", help="tree drafting and verification against torch")
+    trees.add_argument("--preset", choices=sorted(spec_decode.PRESETS), help="default: acceptance")
+    trees.add_argument("--cases", type=words, help=f"of {', '.join(spec_decode_cases.CASES)}")
+    trees.add_argument("--threads", type=numbers)
+    trees.add_argument("--seconds", type=float, help="for each case and thread count")
+    trees.add_argument("--rounds", type=int, help="at least this many")
+    trees.add_argument("--no-memory", action="store_true", help="do not measure peaks")
+    trees.add_argument(
+        "--out", type=Path, help=f"JSON lines to add to (default: {record.RESULTS.name}/spec_decode.jsonl)"
     )
 
     ceilings = commands.add_parser("roofline", help="what this machine can do at best")
@@ -209,6 +223,34 @@ def run_policy_loss(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def spec_plan(arguments: argparse.Namespace) -> spec_decode.Plan:
+    """The preset, with what the command line says in place of its fields."""
+    plan = spec_decode.PRESETS[arguments.preset or "acceptance"]
+    fields = {
+        "cases": arguments.cases,
+        "threads": arguments.threads,
+        "seconds": arguments.seconds,
+        "min_rounds": arguments.rounds,
+        "memory": False if arguments.no_memory else None,
+    }
+    return dataclasses.replace(plan, **{name: value for name, value in fields.items() if value is not None})
+
+
+def run_spec_decode(arguments: argparse.Namespace) -> int:
+    say = functools.partial(print, file=sys.stderr, flush=True)
+    out = arguments.out or record.RESULTS / "spec_decode.jsonl"
+    found: list[record.SpecRow] = []
+    for case in spec_decode.run(spec_plan(arguments), say):
+        record.append(out, case)
+        print(spec_decode_report.tables(case), flush=True)
+        found += case
+    lines = spec_decode_report.acceptance(found)
+    if arguments.preset and lines:
+        print(tables.acceptance_table(lines, "mode"))
+        return 0 if all(line.passed for line in lines) else 1
+    return 0
+
+
 def start_again(tunables: str) -> None:
     """This command once more, under settings of glibc's malloc, which are read when a process starts."""
     environment = {**os.environ, "GLIBC_TUNABLES": tunables}
@@ -227,6 +269,10 @@ def main() -> int:
         if arguments.device == "cpu" and not record.malloc_keeps():
             start_again(record.KEEPING_MALLOC)
         return run_policy_loss(arguments)
+    if arguments.command == "spec_decode":
+        if not record.malloc_keeps():
+            start_again(record.KEEPING_MALLOC)
+        return run_spec_decode(arguments)
     if arguments.command == "roofline":
         for threads in arguments.threads:
             print(roofline.describe(roofline.measured(threads, record.cpu_model())))

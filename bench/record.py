@@ -175,11 +175,37 @@ class LossRow(Row):
         return (self.place, *case, self.arm)
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SpecRow(Row):
+    """An op of tree drafting and verification on one batch (one layer, for attention)."""
+
+    TIMED: ClassVar[tuple[str, ...]] = (*Row.TIMED, "read_share", "peak_bytes")
+
+    requests: int
+    nodes: int | None = None  # of a tree
+    vocabulary: int | None = None
+    mode: str | None = None
+    filtered: bool | None = None  # by top-k and top-p
+    queries: int | None = None  # of attention: this many, over ``context`` keys and themselves
+    context: int | None = None
+    span: int  # batches (layers) in a visit
+    visited: float | None = None  # rows of logits that a request's walk reads, mean
+    touched_bytes: int  # that the op has to read, whoever computes it
+    read_gbytes_s: float | None = None  # read bandwidth of the machine, measured between the arms
+    read_share: float | None = None  # touched_bytes over the time, of that bandwidth
+    peak_bytes: int | None = None  # most memory beyond the inputs
+
+    @property
+    def key(self) -> tuple[object, ...]:
+        return (self.place, self.op, self.shape, self.device, self.case_threads, self.arm)
+
+
 KINDS: dict[str, type[Row]] = {  # by op
     "int4_gemm": GemmRow,
     "int4_moe": GemmRow,
     "int4_skinny": SkinnyRow,
     "linear_policy_loss": LossRow,
+    **dict.fromkeys(("tree_verify", "tree_attention", "draft_topk", "tree_finalize", "tree_commit"), SpecRow),
 }
 TRIPLES = ("units", "units_bf16", "growth")  # fields that JSON holds as lists
 

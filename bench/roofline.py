@@ -76,8 +76,9 @@ class ReadProbe:
     cache holds, the bandwidth of that cache.
     """
 
-    def __init__(self, threads: int, kind: int = 0, total_bytes: int = BUFFER_BYTES) -> None:
+    def __init__(self, threads: int, kind: int = 0, total_bytes: int | None = None) -> None:
         self.threads, self.kind, self.window = threads, kind, 0
+        total_bytes = min(total_bytes or BUFFER_BYTES, BUFFER_BYTES)
         self.window_bytes = min(WINDOW_BYTES, total_bytes)
         self.windows = total_bytes // self.window_bytes
         self.bytes = self.window_bytes // (1024 * threads) * (1024 * threads)

@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 import torch
 
-from bench import record, skinny, skinny_report, workloads
+from bench import record, roofline, skinny, skinny_report, workloads
 from bench.record import SkinnyRow
 from bench.skinny import Plan, Rows, Store
 from bench.workloads import Linear, make_problem
@@ -23,6 +23,17 @@ def process_settings():
     yield
     torch.set_num_threads(threads)
     skinny.use_isa(None)
+
+
+@pytest.fixture
+def small_roofline(monkeypatch):
+    """A read probe of 8 MiB and no measurement of peaks."""
+    monkeypatch.setattr(roofline, "BUFFER_BYTES", 8 << 20)
+    ceilings = roofline.Ceilings(threads=1, read_bytes=1e10, read_kind=0, peaks={}, source="c")
+    monkeypatch.setattr(roofline, "measured", lambda threads, machine, again=True: ceilings)
+    roofline.buffer.cache_clear()
+    yield
+    roofline.buffer.cache_clear()
 
 
 def make_row(**changes: object) -> SkinnyRow:
@@ -124,11 +135,9 @@ def test_the_least_time_is_the_longer_of_reading_and_multiplying(m, read, peak, 
     assert skinny.least_seconds(m, TINY, problem, read, peak) == pytest.approx(wanted, rel=0.05)
 
 
-def test_a_case_gives_a_row_per_arm_with_growth_and_roofline(monkeypatch):
+def test_a_case_gives_a_row_per_arm_with_growth_and_roofline(monkeypatch, small_roofline):
     monkeypatch.setitem(workloads.SKINNY_LINEARS, "tiny", TINY)
     monkeypatch.setitem(workloads.SKINNY_STORES, "tiny", {"streamed": 1 << 20, "cached": 0})
-    ceilings = skinny.roofline.Ceilings(threads=1, read_bytes=1e10, read_kind=0, peaks={}, source="c")
-    monkeypatch.setattr(skinny.roofline, "measured", lambda threads, machine: ceilings)
     plan = Plan(modes=("int8",), isas=(skinny.best_isa(), "pdp11"), ms=(1, 4), seconds=0.0, min_rounds=2)
     name = skinny.INSTRUCTIONS.get((skinny.best_isa(), "int8"), ("none", 1))[0]
     streamed, cached = skinny.run("tiny", plan, lambda text: None, {name: 1e11})

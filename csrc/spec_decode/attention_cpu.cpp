@@ -92,13 +92,13 @@ void check_pages(const Attention& a, const Extents& e) {
   }
 }
 
-// A run of queries that share the keys of one kv head.
+// A run of queries of one request, over some of its kv heads.
 struct Block {
-  int64_t request, kv_head;
-  int32_t start, stop;          // queries: rows of q
-  int32_t begin, end;           // the logical positions of all of them
-  int64_t first_split, splits;  // of those positions
-  int64_t first_state = -1;     // of its states in memory, (rows, splits); -1: the block is one task
+  int64_t request, kv_head, kv_heads;  // the first, how many
+  int32_t start, stop;                 // queries: rows of q
+  int32_t begin, end;                  // the logical positions of all of them
+  int64_t first_split, splits;         // of those positions
+  int64_t first_state;                 // of its states in memory, (rows, splits); -1: the block is one task
 };
 
 struct Task {
@@ -109,43 +109,46 @@ struct Task {
 struct Plan {
   std::vector<Block> blocks;
   std::vector<Task> tasks;
-  int64_t most_rows = 0, most_tail = 0, states = 0;
+  int64_t most_rows = 0, most_tail = 0, most_heads = 1, states = 0;
 };
 
+// Few queries take several kv heads together, chunk by chunk: the cache is then read in the order in which it lies.
 Plan plan_of(const Attention& a, const Extents& e, int64_t threads) {
   const int64_t group = a.heads / a.kv_heads, queries = std::max<int64_t>(1, kMostRows / group);
+  int64_t all_runs = 0;
+  for (int64_t b = 0; b < a.requests; b++) all_runs += ceil_div(a.cu_seqlens_q[b + 1] - a.cu_seqlens_q[b], queries);
+  const int64_t fair = threads > 1 ? std::max<int64_t>(1, all_runs * a.kv_heads / (4 * threads)) : a.kv_heads;
   Plan plan;
   for (int64_t b = 0; b < a.requests; b++) {
     const int32_t from = a.cu_seqlens_q[b], to = a.cu_seqlens_q[b + 1], prefix = a.cache_seqlens[b] - (to - from);
-    const int64_t runs = ceil_div(to - from, queries);
-    if (to > from && a.mask_bits) plan.most_tail = std::max<int64_t>(plan.most_tail, prefix % kChunk + (to - from));
+    if (from == to) continue;
+    if (a.mask_bits) plan.most_tail = std::max<int64_t>(plan.most_tail, prefix % kChunk + (to - from));
+    const int64_t runs = ceil_div(to - from, queries), rows = ceil_div(to - from, runs) * group;
+    const int64_t heads = std::min({a.kv_heads, fair, std::max<int64_t>(1, kMostRows / rows)});
+    plan.most_rows = std::max(plan.most_rows, rows * heads);
+    plan.most_heads = std::max(plan.most_heads, heads);
     for (int64_t r = runs; r-- > 0;)  // the last, which attend to most, first
-      for (int64_t g = 0; g < a.kv_heads; g++) {
-        Block block{.request = b,
-                    .kv_head = g,
-                    .start = int32_t(from + (to - from) * r / runs),
-                    .stop = int32_t(from + (to - from) * (r + 1) / runs),
-                    .begin = 0,
-                    .end = 0,
-                    .first_split = 0,
-                    .splits = 0};
+      for (int64_t g = 0; g < a.kv_heads; g += heads) {
+        Block block{};
+        block.request = b, block.kv_head = g, block.kv_heads = std::min(heads, a.kv_heads - g);
+        block.start = int32_t(from + (to - from) * r / runs), block.stop = int32_t(from + (to - from) * (r + 1) / runs);
         block.begin = *std::min_element(e.begin.begin() + block.start, e.begin.begin() + block.stop);
         block.end = *std::max_element(e.end.begin() + block.start, e.end.begin() + block.stop);
         block.first_split = block.begin / kSplit;
         block.splits = ceil_div(block.end, kSplit) - block.first_split;
-        plan.most_rows = std::max(plan.most_rows, (block.stop - block.start) * group);
         plan.blocks.push_back(block);
       }
   }
   const bool few = threads > 1 && (int64_t)plan.blocks.size() < 4 * threads;
   for (size_t i = 0; i < plan.blocks.size(); i++) {
     Block& block = plan.blocks[i];
+    block.first_state = -1;
     if (!few || block.splits <= 1) {
       plan.tasks.push_back({(int64_t)i, -1});
       continue;
     }
     block.first_state = plan.states;
-    plan.states += (block.stop - block.start) * group * block.splits;
+    plan.states += (block.stop - block.start) * block.kv_heads * group * block.splits;
     for (int64_t s = 0; s < block.splits; s++) plan.tasks.push_back({(int64_t)i, block.first_split + s});
   }
   return plan;
@@ -188,7 +191,7 @@ struct Call {
 class Worker {
  public:
   static int64_t floats(const Call& call) {
-    const int64_t rows = call.plan.most_rows, tail = call.direct ? 0 : call.plan.most_tail;
+    const int64_t rows = call.plan.most_rows, tail = call.direct ? 0 : call.plan.most_tail * call.plan.most_heads;
     return (rows + 2 * (kChunk + tail)) * call.stride + rows * (kChunk + kPad) + 2 * States::floats(rows, call.stride);
   }
 
@@ -198,8 +201,8 @@ class Worker {
         queries_(take(memory, rows_ * call.stride)),
         keys_(take(memory, kChunk * call.stride)),
         values_(take(memory, kChunk * call.stride)),
-        tail_keys_(take(memory, call.direct ? 0 : call.plan.most_tail * call.stride)),
-        tail_values_(take(memory, call.direct ? 0 : call.plan.most_tail * call.stride)),
+        tail_keys_(take(memory, call.direct ? 0 : call.plan.most_tail * call.plan.most_heads * call.stride)),
+        tail_values_(take(memory, call.direct ? 0 : call.plan.most_tail * call.plan.most_heads * call.stride)),
         scores_(take(memory, rows_ * kChunk)),
         scale_(take(memory, rows_ * kPad)),
         split_(take(memory, States::floats(rows_, call.stride)), rows_, call.stride),
@@ -207,7 +210,8 @@ class Worker {
         begin_(rows_),
         end_(rows_),
         slots_(call.plan.most_tail),
-        tail_ready_(call.plan.most_tail) {}
+        tail_at_{std::vector<const void*>(call.plan.most_tail), std::vector<const void*>(call.plan.most_tail)},
+        tail_ready_(call.plan.most_tail * call.plan.most_heads) {}
 
   void run(const Task& task) {
     const Block& block = call_.plan.blocks[task.block];
@@ -220,6 +224,7 @@ class Worker {
     walk(block.start, block.stop, 0, shared, false);
     if (call_.a.mask_bits) {
       std::fill(tail_ready_.begin(), tail_ready_.end(), 0);
+      locate(shared * kChunk, prefix_ % kChunk + to - from, tail_at_[0].data(), tail_at_[1].data());
       for (int32_t t = block.start; t < block.stop; t++) {
         if (call_.extents.end[t] <= shared * kChunk) continue;
         list_slots(t, to - from);
@@ -227,8 +232,7 @@ class Worker {
       }
     }
     if (only_ < 0) {
-      for (int32_t t = block.start; t < block.stop; t++)
-        for (int64_t h = 0; h < call_.group; h++) finish(t, h, whole_.at(row_of(t, h)));
+      each_row([&](int64_t row, int32_t t, int64_t head) { finish(t, head, whole_.at(row)); });
     } else if (call_.open[task.block].fetch_sub(1, std::memory_order_acq_rel) == 1) {
       merge_all();
     }
@@ -241,27 +245,48 @@ class Worker {
     return mine;
   }
 
-  int64_t row_of(int32_t t, int64_t h) const { return (t - block_->start) * call_.group + h; }
+  // Rows of one kv head lie together, those of one query among them.
+  int64_t queries() const { return block_->stop - block_->start; }
+  int64_t row_of(int64_t g, int32_t t) const { return (g * queries() + t - block_->start) * call_.group; }
+
+  // visit(row, query, head) for every row of the block.
+  template <class Visit>
+  void each_row(Visit visit) const {
+    for (int64_t g = 0; g < block_->kv_heads; g++)
+      for (int32_t t = block_->start; t < block_->stop; t++)
+        for (int64_t h = 0; h < call_.group; h++) visit(row_of(g, t) + h, t, (block_->kv_head + g) * call_.group + h);
+  }
+
   int32_t begin_of(int32_t t) const { return call_.extents.begin[t]; }
   int32_t end_of(int32_t t) const { return call_.extents.end[t]; }
 
   void load_queries() {
     const Attention& a = call_.a;
     const float factor = (float)((double)a.softmax_scale * 1.4426950408889634);  // scores in base 2
-    const char* first = a.q + block_->kv_head * call_.group * a.q_head_stride;
-    for (int32_t t = block_->start; t < block_->stop; t++)
-      for (int64_t h = 0; h < call_.group; h++) {
-        const void* row = first + t * a.q_row_stride + h * a.q_head_stride;
-        call_.isa.widen(&row, a.type, 1, a.size, factor, queries_ + row_of(t, h) * call_.stride, call_.stride);
-      }
-    for (int64_t r = 0; r < (block_->stop - block_->start) * call_.group; r++) split_.clear(r);
+    each_row([&](int64_t row, int32_t t, int64_t head) {
+      const void* from = a.q + t * a.q_row_stride + head * a.q_head_stride;
+      call_.isa.widen(&from, a.type, 1, a.size, factor, queries_ + row * call_.stride, call_.stride);
+      split_.clear(row);
+    });
   }
 
-  const char* address(const Cache& cache, int64_t slot) const {
+  // Where the keys and the values of the block's first kv head lie, slots first .. first + count - 1. One division for
+  // all. A slot before every window may have any block id: its address is never used.
+  void locate(int64_t first, int64_t count, const void** keys, const void** values) const {
     const Attention& a = call_.a;
-    const int64_t page = a.block_table[block_->request * a.max_pages + slot / a.page_size];
-    return cache.data + page * cache.page_stride + slot % a.page_size * cache.slot_stride +
-           block_->kv_head * cache.head_stride;
+    const int32_t* table = a.block_table + block_->request * a.max_pages;
+    int64_t page = first / a.page_size, slot = first % a.page_size;
+    for (int64_t j = 0; j < count; page++, slot = 0) {
+      const int64_t stop = std::min(count, j + a.page_size - slot);
+      uintptr_t key = address(a.keys, table[page], slot), value = address(a.values, table[page], slot);
+      for (; j < stop; j++, key += a.keys.slot_stride, value += a.values.slot_stride)
+        keys[j] = (const void*)key, values[j] = (const void*)value;
+    }
+  }
+
+  uintptr_t address(const Cache& cache, int32_t page, int64_t slot) const {
+    return (uintptr_t)cache.data + (uintptr_t)page * (uintptr_t)cache.page_stride +
+           (uintptr_t)(slot * cache.slot_stride + block_->kv_head * cache.head_stride);
   }
 
   // slots_[r]: offset from the last shared chunk's end of the key of rank r, for the positions from there on.
@@ -277,63 +302,55 @@ class Worker {
     }
   }
 
-  // Where the keys and values at positions first .. last - 1 of a shared chunk lie.
-  void locate(int64_t chunk, int first, int last, const void** keys, const void** values) const {
+  // key_at_, value_at_ or tiles_ of kv head g at positions first .. last - 1 of a chunk that all queries share; here_
+  // locates it for the first kv head.
+  void fetch_shared(int64_t g, int first, int last, int64_t rows) {
+    const void *keys[kChunk], *values[kChunk];
     for (int j = first; j < last; j++) {
-      keys[j] = address(call_.a.keys, chunk * kChunk + j);
-      values[j] = address(call_.a.values, chunk * kChunk + j);
+      keys[j] = (const char*)here_[0][j] + g * call_.a.keys.head_stride;
+      values[j] = (const char*)here_[1][j] + g * call_.a.values.head_stride;
     }
-  }
-
-  // key_at_, value_at_ of positions first .. last - 1 of a chunk that all queries share, and what to prefetch: the
-  // chunk's values and the next one's keys where they are read in place, else the next one's keys and values.
-  void fetch_shared(int64_t chunk, int first, int last, int64_t rows, bool more) {
-    locate(chunk, first, last, here_[0], here_[1]);
-    const int next = more ? (int)std::min<int64_t>(kChunk, block_->end - (chunk + 1) * kChunk) : 0;
-    const int64_t bytes = call_.a.size * bytes_of(call_.a.cache_type);
-    if (next > 0) locate(chunk + 1, 0, next, ahead_[0], ahead_[1]);
     if (call_.direct && rows <= kDirectRows) {
-      for (int j = first; j < last; j++) {
-        key_at_[j] = (const float*)here_[0][j];
-        value_at_[j] = (const float*)here_[1][j];
-      }
-      soon_[0] = {here_[1] + first, last - first, bytes};
-      soon_[1] = {ahead_[0], next, bytes};
+      for (int j = first; j < last; j++) key_at_[j] = (const float*)keys[j], value_at_[j] = (const float*)values[j];
       return;
     }
-    copy(here_[0] + first, here_[1] + first, last - first, keys_ + first * call_.stride,
-         values_ + first * call_.stride);
-    for (int j = first; j < last; j++) {
-      key_at_[j] = keys_ + j * call_.stride;
-      value_at_[j] = values_ + j * call_.stride;
+    const int64_t stride = call_.stride;
+    if (call_.isa.tile && rows > kDirectRows) {
+      for (int j = 0; j < first; j++) keys[j] = keys[first];  // tiles are whole; no row counts these
+      for (int j = last; j < kChunk; j++) keys[j] = keys[first];
+      call_.isa.tile(keys, call_.a.cache_type, call_.a.size, keys_, stride);
+      tiles_ = keys_;
+    } else {
+      copy(keys + first, last - first, keys_ + first * stride);
     }
-    for (int i : {0, 1}) soon_[i] = {ahead_[i], next, bytes};
+    copy(values + first, last - first, values_ + first * stride);
+    for (int j = first; j < last; j++) key_at_[j] = keys_ + j * stride, value_at_[j] = values_ + j * stride;
   }
 
-  void copy(const void* const* keys, const void* const* values, int64_t count, float* to_keys, float* to_values) const {
-    const Attention& a = call_.a;
-    call_.isa.widen(keys, a.cache_type, count, a.size, 1.0f, to_keys, call_.stride);
-    call_.isa.widen(values, a.cache_type, count, a.size, 1.0f, to_values, call_.stride);
+  void copy(const void* const* from, int64_t count, float* to) const {
+    call_.isa.widen(from, call_.a.cache_type, count, call_.a.size, 1.0f, to, call_.stride);
   }
 
   // The same for one query of a tree: position p is slot tail + slots_[p - tail]. Each slot is copied once a task.
-  void fetch_listed(int64_t chunk, int first, int last) {
+  void fetch_listed(int64_t g, int64_t chunk, int first, int last) {
     const Attention& a = call_.a;
     const int64_t tail = prefix_ / kChunk * kChunk;
     for (int j = first; j < last; j++) {
       const int64_t slot = slots_[chunk * kChunk + j - tail];
+      const void* key = (const char*)tail_at_[0][slot] + g * a.keys.head_stride;
+      const void* value = (const char*)tail_at_[1][slot] + g * a.values.head_stride;
       if (call_.direct) {
-        key_at_[j] = (const float*)address(a.keys, tail + slot);
-        value_at_[j] = (const float*)address(a.values, tail + slot);
+        key_at_[j] = (const float*)key, value_at_[j] = (const float*)value;
         continue;
       }
-      float *key = tail_keys_ + slot * call_.stride, *value = tail_values_ + slot * call_.stride;
-      if (!tail_ready_[slot]) {
-        const void *from_key = address(a.keys, tail + slot), *from_value = address(a.values, tail + slot);
-        copy(&from_key, &from_value, 1, key, value);
-        tail_ready_[slot] = 1;
+      const int64_t own = g * call_.plan.most_tail + slot;
+      float *to_key = tail_keys_ + own * call_.stride, *to_value = tail_values_ + own * call_.stride;
+      if (!tail_ready_[own]) {
+        copy(&key, 1, to_key);
+        copy(&value, 1, to_value);
+        tail_ready_[own] = 1;
       }
-      key_at_[j] = key, value_at_[j] = value;
+      key_at_[j] = to_key, value_at_[j] = to_value;
     }
   }
 
@@ -350,34 +367,14 @@ class Worker {
       for (int32_t t = start; t < stop; t++) {
         const int begin = (int)std::max<int64_t>(0, begin_of(t) - chunk * kChunk);
         const int end = (int)std::min<int64_t>(kChunk, end_of(t) - chunk * kChunk);
-        for (int64_t h = 0; h < call_.group; h++) {
-          begin_[row_of(t, h)] = begin;
-          end_[row_of(t, h)] = end;
-        }
+        for (int64_t row = row_of(0, t); row < row_of(0, t + 1); row++) begin_[row] = begin, end_[row] = end;
         if (begin >= end) continue;
         first = std::min(first, begin), last = std::max(last, end);
         low = std::min(low, t), high = t + 1;
       }
       if (low >= high) continue;
-      const int64_t row = row_of(low, 0), rows = (high - low) * call_.group;
-      soon_[0] = soon_[1] = {};
-      if (listed)
-        fetch_listed(chunk, first, last);
-      else
-        fetch_shared(chunk, first, last, rows, chunk + 1 < to);
-      for (int j = 0; j < first; j++) key_at_[j] = key_at_[first];  // read with their neighbours, counted by no row
-      for (int j = last; j < kChunk; j++) key_at_[j] = key_at_[first];
-      call_.isa.attend({.keys = key_at_,
-                        .values = value_at_,
-                        .begin = begin_.data() + row,
-                        .end = end_.data() + row,
-                        .rows = rows,
-                        .queries = queries_ + row * call_.stride,
-                        .stride = call_.stride,
-                        .scores = scores_,
-                        .scale = scale_,
-                        .state = split_.at(row),
-                        .ahead = {soon_[0], soon_[1]}});
+      if (!listed) locate(chunk * kChunk + first, last - first, here_[0] + first, here_[1] + first);
+      for (int64_t g = 0; g < block_->kv_heads; g++) attend(g, chunk, first, last, low, high, listed);
       for (int32_t t = low; t < high; t++)
         if (begin_of(t) < (chunk + 1) * kChunk && end_of(t) > chunk * kChunk &&
             (chunk % kSplitChunks == kSplitChunks - 1 || end_of(t) <= (chunk + 1) * kChunk))
@@ -385,20 +382,42 @@ class Worker {
     }
   }
 
+  void attend(int64_t g, int64_t chunk, int first, int last, int32_t low, int32_t high, bool listed) {
+    const int64_t row = row_of(g, low), rows = (high - low) * call_.group;
+    tiles_ = nullptr;
+    if (listed)
+      fetch_listed(g, chunk, first, last);
+    else
+      fetch_shared(g, first, last, rows);
+    for (int j = 0; j < first; j++) key_at_[j] = key_at_[first];  // read with their neighbours, counted by no row
+    for (int j = last; j < kChunk; j++) key_at_[j] = key_at_[first];
+    call_.isa.attend({.keys = key_at_,
+                      .tiles = tiles_,
+                      .values = value_at_,
+                      .begin = begin_.data() + row_of(0, low),
+                      .end = end_.data() + row_of(0, low),
+                      .rows = rows,
+                      .queries = queries_ + row * call_.stride,
+                      .stride = call_.stride,
+                      .scores = scores_,
+                      .scale = scale_,
+                      .state = split_.at(row)});
+  }
+
   States states_of_block() const {
-    const int64_t rows = (block_->stop - block_->start) * call_.group * block_->splits;
+    const int64_t rows = queries() * block_->kv_heads * call_.group * block_->splits;
     return {call_.states + block_->first_state * (1 + kPad + call_.stride), rows, call_.stride};
   }
 
   void end_split(int32_t t, int64_t split) {
-    for (int64_t h = 0; h < call_.group; h++) {
-      const int64_t row = row_of(t, h);
-      if (only_ >= 0)
-        states_of_block().copy(row * block_->splits + split - block_->first_split, split_.at(row));
-      else
-        add_split(whole_, row, split_.at(row), split == begin_of(t) / kSplit);
-      split_.clear(row);
-    }
+    for (int64_t g = 0; g < block_->kv_heads; g++)
+      for (int64_t row = row_of(g, t); row < row_of(g, t + 1); row++) {
+        if (only_ >= 0)
+          states_of_block().copy(row * block_->splits + split - block_->first_split, split_.at(row));
+        else
+          add_split(whole_, row, split_.at(row), split == begin_of(t) / kSplit);
+        split_.clear(row);
+      }
   }
 
   void add_split(const States& whole, int64_t row, const State& split, bool first) const {
@@ -410,18 +429,17 @@ class Worker {
 
   void merge_all() {
     const States parts = states_of_block();
-    for (int32_t t = block_->start; t < block_->stop; t++)
-      for (int64_t h = 0; h < call_.group; h++) {
-        const int64_t row = row_of(t, h), first = begin_of(t) / kSplit;
-        for (int64_t s = first; s < ceil_div(end_of(t), kSplit); s++)
-          add_split(whole_, row, parts.at(row * block_->splits + s - block_->first_split), s == first);
-        finish(t, h, whole_.at(row));
-      }
+    each_row([&](int64_t row, int32_t t, int64_t head) {
+      const int64_t first = begin_of(t) / kSplit;
+      for (int64_t s = first; s < ceil_div(end_of(t), kSplit); s++)
+        add_split(whole_, row, parts.at(row * block_->splits + s - block_->first_split), s == first);
+      finish(t, head, whole_.at(row));
+    });
   }
 
-  void finish(int32_t t, int64_t h, const State& state) const {
+  void finish(int32_t t, int64_t head, const State& state) const {
     const Attention& a = call_.a;
-    const int64_t head = block_->kv_head * call_.group + h, at = t * a.heads + head;
+    const int64_t at = t * a.heads + head;
     char* out = a.out + at * a.size * bytes_of(a.type);
     if (begin_of(t) >= end_of(t)) {
       std::memset(out, 0, a.size * bytes_of(a.type));
@@ -444,10 +462,11 @@ class Worker {
   const States split_, whole_;
   std::vector<int> begin_, end_;
   std::vector<int32_t> slots_;
+  std::vector<const void*> tail_at_[2];  // keys and values from the last shared chunk's end on
   std::vector<char> tail_ready_;
   const float *key_at_[kChunk], *value_at_[kChunk];
-  const void *here_[2][kChunk], *ahead_[2][kChunk];  // keys and values
-  Ahead soon_[2];
+  const void* here_[2][kChunk];  // keys and values
+  const float* tiles_ = nullptr;
   const Block* block_ = nullptr;
   int64_t only_ = -1, prefix_ = 0;
 };

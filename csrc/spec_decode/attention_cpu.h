@@ -24,15 +24,10 @@ struct State {
   float* weighted;  // (rows, stride): sum of exp2(score - maximum) * value
 };
 
-// Rows in memory that are needed soon: the first `bytes` bytes of each. They need not be readable.
-struct Ahead {
-  const void* const* rows;
-  int64_t count, bytes;
-};
-
 // Rows of queries against the keys of one chunk. Key j of row i counts iff begin[i] <= j < end[i].
 struct Chunk {
   const float* const* keys;    // (kChunk,) addresses of `stride` floats; all can be read, whether they count or not
+  const float* tiles;          // the same keys as `tile` leaves them, then `keys` is not looked at; or null
   const float* const* values;  // (kChunk,); those that count for no row are not read
   const int *begin, *end;      // (rows,), within 0 .. kChunk
   int64_t rows;
@@ -40,7 +35,6 @@ struct Chunk {
   int64_t stride;         // head size, padded
   float *scores, *scale;  // (rows, kChunk) and (rows,), scratch
   State state;
-  Ahead ahead[2];  // to prefetch while scores are computed, and while values are added up
 };
 
 // out[i] = weighted / total * sigmoid(gate)
@@ -59,6 +53,8 @@ struct Kernels {
   // to[i] (stride) = from[i] (size) * factor, zeros after; factor 1 changes no bit
   void (*widen)(const void* const* from, Type type, int64_t count, int64_t size, float factor, float* to,
                 int64_t stride);
+  // kChunk keys as `attend` wants them for many rows; null where it has no use for that
+  void (*tile)(const void* const* from, Type type, int64_t size, float* to, int64_t stride);
   void (*attend)(const Chunk& chunk);
   // into (one row) becomes the state over its keys and those of `from` (one row)
   void (*merge)(const State& into, const State& from, int64_t stride);

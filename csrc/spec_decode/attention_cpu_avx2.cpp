@@ -13,6 +13,7 @@ alignas(32) const int32_t kPart[16] = {-1, -1, -1, -1, -1, -1, -1, -1, 0, 0, 0, 
 struct Avx2 {
   static constexpr int kLanes = 8, kLevels = 3, kRows = 6, kVectors = 2;
   static constexpr int kFold[4] = {0, 4, 1, 2};
+  static constexpr bool kTiles = false;
   using F = __m256;
 
   static inline __m256i part(int count) { return _mm256_loadu_si256((const __m256i*)(kPart + 8 - count)); }
@@ -72,6 +73,6 @@ struct Avx2 {
 
 }  // namespace
 
-extern const Kernels kAvx2Attention = {widen<Avx2>, attend<Avx2>, merge<Avx2>, finish<Avx2>};
+extern const Kernels kAvx2Attention = {widen<Avx2>, nullptr, attend<Avx2>, merge<Avx2>, finish<Avx2>};
 
 }  // namespace m3::spec_decode

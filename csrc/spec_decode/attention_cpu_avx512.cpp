@@ -11,6 +11,7 @@ namespace {
 struct Avx512 {
   static constexpr int kLanes = 16, kLevels = 4, kRows = 6, kVectors = 4;
   static constexpr int kFold[5] = {0, 8, 4, 1, 2};
+  static constexpr bool kTiles = true;
   using F = __m512;
 
   static inline __mmask16 part(int count) { return (__mmask16)((1u << count) - 1); }
@@ -48,6 +49,14 @@ struct Avx512 {
   static inline float sum(F a) { return _mm512_reduce_add_ps(a); }
   static inline float top(F a) { return _mm512_reduce_max_ps(a); }
 
+  static inline F repeat_quarter(const float* p) { return _mm512_broadcast_f32x4(_mm_loadu_ps(p)); }
+  static inline void transpose_quarters(F (&a)[4]) {
+    const F low01 = _mm512_shuffle_f32x4(a[0], a[1], 0x44), high01 = _mm512_shuffle_f32x4(a[0], a[1], 0xEE);
+    const F low23 = _mm512_shuffle_f32x4(a[2], a[3], 0x44), high23 = _mm512_shuffle_f32x4(a[2], a[3], 0xEE);
+    a[0] = _mm512_shuffle_f32x4(low01, low23, 0x88), a[1] = _mm512_shuffle_f32x4(low01, low23, 0xDD);
+    a[2] = _mm512_shuffle_f32x4(high01, high23, 0x88), a[3] = _mm512_shuffle_f32x4(high01, high23, 0xDD);
+  }
+
   template <int kLevel>
   static inline F fold(F a, F b) {
     if constexpr (kLevel == 1)  // lanes 8 apart: [a b]
@@ -64,6 +73,6 @@ struct Avx512 {
 
 }  // namespace
 
-extern const Kernels kAvx512Attention = {widen<Avx512>, attend<Avx512>, merge<Avx512>, finish<Avx512>};
+extern const Kernels kAvx512Attention = {widen<Avx512>, tile<Avx512>, attend<Avx512>, merge<Avx512>, finish<Avx512>};
 
 }  // namespace m3::spec_decode

@@ -13,6 +13,8 @@
 //   fold<level>(a, b)           halves the lanes of each key: those of a and b, added pair by pair, in one vector
 //   kFold[level]                distance of the keys that fold<level> is given, so that they end in ascending lanes
 //   kRows, kVectors             rows and vectors of a head that `accumulate` keeps in registers
+//   kTiles                      whether keys can be put in tiles; then also repeat_quarter(p), four floats in every
+//                               quarter, and transpose_quarters, of four vectors
 
 #define M3_INLINE static inline __attribute__((always_inline))
 
@@ -72,25 +74,39 @@ M3_INLINE typename S::F load_part_as(const void* row, int64_t i, int count) {
   return load_as<S, kType>(half, 0);
 }
 
-template <class S, Type kType>
+template <class S, Type kType, bool kScaled>
 M3_INLINE void widen_as(const void* const* from, int64_t count, int64_t size, float factor, float* to, int64_t stride) {
-  const typename S::F factors = S::splat(factor);
+  const auto scaled = [&](typename S::F x)
+                          __attribute__((always_inline)) { return kScaled ? S::mul(x, S::splat(factor)) : x; };
   for (int64_t i = 0; i < count; i++, to += stride) {
+    const void* row = from[i];
     int64_t d = 0;
-    for (; d + S::kLanes <= size; d += S::kLanes) S::store(to + d, S::mul(load_as<S, kType>(from[i], d), factors));
-    if (d < size) S::store(to + d, S::mul(load_part_as<S, kType>(from[i], d, int(size - d)), factors)), d += S::kLanes;
+    for (; d + 4 * S::kLanes <= size; d += 4 * S::kLanes)
+#pragma GCC unroll 4
+      for (int v = 0; v < 4 * S::kLanes; v += S::kLanes) S::store(to + d + v, scaled(load_as<S, kType>(row, d + v)));
+    for (; d + S::kLanes <= size; d += S::kLanes) S::store(to + d, scaled(load_as<S, kType>(row, d)));
+    if (d < size) S::store(to + d, scaled(load_part_as<S, kType>(row, d, int(size - d)))), d += S::kLanes;
     for (; d < stride; d += S::kLanes) S::store(to + d, S::splat(0.0f));
   }
+}
+
+template <class S, Type kType>
+M3_INLINE void widen_type(const void* const* from, int64_t count, int64_t size, float factor, float* to,
+                          int64_t stride) {
+  if (factor == 1.0f)
+    widen_as<S, kType, false>(from, count, size, factor, to, stride);
+  else
+    widen_as<S, kType, true>(from, count, size, factor, to, stride);
 }
 
 template <class S>
 void widen(const void* const* from, Type type, int64_t count, int64_t size, float factor, float* to, int64_t stride) {
   if (type == Type::kFloat32)
-    widen_as<S, Type::kFloat32>(from, count, size, factor, to, stride);
+    widen_type<S, Type::kFloat32>(from, count, size, factor, to, stride);
   else if (type == Type::kBfloat16)
-    widen_as<S, Type::kBfloat16>(from, count, size, factor, to, stride);
+    widen_type<S, Type::kBfloat16>(from, count, size, factor, to, stride);
   else
-    widen_as<S, Type::kFloat16>(from, count, size, factor, to, stride);
+    widen_type<S, Type::kFloat16>(from, count, size, factor, to, stride);
 }
 
 // -- scores -----------------------------------------------------------------------------------------------------------
@@ -120,19 +136,97 @@ M3_INLINE void score_row(const float* q, const float* const* keys, int64_t strid
     S::store(scores + j, folded<S, kSteps, S::kLevels>(q, keys + j, stride));
 }
 
+// Keys in tiles, for many rows: vector m of a tile of kLanes keys holds four elements of keys m, m + 4, m + 8, ..., so
+// that only the last two folds are left to do. The first folds become sums of whole vectors: per key the same sums in
+// the same order as in `folded`. Layout: (kChunk / kLanes, stride / 4, 4, kLanes).
+template <class S, Type kType>
+M3_INLINE void tile_as(const void* const* from, int64_t size, float* to, int64_t stride) {
+  for (int64_t j = 0; j < kChunk; j += S::kLanes)
+    for (int m = 0; m < 4; m++)
+      for (int64_t d = 0; d < stride; d += S::kLanes) {
+        typename S::F rows[4];
+#pragma GCC unroll 4
+        for (int i = 0; i < 4; i++) {
+          const void* row = from[j + 4 * i + m];
+          rows[i] = d + S::kLanes <= size ? load_as<S, kType>(row, d)
+                                          : load_part_as<S, kType>(row, d, int(size > d ? size - d : 0));
+        }
+        S::transpose_quarters(rows);
+#pragma GCC unroll 4
+        for (int a = 0; a < 4; a++) S::store(to + j * stride + (d + 4 * a) * S::kLanes + m * S::kLanes, rows[a]);
+      }
+}
+
+template <class S>
+void tile(const void* const* from, Type type, int64_t size, float* to, int64_t stride) {
+  static_assert(S::kLanes == 16);
+  if (type == Type::kFloat32)
+    tile_as<S, Type::kFloat32>(from, size, to, stride);
+  else if (type == Type::kBfloat16)
+    tile_as<S, Type::kBfloat16>(from, size, to, stride);
+  else
+    tile_as<S, Type::kFloat16>(from, size, to, stride);
+}
+
+// sums[i][m] = lanes 4 a .. 4 a + 3 of `products` for row i and keys m, m + 4, m + 8, m + 12
+template <class S, int kSteps, int kRows>
+M3_INLINE void tile_products(const float* q, const float* tile, int64_t stride, int a,
+                             typename S::F (&sums)[kRows][4]) {
+  const int64_t steps = kSteps ? kSteps : stride / S::kLanes;
+#pragma GCC unroll 8
+  for (int64_t step = 0; step < steps; step++) {
+    const float* keys = tile + (step * 4 + a) * 4 * S::kLanes;
+#pragma GCC unroll 4
+    for (int i = 0; i < kRows; i++) {
+      const typename S::F x = S::repeat_quarter(q + i * stride + step * S::kLanes + 4 * a);
+#pragma GCC unroll 4
+      for (int m = 0; m < 4; m++) {
+        const typename S::F k = S::load(keys + m * S::kLanes);
+        sums[i][m] = step ? S::fma(x, k, sums[i][m]) : S::mul(x, k);
+      }
+    }
+  }
+}
+
+template <class S, int kSteps, int kRows>
+M3_INLINE void score_tiles(const float* q, const float* tiles, int64_t stride, int begin, int end, float* scores) {
+  for (int j = begin / S::kLanes * S::kLanes; j < end; j += S::kLanes) {
+    const float* tile = tiles + j * stride;
+    typename S::F even[kRows][4], odd[kRows][4], more[kRows][4];
+    tile_products<S, kSteps, kRows>(q, tile, stride, 0, even);
+    tile_products<S, kSteps, kRows>(q, tile, stride, 2, more);
+#pragma GCC unroll 4
+    for (int i = 0; i < kRows; i++)
+#pragma GCC unroll 4
+      for (int m = 0; m < 4; m++) even[i][m] = S::add(even[i][m], more[i][m]);
+    tile_products<S, kSteps, kRows>(q, tile, stride, 1, odd);
+    tile_products<S, kSteps, kRows>(q, tile, stride, 3, more);
+#pragma GCC unroll 4
+    for (int i = 0; i < kRows; i++) {
+#pragma GCC unroll 4
+      for (int m = 0; m < 4; m++) even[i][m] = S::add(even[i][m], S::add(odd[i][m], more[i][m]));
+      S::store(scores + i * kChunk + j,
+               S::template fold<S::kLevels>(S::template fold<S::kLevels - 1>(even[i][0], even[i][1]),
+                                            S::template fold<S::kLevels - 1>(even[i][2], even[i][3])));
+    }
+  }
+}
+
 // -- softmax ----------------------------------------------------------------------------------------------------------
 // scores -> exp2(score - maximum) of keys begin .. end - 1, the maximum and total brought up to date. Returns what the
 // row's sums so far are to be multiplied with; it is exactly 1 while the maximum stays.
 template <class S>
 M3_INLINE float weigh(float* scores, int begin, int end, float& maximum, float* total) {
   constexpr int kCount = kChunk / S::kLanes, kTotals = kPad / S::kLanes;
-  for (int j = 0; j < begin; j++) scores[j] = kLowest;
-  for (int j = end; j < kChunk; j++) scores[j] = kLowest;
+  if (begin > 0 || end < kChunk) {
+    for (int j = 0; j < begin; j++) scores[j] = kLowest;
+    for (int j = end; j < kChunk; j++) scores[j] = kLowest;
+  }
   typename S::F most = S::load(scores);
 #pragma GCC unroll 16
   for (int v = 1; v < kCount; v++) most = S::max(S::load(scores + v * S::kLanes), most);
   const float old = maximum, now = larger(old, S::top(most)), shift = shift_of(now);
-  const typename S::F shifts = S::splat(shift), down = exponential2<S>(S::sub(S::splat(old), shifts));
+  const typename S::F shifts = S::splat(shift);
   typename S::F sums[kTotals];
 #pragma GCC unroll 16
   for (int v = 0; v < kCount; v++) {
@@ -140,10 +234,16 @@ M3_INLINE float weigh(float* scores, int begin, int end, float& maximum, float* 
     S::store(scores + v * S::kLanes, e);
     sums[v % kTotals] = v < kTotals ? e : S::add(sums[v % kTotals], e);
   }
+  maximum = now;
+  if (now == old && old != kLowest) {
+#pragma GCC unroll 16
+    for (int v = 0; v < kTotals; v++) S::store(total + v * S::kLanes, S::add(S::load(total + v * S::kLanes), sums[v]));
+    return 1.0f;
+  }
+  const typename S::F down = exponential2<S>(S::sub(S::splat(old), shifts));
 #pragma GCC unroll 16
   for (int v = 0; v < kTotals; v++)
     S::store(total + v * S::kLanes, S::fma(S::load(total + v * S::kLanes), down, sums[v]));
-  maximum = now;
   return S::first(down);
 }
 
@@ -180,9 +280,13 @@ M3_INLINE void accumulate_tile(const Chunk& c, int64_t row, int64_t d, const flo
 
 template <class S, int kRows>
 M3_INLINE void accumulate_rows(const Chunk& c, int64_t row, const float* scale, int begin, int end) {
+  constexpr int kWide = kRows == 1 ? 8 : kRows == 2 ? S::kVectors * 2 : S::kVectors;  // enough sums to hide the latency
   int64_t d = 0;
-  for (; d + S::kVectors * S::kLanes <= c.stride; d += S::kVectors * S::kLanes)
-    accumulate_tile<S, kRows, S::kVectors>(c, row, d, scale, begin, end);
+  for (; d + kWide * S::kLanes <= c.stride; d += kWide * S::kLanes)
+    accumulate_tile<S, kRows, kWide>(c, row, d, scale, begin, end);
+  if constexpr (kWide > S::kVectors)
+    for (; d + S::kVectors * S::kLanes <= c.stride; d += S::kVectors * S::kLanes)
+      accumulate_tile<S, kRows, S::kVectors>(c, row, d, scale, begin, end);
   for (; d < c.stride; d += S::kLanes) accumulate_tile<S, kRows, 1>(c, row, d, scale, begin, end);
 }
 
@@ -228,28 +332,31 @@ M3_INLINE void accumulate_block(const Chunk& c, int64_t row, int rows) {
     if (last < end[i]) accumulate<S>(c, row + i, 1, ones, last, end[i]);
 }
 
-// Part i of `parts` of what is needed next starts on its way to the cache.
-M3_INLINE void prefetch(const Ahead& ahead, int64_t i, int64_t parts) {
-  for (int64_t j = ahead.count * i / parts; j < ahead.count * (i + 1) / parts; j++)
-    for (int64_t byte = 0; byte < ahead.bytes; byte += 64) __builtin_prefetch((const char*)ahead.rows[j] + byte);
-}
-
 // All scores, then all weights, then all values: a chunk of keys, and then one of values, stays in L1 for all rows.
 template <class S, int kSteps>
 M3_INLINE void attend_steps(const Chunk& c) {
-  for (int64_t i = 0; i < c.rows; i++) {
-    prefetch(c.ahead[0], i, c.rows);
-    score_row<S, kSteps>(c.queries + i * c.stride, c.keys, c.stride, c.begin[i], c.end[i], c.scores + i * kChunk);
-  }
+  if constexpr (S::kTiles)
+    if (c.tiles)
+      for (int64_t i = 0; i < c.rows; i += 2) {
+        const bool two = i + 1 < c.rows;
+        const int begin = two && c.begin[i + 1] < c.begin[i] ? c.begin[i + 1] : c.begin[i];
+        const int end = two && c.end[i + 1] > c.end[i] ? c.end[i + 1] : c.end[i];
+        const float* q = c.queries + i * c.stride;
+        if (two)
+          score_tiles<S, kSteps, 2>(q, c.tiles, c.stride, begin, end, c.scores + i * kChunk);
+        else
+          score_tiles<S, kSteps, 1>(q, c.tiles, c.stride, begin, end, c.scores + i * kChunk);
+      }
+  if (!c.tiles)
+    for (int64_t i = 0; i < c.rows; i++)
+      score_row<S, kSteps>(c.queries + i * c.stride, c.keys, c.stride, c.begin[i], c.end[i], c.scores + i * kChunk);
   for (int64_t i = 0; i < c.rows; i++) {
     c.scale[i] = 1.0f;
     if (c.begin[i] < c.end[i])
       c.scale[i] = weigh<S>(c.scores + i * kChunk, c.begin[i], c.end[i], c.state.maximum[i], c.state.total + i * kPad);
   }
-  for (int64_t i = 0; i < c.rows; i += S::kRows) {
-    prefetch(c.ahead[1], i / S::kRows, (c.rows + S::kRows - 1) / S::kRows);
+  for (int64_t i = 0; i < c.rows; i += S::kRows)
     accumulate_block<S>(c, i, int(c.rows - i < S::kRows ? c.rows - i : S::kRows));
-  }
 }
 
 template <class S>

@@ -11,6 +11,7 @@ namespace {
 struct Neon {
   static constexpr int kLanes = 4, kLevels = 2, kRows = 6, kVectors = 4;
   static constexpr int kFold[3] = {0, 1, 2};
+  static constexpr bool kTiles = false;
   using F = float32x4_t;
 
   static inline F bits(uint32x4_t a) { return vreinterpretq_f32_u32(a); }
@@ -58,6 +59,6 @@ struct Neon {
 
 }  // namespace
 
-extern const Kernels kNeonAttention = {widen<Neon>, attend<Neon>, merge<Neon>, finish<Neon>};
+extern const Kernels kNeonAttention = {widen<Neon>, nullptr, attend<Neon>, merge<Neon>, finish<Neon>};
 
 }  // namespace m3::spec_decode

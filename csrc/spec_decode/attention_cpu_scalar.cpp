@@ -11,6 +11,7 @@ namespace {
 struct Scalar {
   static constexpr int kLanes = 4, kLevels = 2, kRows = 4, kVectors = 2;
   static constexpr int kFold[3] = {0, 1, 2};
+  static constexpr bool kTiles = false;
   typedef float F __attribute__((vector_size(16)));
   typedef int32_t I __attribute__((vector_size(16)));
 
@@ -88,6 +89,6 @@ struct Scalar {
 
 }  // namespace
 
-extern const Kernels kScalarAttention = {widen<Scalar>, attend<Scalar>, merge<Scalar>, finish<Scalar>};
+extern const Kernels kScalarAttention = {widen<Scalar>, nullptr, attend<Scalar>, merge<Scalar>, finish<Scalar>};
 
 }  // namespace m3::spec_decode

@@ -1,5 +1,6 @@
 // Python border of the spec_decode family: rows of logits. Integers that are addresses, sizes that Python has
 // validated.
+#include <algorithm>
 #include <limits>
 
 #include "common/border_cpu.h"
@@ -26,7 +27,8 @@ constexpr int64_t kMost = std::numeric_limits<int32_t>::max();
 constexpr int64_t kFar = int64_t{1} << 44;  // elements; no address overflows below it
 
 Rows rows_of(const char* op, const char* argument, const RowsTuple& tuple) {
-  const auto& [address, requests, rows, columns, request_stride, row_stride] = tuple;
+  const auto& [address, requests, rows, columns, request_step, row_step] = tuple;
+  const int64_t request_stride = requests > 1 ? request_step : 0, row_stride = rows > 1 ? row_step : 0;
   const std::string got =
       "(" + std::to_string(requests) + ", " + std::to_string(rows) + ", " + std::to_string(columns) + ")";
   check(requests >= 0 && rows >= 0 && columns >= 0 && requests <= kMost && rows <= kMost && columns <= kMost - kGroup,
@@ -70,6 +72,28 @@ void check_links(const char* op, const char* argument, const int64_t* links, int
       const int64_t link = links[b * nodes + i];
       check(link == -1 || (link > i && link < nodes), op, argument, want, link);
     }
+}
+
+// A temperature is 0 or at least 1e-6; thresholds are searched for, which ends where the others are numbers in 0..1.
+void check_filters(const char* op, const float* temperature, const float* top_p, const float* min_p, int64_t requests) {
+  for (int64_t b = 0; b < requests; b++) {
+    const float t = temperature[b];
+    check(t == 0.0f || (t >= 1e-6f && t <= std::numeric_limits<float>::max()), op, "temperature",
+          "0, or a finite number of at least 1e-6", t);
+    if (top_p) check(top_p[b] > 0.0f && top_p[b] <= 1.0f, op, "top_p", "values in (0, 1]", top_p[b]);
+    if (min_p) check(min_p[b] >= 0.0f && min_p[b] <= 1.0f, op, "min_p", "values in [0, 1]", min_p[b]);
+  }
+}
+
+void check_coins(const char* op, const char* argument, const SpanTuple& span) {
+  const auto* coins = at<double>(span);
+  for (int64_t i = 0; coins && i < std::get<1>(span); i++)
+    check(coins[i] >= 0.0 && coins[i] < 1.0, op, argument, "values in [0, 1)", coins[i]);
+}
+
+void check_coins(const char* op, const char* argument, const double* coins, int64_t count) {
+  for (int64_t i = 0; coins && i < count; i++)
+    check(coins[i] >= 0.0 && coins[i] < 1.0, op, argument, "values in [0, 1)", coins[i]);
 }
 
 void draft_topk_of(const LogitsTuple& logits, SpanTuple scores, SpanTuple offsets, SpanTuple seed, SpanTuple position,
@@ -126,11 +150,16 @@ void tree_verify_of(const LogitsTuple& logits, const LinksTuple& tree, const Fil
   check_span(op, "top_k", top_k, requests, true);
   check_span(op, "top_p", top_p, requests, true);
   check_span(op, "min_p", min_p, requests, true);
+  check_filters(op, at<float>(temperature), at<float>(top_p), at<float>(min_p), requests);
   const auto& [seed, position, coins, final_coins] = noise;
   check_span(op, "seed", seed, requests, true);
   check_span(op, "position", position, requests, true);
   check_span(op, "coins", coins, requests * nodes, true);
   check_span(op, "final_coins", final_coins, requests, true);
+  check_coins(op, "coins", at<double>(coins), requests * nodes);
+  check_coins(op, "final_coins", at<double>(final_coins), requests);
+  check_coins(op, "coins", coins);
+  check_coins(op, "final_coins", final_coins);
   a.draft = rows_like(op, "draft_probs", draft, a.logits, size);
   a.allowed = rows_like(op, "grammar_bits", allowed, a.logits, (size + 31) / 32);
   if (requests) {

@@ -247,8 +247,8 @@ void sample_tree_of(const Spans& spans, SpanTuple coins, SpanTuple final_coins, 
                     const LawsTuple& draft, int64_t batch, int64_t nodes, int64_t slots, int64_t vocabulary,
                     double threshold_single, double threshold_acc, int threads) {
   const char* op = "tree_speculative_sampling_target_only";
-  Sampling a = sampling_of(op, spans, coins, final_coins, nodes, target, draft, nodes, batch, nodes, slots, vocabulary,
-                           threads);
+  Sampling a =
+      sampling_of(op, spans, coins, final_coins, nodes, target, draft, nodes, batch, nodes, slots, vocabulary, threads);
   check(a.walk.next_token || !batch, op, "retrive_next_token", "links", "none");
   check(!a.draft.data || a.draft.type == ProbType::kF32 || a.draft.type == a.target.type, op, "draft_probs",
         "float32 or the type of target_probs", (int)a.draft.type);

@@ -58,14 +58,16 @@ class Drafter {
       row = {noisy, Type::kF32, nullptr, row.size};
     }
     float* maxima = maxima_.get(groups_of(row.size));
-    const double log_total = normalizer_.log_total(isa, row, maxima);
+    const int64_t blocks = blocks_of(row.size);
+    const Softmax softmax = soften(isa, row, 1.0, maxima, sums_.get(blocks), references_.get(blocks));
+    const double log_total = softmax.log_total();
     const float kth = ranking_.kth(isa, row, maxima, k);
     found_.clear();
     // With noise, tokens within rounding of the k-th are ranked again in double.
     const float low = noise && kth > kNothing ? kth - 1e-5f * (1.0f + std::fabs(kth)) : std::nextafter(kth, HUGE_VALF);
-    take(isa, row, maxima, std::max(low, -kClip), HUGE_VALF, row.size);
+    take(isa, row, maxima, std::max(low, -kClip), HUGE_VALF, noise ? row.size : k);
     for (auto& [score, id] : found_)
-      if (noise) score = (double)element(given, id) + gumbel(*noise, id + (offsets ? offsets[id] : 0));
+      if (noise) score = (double)element(given, id) + gumbel(*noise, offsets ? shifted(id, offsets[id]) : id);
     std::sort(found_.begin(), found_.end(), [](const Scored& a, const Scored& b) {
       return a.score > b.score || (a.score == b.score && a.id < b.id);
     });
@@ -78,7 +80,9 @@ class Drafter {
       logprobs[i] = found_[i].score == kNothing ? kNothing : found_[i].score - log_total;
     }
   }
-  void trim() { ranking_.trim(), normalizer_.trim(), noisy_.trim(), maxima_.trim(), z_.trim(), ids_.trim(); }
+  void trim() {
+    ranking_.trim(), sums_.trim(), references_.trim(), noisy_.trim(), maxima_.trim(), z_.trim(), ids_.trim();
+  }
 
  private:
   struct Scored {
@@ -95,8 +99,8 @@ class Drafter {
   }
 
   Ranking ranking_;
-  Normalizer normalizer_;
-  Kept<float> noisy_, maxima_, z_;
+  Kept<double> sums_;
+  Kept<float> references_, noisy_, maxima_, z_;
   Kept<int32_t> ids_;
   std::vector<Scored> found_;
 };
@@ -111,7 +115,7 @@ void draft_row(const Drafting& a, int64_t b, int64_t f) {
   drafter.rank(row_of(a.logits, a.type, b, f, nullptr), a.seed ? &noise : nullptr, a.offsets, a.k, tokens,
                logprobs.data());
   for (int64_t i = 0; i < a.k; i++) {
-    if (a.offsets) tokens[i] += a.offsets[tokens[i]];
+    if (a.offsets) tokens[i] = shifted(tokens[i], a.offsets[tokens[i]]);
     const auto score = (float)((double)a.scores[r] + logprobs[i]);
     a.cum_scores[r * a.k + i] = std::isnan(score) ? kNothing : score;
   }
@@ -159,15 +163,14 @@ class Walk {
       node_ = node, depth_ = depth;
       first_ = depth + 1 < width ? links(args.next_token)[node] : -1;
       const Row row = row_of(args.logits, args.type, b, node, words_of<uint32_t>(args.allowed, b, node));
-      Step step = greedy ? follow_largest(row) : follow(row);
-      if (args.logprobs == Logprobs::kRaw && step.token >= 0) step.logprob = raw(row, step.token);
+      const Step step = greedy ? follow_largest(row) : follow(row);
       tokens[depth] = step.token;
       if (logprobs) logprobs[depth] = (float)step.logprob;
       if (step.child < 0) break;
       node = step.child, path[depth + 1] = (int32_t)node;
     }
     args.accept_length[b] = (int32_t)depth;
-    law_.trim(), normalizer_.trim(), maxima_.trim();
+    law_.trim(), maxima_.trim(), references_.trim(), sums_.trim();
   }
 
  private:
@@ -182,6 +185,8 @@ class Walk {
   double node_coin() const { return a_->coins ? a_->coins[b_ * a_->logits.rows + node_] : coin(noise(), kNodeCoin); }
   double final_coin() const { return a_->final_coins ? a_->final_coins[b_] : coin(noise(), kFinalCoin); }
 
+  static Row unmasked(const Row& row) { return {row.logits, row.type, nullptr, row.size}; }
+
   int64_t child_with(int64_t token) const {
     int64_t child = first_;
     while (child >= 0 && token_of(child) != token) child = sibling(child);
@@ -191,17 +196,25 @@ class Walk {
   Step follow_largest(const Row& row) {
     const Kernels& isa = row_kernels();
     float* maxima = maxima_.get(groups_of(row.size));
-    const float most = isa.scan(row, maxima);
+    Softmax raw{};
+    if (a_->logprobs == Logprobs::kRaw) {
+      const int64_t blocks = blocks_of(row.size);
+      raw = soften(isa, unmasked(row), 1.0, maxima, sums_.get(blocks), references_.get(blocks));
+    }
+    const bool known = a_->logprobs == Logprobs::kRaw && !row.allowed;
+    const float most = known ? raw.maximum : isa.scan(row, maxima);
     if (most == kNothing) return {-1, -1, 0.0};
     const int64_t token = isa.find(row, maxima, most);
-    return {token, child_with(token), 0.0};
+    const double logprob = a_->logprobs == Logprobs::kRaw ? element(unmasked(row), token) - raw.log_total() : 0.0;
+    return {token, child_with(token), logprob};
   }
 
   Step follow(const Row& row) {
-    const int64_t top_k = of(a_->top_k, 0);
-    if (!law_.set(row, {a_->temperature[b_], top_k, of(a_->top_p, 1.0f), of(a_->min_p, 0.0f)})) return {-1, -1, 0.0};
+    const Filters filters{a_->temperature[b_], of(a_->top_k, 0), of(a_->top_p, 1.0f), of(a_->min_p, 0.0f)};
+    if (!law_.set(row, filters, a_->logprobs == Logprobs::kRaw)) return {-1, -1, 0.0};
     Step step = a_->mode == Mode::kCoupled ? coupled() : a_->mode == Mode::kChain ? chain() : target_only();
     if (a_->logprobs == Logprobs::kSampling) step.logprob = std::log(law_.probability(step.token));
+    if (a_->logprobs == Logprobs::kRaw) step.logprob = element(unmasked(row), step.token) - law_.raw_log_total();
     return step;
   }
 
@@ -240,16 +253,11 @@ class Walk {
     return {token, -1, 0.0};
   }
 
-  double raw(Row row, int64_t token) {
-    row.allowed = nullptr;
-    return element(row, token) - normalizer_.log_total(row_kernels(), row, maxima_.get(groups_of(row.size)));
-  }
-
   const Verification* a_ = nullptr;
   int64_t b_ = 0, node_ = 0, depth_ = 0, first_ = -1;
   Law law_;
-  Normalizer normalizer_;
-  Kept<float> maxima_;
+  Kept<float> maxima_, references_;
+  Kept<double> sums_;
   std::vector<int64_t> rejected_;
 };
 

@@ -444,6 +444,7 @@ void race(const Row& row, const Weight& weight, double temperature, const Noise&
         typename S::U words[4];
         race_words<S>(noise, S::counters((uint32_t)((g * kGroup + first * S::kLanes) / 4)), words);
         S::interleave(words);
+#pragma GCC unroll 4
         for (int i = 0; i < 4; i++) {
           const typename S::F z = group.z(first + i);
           const typename S::F reach = S::mul(bound, exponential<S>(measure.exponent(z)));
@@ -464,48 +465,51 @@ void race(const Row& row, const Weight& weight, double temperature, const Noise&
   });
 }
 
+// The words of kGroup tokens from `start`, or of tokens v + offsets[v]: then each token needs a counter of its own.
+template <class S>
+M3_INLINE void group_words(const Row& row, const Noise& noise, const int64_t* offsets, int64_t start, uint32_t* out) {
+  for (int i = 0; i < kGroup && !offsets; i += 4 * S::kLanes) {
+    typename S::U words[4];
+    race_words<S>(noise, S::counters((uint32_t)((start + i) / 4)), words);
+    S::interleave(words);
+    for (int j = 0; j < 4; j++) S::store_u(out + i + j * S::kLanes, words[j]);
+  }
+  for (int i = 0; i < kGroup && offsets; i += S::kLanes) {
+    uint32_t counters[S::kLanes], four[4][S::kLanes];
+    int64_t tokens[S::kLanes];
+    for (int lane = 0; lane < S::kLanes; lane++) {
+      const int64_t v = start + i + lane;
+      tokens[lane] = v < row.size ? shifted(v, offsets[v]) : 0;
+      counters[lane] = (uint32_t)(tokens[lane] >> 2);
+    }
+    typename S::U words[4];
+    race_words<S>(noise, S::load_u(counters), words);
+    for (int j = 0; j < 4; j++) S::store_u(four[j], words[j]);
+    for (int lane = 0; lane < S::kLanes; lane++) out[i + lane] = four[tokens[lane] & 3][lane];
+  }
+}
+
 template <class S>
 void perturb(const Row& row, const Noise& noise, const int64_t* offsets, float* out) {
   with_source<S>(row, [&](const auto& source) __attribute__((always_inline)) {
     for (int64_t g = 0; g < source.groups; g++) {
       const auto group = source.group(g);
-      for (int first = 0; first < kGroup / S::kLanes; first += 4) {
-        const int64_t start = g * kGroup + first * S::kLanes;
-        typename S::U words[4];
-        if (!offsets) {
-          race_words<S>(noise, S::counters((uint32_t)(start / 4)), words);
-          S::interleave(words);
-        } else {
-          for (int i = 0; i < 4; i++) {
-            uint32_t counters[S::kLanes], four[4][S::kLanes], picked[S::kLanes];
-            int64_t tokens[S::kLanes];
-            for (int lane = 0; lane < S::kLanes; lane++) {
-              const int64_t v = start + i * S::kLanes + lane;
-              tokens[lane] = v < row.size ? v + offsets[v] : 0;
-              counters[lane] = (uint32_t)(tokens[lane] >> 2);
-            }
-            typename S::U scattered[4];
-            race_words<S>(noise, S::load_u(counters), scattered);
-            for (int r = 0; r < 4; r++) S::store_u(four[r], scattered[r]);
-            for (int lane = 0; lane < S::kLanes; lane++) picked[lane] = four[tokens[lane] & 3][lane];
-            words[i] = S::load_u(picked);
-          }
-        }
-        for (int i = 0; i < 4; i++) {
-          const typename S::F z = group.z(first + i), high = S::high_24(words[i]);
-          float* to = out + start + i * S::kLanes;
-          S::store(to, S::add(z, gumbel_of<S>(words[i])));
-          unsigned mask = S::at_least(S::splat(0.0f), high);  // words below kSmall
-          if (!mask) continue;
-          float lanes[S::kLanes];
-          S::store(lanes, z);
-          for (; mask; mask &= mask - 1) {
-            const int lane = __builtin_ctz(mask);
-            const int64_t v = start + i * S::kLanes + lane;
-            const int64_t token = offsets && v < row.size ? v + offsets[v] : v;
-            to[lane] = (float)((double)lanes[lane] + gumbel(noise, token));
-          }
-        }
+      const int64_t start = g * kGroup;
+      uint32_t words[kGroup];
+      group_words<S>(row, noise, offsets, start, words);
+      unsigned refined = 0;
+#pragma GCC unroll 4
+      for (int i = 0; i < kGroup / S::kLanes; i++) {
+        const typename S::U word = S::load_u(words + i * S::kLanes);
+        S::store(out + start + i * S::kLanes, S::add(group.z(i), gumbel_of<S>(word)));
+        refined |= S::at_least(S::splat(0.0f), S::high_24(word));  // words below kSmall
+      }
+      for (int i = 0; i < kGroup && refined; i++) {
+        const int64_t v = start + i;
+        if (words[i] >= kSmall || v >= row.size) continue;
+        float z[kGroup];
+        for (int j = 0; j < kGroup / S::kLanes; j++) S::store(z + j * S::kLanes, group.z(j));
+        out[v] = (float)((double)z[i] + gumbel(noise, offsets ? shifted(v, offsets[v]) : v));
       }
     }
   });

@@ -35,15 +35,32 @@ inline int64_t blocks_of(int64_t size) { return (size + kBlock - 1) / kBlock; }
 // z of one token.
 float element(const Row& row, int64_t token);
 
-// Finds the k-th largest z of a row, 1 <= k <= size, from the maxima of its groups; -inf if fewer than k are larger.
+// The k-th largest z of a row.
 class Ranking {
  public:
+  // 1 <= k <= size; -inf if fewer than k are larger.
   float kth(const Kernels& isa, const Row& row, const float* maxima, int64_t k);
   void trim() { sorted_.trim(), list_.trim(); }
 
  private:
+  float below_kth(const Row& row, const float* maxima, int64_t k);
+
   Kept<float> sorted_, list_;
 };
+
+// Masses exp((z - maximum) / temperature) of a row, added in blocks in one pass.
+struct Softmax {
+  float maximum;
+  double total;  // 0 where the maximum is -inf
+
+  double log_total() const;  // in nats, at temperature 1
+};
+
+// exp((z - maximum) / temperature) in the kernels' arithmetic: 1 / temperature is the sum of two floats.
+Weight weight_of(float maximum, double temperature, float threshold);
+
+// sums: room for a double a block; references: for a float.
+Softmax soften(const Kernels& isa, const Row& row, double temperature, float* maxima, double* sums, float* references);
 
 struct Filters {
   double temperature;
@@ -56,47 +73,47 @@ struct Filters {
 // double; else masses are fp32, added in blocks.
 class Law {
  public:
-  // False if the row allows no token.
-  bool set(const Row& row, const Filters& filters);
+  // False if the row allows no token. With `raw`, raw_log_total is computed as well.
+  bool set(const Row& row, const Filters& filters, bool raw);
+  // log sum exp of the logits as given: neither grammar nor temperature.
+  double raw_log_total() const { return raw_log_total_; }
   // Probability of a token; 0 for what is none.
   double probability(int64_t token) const;
-  // The token at u of the cumulative mass, without those excluded; -1 if the others have none.
+  // The token at u of the cumulative mass of all but the excluded; -1 if those have none.
   int64_t draw(double u, const std::vector<int64_t>& excluded);
   // The same for max(p - q, 0), where q outside 0..1 counts as 0.
   int64_t draw_residual(double u, const float* draft);
-  // argmax of x - log E(noise, token).
+  // argmax of x - log E(noise, token), ties to the lowest.
   int64_t race(const Noise& noise) const;
   void trim();
 
  private:
-  void list(int64_t count);
-  float nucleus(float lowest, double top_p);
+  Softmax soften_row(const Row& row, double temperature);
+  bool shorten(float lowest);
+  void weigh_list();
+  float nucleus(float lowest) const;
+  float most_of_min_p() const;
   int64_t invert(double u, const double* masses) const;
-  int64_t invert_blocks(double u, const Weight& weight, const std::vector<int64_t>& excluded);
+  int64_t invert_blocks(double u, const Weight& weight, const std::vector<int64_t>& excluded, double* sums) const;
   void weigh(const Weight& weight, int64_t block, const std::vector<int64_t>& excluded, float* out) const;
+  int64_t position(int64_t token) const;  // in the list, or -1
 
   const Kernels* isa_ = nullptr;
   Row row_{};
   Filters filters_{};
   Weight weight_{};
-  int64_t count_ = -1;  // tokens in the list; -1: none is made
-  double total_ = 0.0;
-  const float* maxima_ = nullptr;
+  double total_ = 0.0, raw_log_total_ = 0.0;
+  float* maxima_ = nullptr;
+  double* sums_ = nullptr;  // of the blocks, where there is no list
+  int64_t count_ = -1;      // tokens in the list; -1: there is none
+  float* z_ = nullptr;      // of the list, as ids_ and mass_
+  int32_t* ids_ = nullptr;
+  double* mass_ = nullptr;
   Ranking ranking_;
-  Kept<float> maxima_memory_, interval_, interval_maxima_, z_;
-  Kept<int32_t> ids_;
-  Kept<double> mass_, residual_, sums_, residual_sums_;
-};
-
-// log sum exp of a row, given room for the maxima of its groups; -inf for a row of -inf.
-class Normalizer {
- public:
-  double log_total(const Kernels& isa, const Row& row, float* maxima);
-  void trim() { sums_.trim(), references_.trim(); }
-
- private:
-  Kept<double> sums_;
-  Kept<float> references_;
+  Kept<float> maxima_memory_, references_memory_, z_memory_;
+  mutable Kept<float> interval_memory_, interval_maxima_memory_;
+  Kept<int32_t> ids_memory_;
+  Kept<double> mass_memory_, sums_memory_, rest_memory_;
 };
 
 }  // namespace m3::spec_decode::rows

@@ -47,6 +47,9 @@ static inline double coin(const Noise& noise, uint32_t stream) {
   return (double)((uint64_t)words.word[0] << 21 | words.word[1] >> 11) * 0x1p-53;
 }
 
+// Target id of a draft token; any two integers have a sum here.
+static inline int64_t shifted(int64_t token, int64_t offset) { return (int64_t)((uint64_t)token + (uint64_t)offset); }
+
 static inline float clean(float a) {
   if (!(a > kNothing)) return kNothing;
   return a > kClip ? kClip : a < -kClip ? -kClip : a;

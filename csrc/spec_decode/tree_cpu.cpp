@@ -95,7 +95,8 @@ void check_commit(const Commit& a) {
       const bool good = j ? path[j] > path[j - 1] : path[j] >= 0;
       check(good, op, "accept_index", "paths of ascending nodes", path[j]);
     }
-    if (a.hidden) check(path[length] < a.hidden_nodes, op, "accept_index", between(0, a.hidden_nodes - 1), path[length]);
+    if (a.hidden)
+      check(path[length] < a.hidden_nodes, op, "accept_index", between(0, a.hidden_nodes - 1), path[length]);
     if (a.caches.empty()) continue;
     const int64_t keys = prefix + path[length] + 1;
     const std::string want = "block ids in 0.." + std::to_string(a.pages - 1) + " for the " + std::to_string(keys) +
@@ -113,8 +114,7 @@ void check_commit(const Commit& a) {
 void move_path(const Commit& a, int64_t b, const Cache& cache) {
   const int32_t *path = a.accept_index + b * a.slots, *blocks = a.block_table + b * a.table_width;
   const auto slot = [&](int64_t position) {
-    return cache.data + blocks[position / a.page_size] * cache.page_stride +
-           position % a.page_size * cache.slot_stride;
+    return cache.data + blocks[position / a.page_size] * cache.page_stride + position % a.page_size * cache.slot_stride;
   };
   const bool dense = cache.heads == 1 || cache.head_stride == cache.row_bytes;
   const int64_t heads = dense ? 1 : cache.heads, bytes = dense ? cache.heads * cache.row_bytes : cache.row_bytes;
@@ -131,8 +131,8 @@ void gather_hidden(const Commit& a, int64_t b) {
   uint8_t* out = a.accepted_hidden + b * a.slots * a.hidden_bytes;
   const int64_t length = a.accept_length[b] + 1;
   for (int64_t j = 0; j < length; j++)
-    std::memcpy(out + j * a.hidden_bytes,
-                a.hidden + b * a.hidden_request_stride + path[j] * a.hidden_node_stride, a.hidden_bytes);
+    std::memcpy(out + j * a.hidden_bytes, a.hidden + b * a.hidden_request_stride + path[j] * a.hidden_node_stride,
+                a.hidden_bytes);
   std::memset(out + length * a.hidden_bytes, 0, (a.slots - length) * a.hidden_bytes);
 }
 
@@ -226,7 +226,8 @@ void tree_finalize(const Finalize& a, int threads) {
   std::vector<int64_t> places(active * a.nodes);
 #pragma omp parallel for num_threads(active) if (active > 1)
   for (int64_t b = 0; b < a.batch; b++)
-    finalize_one(a, b, keys.data() + omp_get_thread_num() * a.candidates, places.data() + omp_get_thread_num() * a.nodes);
+    finalize_one(a, b, keys.data() + omp_get_thread_num() * a.candidates,
+                 places.data() + omp_get_thread_num() * a.nodes);
 }
 
 void tree_commit(const Commit& a, int threads) {
@@ -253,7 +254,8 @@ void build_tree(const Build& a, int threads) {
     check(a.seq_lens[b] >= 0 && a.seq_lens[b] < int64_t{1} << 40, op, "verified_seq_len", "values of at least 0",
           a.seq_lens[b]);
     starts[b] = bytes;
-    bytes += a.mode == MaskMode::kFull ? n * (a.seq_lens[b] + n) : n * (a.mode == MaskMode::kQueries ? n : bytes_per_row(n));
+    bytes +=
+        a.mode == MaskMode::kFull ? n * (a.seq_lens[b] + n) : n * (a.mode == MaskMode::kQueries ? n : bytes_per_row(n));
   }
   check(bytes <= a.mask_bytes, op, "tree_mask", "at least " + std::to_string(bytes) + " bytes", a.mask_bytes);
   std::vector<int32_t> parents(a.batch * n);
@@ -321,8 +323,7 @@ void verify_greedy(const Walk& a, const int64_t* target_predict, int threads) {
     path[0] = (int32_t)last;
     while (accepted + 1 < a.slots) {
       int64_t child = a.next_token[b * n + node];
-      while (child != -1 && a.candidates[b * n + child] != target_predict[last])
-        child = a.next_sibling[b * n + child];
+      while (child != -1 && a.candidates[b * n + child] != target_predict[last]) child = a.next_sibling[b * n + child];
       if (child == -1) break;
       a.predicts[last] = (int32_t)target_predict[last];
       last = a.index[b * n + child], node = child;

@@ -39,7 +39,7 @@ struct Commit {
   const int32_t* cache_seqlens;  // (B)
   int64_t batch, slots, table_width, pages, page_size;
   std::vector<Cache> caches;
-  const uint8_t* hidden;  // (B, N, C), or null
+  const uint8_t* hidden;                                                          // (B, N, C), or null
   int64_t hidden_nodes, hidden_request_stride, hidden_node_stride, hidden_bytes;  // strides and C in bytes
   uint8_t* accepted_hidden;                                                       // (B, S, C)
   int32_t* new_seqlens;                                                           // (B)

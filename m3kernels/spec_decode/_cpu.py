@@ -234,10 +234,11 @@ def tree_finalize(
     num_nodes: int,
 ) -> tuple[Tensor, ...]:
     op, requests = "tree_finalize", scores.shape[0]
-    links = [scores.new_empty(requests, max(0, num_nodes), dtype=torch.int64) for _ in range(4)]
-    parents = scores.new_empty(requests, max(0, num_nodes), dtype=torch.int32)
-    bits = scores.new_empty(requests, max(0, num_nodes), -(-num_nodes // 32), dtype=torch.int32)
-    selected = scores.new_empty(requests, max(0, num_nodes - 1), dtype=torch.int64)
+    nodes = max(1, num_nodes)  # what is no number of nodes is refused below
+    links = [torch.empty(requests, nodes, dtype=torch.int64) for _ in range(4)]
+    parents = torch.empty(requests, nodes, dtype=torch.int32)
+    bits = torch.empty(requests, nodes, -(-nodes // 32), dtype=torch.int32)
+    selected = torch.empty(requests, nodes - 1, dtype=torch.int64)
     out = (links[0], parents, bits, *links[1:], selected)
     given = (tokens, parent_list, bonus, seq_lens)
     names = ("tokens", "parent_list", "bonus", "seq_lens")
@@ -269,17 +270,18 @@ def tree_commit(
             raise refuse(op, "hidden", f"({requests}, N, C) with contiguous rows on cpu", hidden)
         size = hidden.element_size()
         accepted = hidden.new_empty(requests, width, hidden.shape[2])
-        strides = (hidden.stride(0) * size, hidden.stride(1) * size)
-        source = (hidden.data_ptr(), hidden.shape[1], *strides, hidden.shape[2] * size)
-    shape: tuple[int, ...] = (0, 1, 0, 0)
-    caches: list[tuple[int, ...]] = []
-    for cache in (*k_caches, *v_caches):
-        size = cache.element_size()
-        first = (*cache.shape[:-1], cache.shape[-1] * size)
-        if cache.ndim != 4 or not cache.is_cpu or not _dense(cache) or first != (shape if caches else first):
+        row, column = hidden.stride(0) * size, hidden.stride(1) * size
+        source = (hidden.data_ptr(), hidden.shape[1], row, column, hidden.shape[2] * size)
+    tensors, caches = [*k_caches, *v_caches], []
+    shape = tensors[0].shape if tensors else torch.Size((0, 1, 0, 0))
+    dtype = tensors[0].dtype if tensors else torch.float32
+    size = dtype.itemsize
+    for cache in tensors:
+        strides = cache.stride()
+        good = len(shape) == 4 and cache.shape == shape and cache.dtype == dtype and cache.is_cpu
+        if not good or (strides[3] != 1 and shape[3] > 1):
             raise refuse(op, "k_caches", "caches (P, page_size, G, D) of one shape, contiguous rows, on cpu", cache)
-        shape = first
-        caches.append((cache.data_ptr(), *(stride * size for stride in cache.stride()[:3])))
+        caches.append((cache.data_ptr(), strides[0] * size, strides[1] * size, strides[2] * size))
     _cpu_ext.spec_decode_tree_commit(
         _span(op, "accept_index", accept_index, torch.int32),
         _span(op, "accept_length", accept_length, torch.int32),
@@ -287,7 +289,7 @@ def tree_commit(
         _span(op, "block_table", block_table, torch.int32),
         block_table.shape[1],
         _span(op, "cache_seqlens", cache_seqlens, torch.int32),
-        *(shape, caches, source),
+        *((*shape[:3], shape[3] * size), caches, source),
         (accepted.data_ptr(), accepted.numel() * accepted.element_size()),
         (new_seqlens.data_ptr(), new_seqlens.numel()),
         torch.get_num_threads(),

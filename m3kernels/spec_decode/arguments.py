@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from m3kernels.checks import has_data, is_strided, refuse
-from m3kernels.spec_decode.types import BITS
+from m3kernels.spec_decode.types import BITS, COLDEST
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 DTYPE_NAMES = "float32, bfloat16 or float16"
@@ -42,7 +42,7 @@ def is_integer(value: object, low: int | None = None, high: int | None = None) -
 def is_number(value: object) -> bool:
     """Whether value is a number that is finite in fp32."""
     good = isinstance(value, (int, float)) and not isinstance(value, bool)
-    return good and abs(value) <= torch.finfo(torch.float32).max  # type: ignore[operator, arg-type]
+    return good and abs(value) <= torch.finfo(torch.float32).max  # type: ignore[arg-type]
 
 
 def as_int32(value: Tensor) -> Tensor:
@@ -68,15 +68,16 @@ def readable(*values: Tensor) -> bool:
     return plain and not torch.compiler.is_compiling()
 
 
-def check_range(op: str, name: str, value: Tensor | None, low: float, high: float, wanted: str) -> None:
-    if value is None or not readable(value):
-        return
-    good = (value >= low) & (value <= high) & value.isfinite()
-    if name == "temperature":
-        good |= value == 0
-    if name == "top_p":
-        good &= value > 0
-    want(op, name, wanted, f"{value.tolist()[:8]}", bool(good.all()))
+def expect(
+    op: str, name: str, value: object, first: Tensor, shape: tuple[int, ...], dtypes: tuple[torch.dtype, ...]
+) -> Tensor:
+    """value, a tensor of this shape and one of these dtypes on first's device, without a gradient."""
+    if not (is_strided(value) and value.shape == shape and value.dtype in dtypes and value.device == first.device):
+        names = " or ".join(str(choice).removeprefix("torch.") for choice in dtypes)
+        raise refuse(op, name, f"{tuple(shape)} {names}{on(first)}", value)
+    if value.requires_grad:
+        check_constant(op, **{name: value})
+    return value
 
 
 def vector(
@@ -89,13 +90,8 @@ def vector(
     count: int | None = None,
 ) -> Tensor:
     """A (count,) tensor of one of dtypes on first's device, as contiguous dtype; count defaults to first's requests."""
-    count = len(first) if count is None else count
-    names = " or ".join(str(choice).removeprefix("torch.") for choice in dtypes)
-    good = is_strided(value) and value.shape == (count,) and value.dtype in dtypes and near(value, first)
-    want(op, name, f"({count},) {names}{on(first)}", value, good)
-    assert isinstance(value, Tensor)
-    check_constant(op, **{name: value})
-    return as_int32(value) if dtype == torch.int32 else value.to(dtype).contiguous()
+    found = expect(op, name, value, first, (len(first) if count is None else count,), dtypes)
+    return as_int32(found) if dtype == torch.int32 else found.to(dtype).contiguous()
 
 
 def check_caches(op: str, k_caches: Sequence[Tensor], v_caches: Sequence[Tensor], first: Tensor) -> None:
@@ -154,25 +150,35 @@ def check_queries(
         want(op, "mask_bits", f"at least {int(count.max())} bits a row", mask_bits, good)
 
 
-def check_links(op: str, next_token: Tensor, next_sibling: Tensor) -> None:
-    """On CPU: a child and a younger sibling have larger indices, so that every walk ends inside the tree."""
-    if not readable(next_token, next_sibling):
-        return
-    nodes = next_token.shape[1]
-    index = torch.arange(nodes)
+def check_walks(
+    next_token: Tensor,
+    next_sibling: Tensor,
+    temperature: Tensor,
+    top_p: Tensor | None,
+    min_p: Tensor | None,
+    coins: Tensor | None,
+    final_coins: Tensor | None,
+) -> None:
+    """The values that tree_verify reads, for a room that does not check them itself.
+
+    A child and a younger sibling have larger indices, so that every walk ends inside the tree.
+    """
+    op, nodes = "tree_verify", next_token.shape[1]
+    index = torch.arange(nodes, device=next_token.device)
     for name, value in (("next_token", next_token), ("next_sibling", next_sibling)):
-        good = bool(((value == -1) | ((value > index) & (value < nodes))).all())
-        want(op, name, f"-1, or an index greater than the node's own and below {nodes}", "another value", good)
+        bad = (value != -1) & ((value <= index) | (value >= nodes))
+        _refuse_first(op, name, f"-1, or an index greater than the node's own and below {nodes}", value, bad)
+    bad = (temperature != 0) & ~((temperature >= COLDEST) & temperature.isfinite())
+    _refuse_first(op, "temperature", "0, or a finite number of at least 1e-6", temperature, bad)
+    if top_p is not None:
+        _refuse_first(op, "top_p", "values in (0, 1]", top_p, ~((top_p > 0) & (top_p <= 1)))
+    if min_p is not None:
+        _refuse_first(op, "min_p", "values in [0, 1]", min_p, ~((min_p >= 0) & (min_p <= 1)))
+    for name, coin in (("coins", coins), ("final_coins", final_coins)):
+        if coin is not None:
+            _refuse_first(op, name, "values in [0, 1)", coin, ~((coin >= 0) & (coin < 1)))
 
 
-def check_coins(op: str, coins: Tensor | None, final_coins: Tensor | None, logits: Tensor) -> None:
-    """Uniform numbers given by the caller: shapes, and on CPU their range."""
-    shapes: dict[str, tuple[int, ...]] = {"coins": tuple(logits.shape[:2]), "final_coins": (len(logits),)}
-    for (name, shape), value in zip(shapes.items(), (coins, final_coins), strict=True):
-        if value is None:
-            continue
-        good = is_strided(value) and value.shape == shape and value.dtype in (torch.float32, torch.float64)
-        want(op, name, f"{shape} float32 or float64{on(logits)}", value, good and near(value, logits))
-        check_constant(op, **{name: value})
-        if readable(value):
-            want(op, name, "values in [0, 1)", "values outside, or nan", bool(((value >= 0) & (value < 1)).all()))
+def _refuse_first(op: str, name: str, wanted: str, value: Tensor, bad: Tensor) -> None:
+    if bool(bad.any()):
+        raise refuse(op, name, wanted, f"{value[bad][0].item()}")

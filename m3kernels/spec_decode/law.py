@@ -47,7 +47,7 @@ def philox(key: tuple[Tensor, Tensor], counter: tuple[Tensor, Tensor, Tensor, Te
 
 def _words(seed: Tensor, position: Tensor, first: Tensor, stream: int) -> tuple[Tensor, ...]:
     halves = (position & _MASK, (position >> 32) & _MASK)
-    return philox((seed & _MASK, (seed >> 32) & _MASK), (first, *halves, torch.full_like(first, stream)))
+    return philox((seed & _MASK, (seed >> 32) & _MASK), (first & _MASK, *halves, torch.full_like(first, stream)))
 
 
 def race(seed: Tensor, position: Tensor, tokens: Tensor) -> Tensor:

@@ -2,8 +2,8 @@
 
 Every room is deterministic and row-invariant: what a row gives depends on that row, its request's parameters and what
 it attends to, not on its neighbours, the shape of the tree, the page size or the threads. Formulas: reference.py.
-Links are checked on CPU; on a GPU that would synchronise, and a kernel reads no memory outside its arguments whatever
-they hold.
+Values (links, temperatures, coins) are checked on CPU, by the room that reads them; on a GPU that would synchronise,
+and a kernel touches no memory outside its arguments whatever they hold.
 """
 
 from __future__ import annotations
@@ -24,11 +24,9 @@ from m3kernels.spec_decode.arguments import (
     as_int32,
     check_block_table,
     check_caches,
-    check_coins,
     check_constant,
-    check_links,
     check_queries,
-    check_range,
+    expect,
     is_integer,
     is_number,
     logits_like,
@@ -40,7 +38,7 @@ from m3kernels.spec_decode.arguments import (
     want,
     with_rows,
 )
-from m3kernels.spec_decode.types import BITS, COLDEST, LOGPROBS, MAX_NODES, MODES, Committed, Drafts, Tree, Verified
+from m3kernels.spec_decode.types import BITS, LOGPROBS, MAX_NODES, MODES, Committed, Drafts, Tree, Verified
 
 
 # -- drafting ---------------------------------------------------------------------------------------------------------
@@ -200,7 +198,8 @@ def tree_attention(
         want(op, "mask_bits", f"({''.join(f'{size}, ' for size in lead)}W) int32{on(q)}", mask_bits, good)
     if gate is not None:
         shapes = ((*lead, heads), (*lead, heads, size))
-        good = is_strided(gate) and gate.shape in shapes and gate.dtype in (torch.float32, q.dtype) and near(gate, q)
+        good = is_strided(gate) and any(gate.shape == shape for shape in shapes)
+        good = good and gate.dtype in (torch.float32, q.dtype) and near(gate, q)
         want(op, "gate", f"{shapes[0]} or {shapes[1]} float32 or {q.dtype}{on(q)}", gate, good)
     scale = max(size, 1) ** -0.5 if softmax_scale is None else softmax_scale
     want(op, "softmax_scale", "a number that is finite in float32", scale, is_number(scale))
@@ -277,65 +276,58 @@ def tree_verify(
         ValueError: an argument out of contract. BackendError: a room forced by name cannot serve the call.
     """
     op = "tree_verify"
-    want(op, "logits", f"(B, N, V) {DTYPE_NAMES}", logits, logits_like(logits, 3))
+    want(op, "logits", "(B, N, V) " + DTYPE_NAMES, logits, logits_like(logits, 3))
     requests, nodes, vocabulary = logits.shape
-    want(op, "logits", f"1..{MAX_NODES} nodes", logits, 1 <= nodes <= MAX_NODES)
-    want(op, "logits", "a vocabulary of at least 1", logits, vocabulary >= 1)
+    want(op, "logits", "1..1024 nodes, a vocabulary of at least 1", logits, 1 <= nodes <= MAX_NODES and vocabulary >= 1)
+    check_constant(op, logits=logits)
+    shape, integers, floats = (requests, nodes), (torch.int64,), (torch.float32,)
     for name, value in (("candidates", candidates), ("next_token", next_token), ("next_sibling", next_sibling)):
-        good = is_strided(value) and value.shape == (requests, nodes) and value.dtype == torch.int64
-        want(op, name, f"({requests}, {nodes}) int64{on(logits)}", value, good and near(value, logits))
-    want(op, "mode", ", ".join(map(repr, MODES)), mode, mode in MODES)
-    want(op, "logprobs", ", ".join(map(repr, LOGPROBS)), logprobs, logprobs in LOGPROBS)
+        expect(op, name, value, logits, shape, integers)
+    if mode not in MODES:
+        raise refuse(op, "mode", ", ".join(map(repr, MODES)), mode)
+    if logprobs not in LOGPROBS:
+        raise refuse(op, "logprobs", ", ".join(map(repr, LOGPROBS)), logprobs)
     width = nodes if width is None else width
-    want(op, "width", f"an integer in 1..{MAX_NODES}", width, is_integer(width, 1, MAX_NODES))
+    want(op, "width", "an integer in 1..1024", width, is_integer(width, 1, MAX_NODES))
     seeded, drawn = seed is not None and position is not None, coins is not None and final_coins is not None
     if mode == "coupled" and not seeded:
         raise refuse(op, "seed" if seed is None else "position", "a tensor for mode 'coupled'", None)
     if mode in ("target_only", "chain") and not seeded and not drawn:
         raise refuse(op, "coins", f"coins and final_coins, or seed and position, for mode {mode!r}", "neither")
     if (coins is None) != (final_coins is None):
-        raise refuse(
-            op, "final_coins" if final_coins is None else "coins", "both coins and final_coins, or neither", None
-        )
+        name = "final_coins" if final_coins is None else "coins"
+        raise refuse(op, name, "both coins and final_coins, or neither", None)
     if mode == "chain" and draft_probs is None:
         raise refuse(op, "draft_probs", f"{tuple(logits.shape)} float32 for mode 'chain'", None)
     if temperature is None:
         temperature = torch.ones(requests, device=logits.device)
-    floats = (torch.float32,)
-    given: dict[str, Tensor | None] = {
-        "temperature": vector(op, "temperature", temperature, logits, floats, torch.float32),
-        "top_k": None if top_k is None else vector(op, "top_k", top_k, logits, INTEGERS, torch.int32),
-        "top_p": None if top_p is None else vector(op, "top_p", top_p, logits, floats, torch.float32),
-        "min_p": None if min_p is None else vector(op, "min_p", min_p, logits, floats, torch.float32),
-        "seed": None if seed is None else vector(op, "seed", seed, logits, (torch.int64,), torch.int64),
-        "position": None if position is None else vector(op, "position", position, logits, INTEGERS, torch.int64),
-    }
-    for name, low, high, text in (
-        ("temperature", COLDEST, float("inf"), "0 or finite values of at least 1e-6"),
-        ("top_p", 0.0, 1.0, "values in (0, 1]"),
-        ("min_p", 0.0, 1.0, "values in [0, 1]"),
-    ):
-        check_range(op, name, given[name], low, high, text)
-    check_coins(op, coins, final_coins, logits)
+    given = (
+        vector(op, "temperature", temperature, logits, floats, torch.float32),
+        None if top_k is None else vector(op, "top_k", top_k, logits, INTEGERS, torch.int32),
+        None if top_p is None else vector(op, "top_p", top_p, logits, floats, torch.float32),
+        None if min_p is None else vector(op, "min_p", min_p, logits, floats, torch.float32),
+        None if seed is None else vector(op, "seed", seed, logits, integers, torch.int64),
+        None if position is None else vector(op, "position", position, logits, INTEGERS, torch.int64),
+    )
+    if coins is not None and final_coins is not None:
+        either = (torch.float32, torch.float64)
+        coins = expect(op, "coins", coins, logits, shape, either).double().contiguous()
+        final_coins = expect(op, "final_coins", final_coins, logits, (requests,), either).double().contiguous()
     if draft_probs is not None:
-        good = is_strided(draft_probs) and draft_probs.shape == logits.shape and draft_probs.dtype == torch.float32
-        want(op, "draft_probs", f"{tuple(logits.shape)} float32", draft_probs, good and near(draft_probs, logits))
+        draft_probs = with_rows(expect(op, "draft_probs", draft_probs, logits, tuple(logits.shape), floats))
     if grammar_bits is not None:
-        shape = (requests, nodes, -(-vocabulary // BITS))
-        good = is_strided(grammar_bits) and grammar_bits.shape == shape and grammar_bits.dtype == torch.int32
-        want(op, "grammar_bits", f"{shape} int32{on(logits)}", grammar_bits, good and near(grammar_bits, logits))
-    check_links(op, next_token, next_sibling)
-    check_constant(op, logits=logits, draft_probs=draft_probs)
+        words = (requests, nodes, -(-vocabulary // BITS))
+        grammar_bits = with_rows(expect(op, "grammar_bits", grammar_bits, logits, words, (torch.int32,)))
     found = _tree_verify(
         with_rows(logits),
         candidates.contiguous(),
         next_token.contiguous(),
         next_sibling.contiguous(),
-        *given.values(),
-        None if coins is None else coins.double().contiguous(),
-        None if final_coins is None else final_coins.double().contiguous(),
-        None if draft_probs is None else with_rows(draft_probs),
-        None if grammar_bits is None else with_rows(grammar_bits),
+        *given,
+        coins,
+        final_coins,
+        draft_probs,
+        grammar_bits,
         mode,
         width,
         logprobs,

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from m3kernels.checks import refuse
 from m3kernels.spec_decode import law
+from m3kernels.spec_decode.arguments import check_walks
 from m3kernels.spec_decode.sgl_reference import (
     build_tree_kernel_efficient,
     chain_speculative_sampling,
@@ -128,16 +129,16 @@ def links(parents: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 def draft_topk(
     logits: Tensor, scores: Tensor, d2t: Tensor | None, seed: Tensor | None, position: Tensor | None, k: int, step: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    rows = law.clean(logits, None).log_softmax(-1)
+    z = law.clean(logits, None)
     ids = torch.arange(logits.shape[-1], device=logits.device)
     if d2t is not None:
         ids = ids + d2t
     if seed is not None and position is not None:
         noise = law.race(seed[:, None], position[:, None], ids[None])
-        rows = (rows - noise.log()[:, None]).log_softmax(-1)
-    order = rows.sort(dim=-1, descending=True, stable=True)
-    tokens = ids[order.indices[..., :k]]
-    sums = scores.double()[..., None] + order.values[..., :k]
+        z = z - noise.log()[:, None]
+    order = z.sort(dim=-1, descending=True, stable=True).indices[..., :k]
+    tokens = ids[order]
+    sums = scores.double()[..., None] + z.log_softmax(-1).gather(-1, order)
     cum_scores = sums.float().nan_to_num(-torch.inf, torch.inf, -torch.inf)  # nan: no token of the row is possible
     best = cum_scores.flatten(1).sort(dim=-1, descending=True, stable=True)
     flat, next_scores = best.indices[:, :k].contiguous(), best.values[:, :k].contiguous()
@@ -346,6 +347,7 @@ def tree_verify(
     logprobs: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     call = dict(locals())
+    check_walks(next_token, next_sibling, temperature, top_p, min_p, coins, final_coins)
     requests, device = len(logits), logits.device
     tokens = torch.full((requests, width), -1, device=device)
     accept_index = torch.full((requests, width), -1, dtype=torch.int32, device=device)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from m3kernels.checks import is_strided
+from m3kernels.checks import is_strided, refuse
 from m3kernels.library import define
 from m3kernels.spec_decode.arguments import (
     DTYPE_NAMES,
@@ -278,9 +278,9 @@ def _check_shape(
     op: str, name: str, value: Tensor, shape: tuple[int, ...], dtype: torch.dtype, first: Tensor, out: bool = False
 ) -> None:
     good = is_strided(value) and value.shape == shape and value.dtype == dtype and near(value, first)
-    good = good and (not out or value.is_contiguous())
-    kind = f"{str(dtype).removeprefix('torch.')}{', contiguous' if out else ''}{on(first)}"
-    want(op, name, f"{shape} {kind}", value, good)
+    if not good or (out and not value.is_contiguous()):  # worded only then: a call has many of these checks
+        kind = f"{str(dtype).removeprefix('torch.')}{', contiguous' if out else ''}{on(first)}"
+        raise refuse(op, name, f"{shape} {kind}", value)
 
 
 def _check_mask(op: str, tree_mask: Tensor, count: int, first: Tensor) -> None:
@@ -308,12 +308,14 @@ def _check_walk(
     candidates = links[0]
     good = _is_matrix(candidates, torch.int64) and near(candidates, predicts)
     good = good and 1 <= candidates.shape[1] <= MAX_NODES
-    want(op, "candidates", f"(B, N) int64 with N in 1..{MAX_NODES}{on(predicts)}", candidates, good)
+    if not good:
+        raise refuse(op, "candidates", f"(B, N) int64 with N in 1..{MAX_NODES}{on(predicts)}", candidates)
     requests, nodes = candidates.shape
     _check_shape(op, "predicts", predicts, (requests * nodes,), torch.int32, predicts, out=True)
     good = _is_matrix(accept_index, torch.int32) and len(accept_index) == requests and accept_index.shape[1] >= 1
     good = good and accept_index.is_contiguous() and near(accept_index, predicts)
-    want(op, "accept_index", f"({requests}, S) int32, contiguous, S at least 1{on(predicts)}", accept_index, good)
+    if not good:
+        raise refuse(op, "accept_index", f"({requests}, S) int32, contiguous, S at least 1{on(predicts)}", accept_index)
     _check_shape(op, "accept_token_num", accept_token_num, (requests,), torch.int32, predicts, out=True)
     names = ("candidates", "retrive_index", "retrive_next_token", "retrive_next_sibling")
     for name, link in zip(names, links, strict=False):

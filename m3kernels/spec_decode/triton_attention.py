@@ -156,10 +156,11 @@ def _chunk(
     s = tl.zeros((q[0].shape[0], slot.shape[0]), tl.float32)
     for i in tl.static_range(PIECES):
         column = i * PIECE + tl.arange(0, PIECE)
-        mask = good[None, :] & (column < head_size)[:, None]
-        k = tl.load(k_cache + at[None, :] + column[:, None], mask=mask, other=0.0)  # (PIECE, CHUNK)
+        in_head = (column < head_size)[:, None]
+        k = tl.load(k_cache + at[None, :] + column[:, None], mask=good[None, :] & in_head, other=float("nan"))
+        k = tl.where(in_head, k, 0.0)  # (PIECE, CHUNK)
         s = tl.dot(q[i], k.to(COMPUTE), s, input_precision="ieee")
-    s = tl.where((wanted & ~good)[None, :], float("nan"), s * scale)
+    s = s * scale
     if not SHARED:
         s = tl.where(valid, s, float("-inf"))
     top = tl.maximum(m, tl.max(s, 1))
@@ -338,8 +339,17 @@ def _attention_kernel(
                     together = (chunk + 1) * CHUNK <= prefix
                 if together:
                     together = _finite_values(
-                        position, present, block_table, v_cache, page_size, pages, v_page, v_slot, head_size,
-                        PIECES, PIECE,
+                        position,
+                        present,
+                        block_table,
+                        v_cache,
+                        page_size,
+                        pages,
+                        v_page,
+                        v_slot,
+                        head_size,
+                        PIECES,
+                        PIECE,
                     )
                 for i in range(0, 1 if together else active):
                     rows = real & (together | (query == i))
@@ -358,19 +368,24 @@ def _attention_kernel(
                         page_size, pages, k_page, k_slot, v_page, v_slot, scale, head_size, False, PIECES, PIECE, COMPUTE,
                     )  # fmt: skip
         if KIND == SERIAL:
-            # Read anew, so that the addresses of the tile are not kept in registers through the loops.
-            out_row = (tl.load(cu_seqlens + b, volatile=True) + begin + query).to(tl.int64) * heads + head
+            # Read anew, so that what follows is computed here and not kept in registers through the loops.
+            again = tl.load(cu_seqlens + b, volatile=True)
+            row_again = tl.arange(0, BLOCK_M) + (again - first)
+            query_again = row_again // HEADS
+            head_again = head_block * HEADS + row_again % HEADS
+            real_again = (query_again < active) & (head_again < group)
+            out_row = (again + begin + query_again).to(tl.int64) * heads + kv_head * group + head_again
             if split > low:
                 tl.debug_barrier()
                 m, l, before, after = _joint(total_m, total_l, m, l)
                 joined = ()
                 for c in tl.static_range(PIECES):
-                    at, mask = _tile_of(out_row, real, c * PIECE + tl.arange(0, PIECE), head_size)
+                    at, mask = _tile_of(out_row, real_again, c * PIECE + tl.arange(0, PIECE), head_size)
                     joined = joined + (_joint_acc(tl.load(part + at, mask=mask, other=0.0), before, acc[c], after),)
                 acc = joined
             if split + CHUNKS < high:
                 for c in tl.static_range(PIECES):
-                    at, mask = _tile_of(out_row, real, c * PIECE + tl.arange(0, PIECE), head_size)
+                    at, mask = _tile_of(out_row, real_again, c * PIECE + tl.arange(0, PIECE), head_size)
                     tl.store(part + at, acc[c], mask=mask)
         total_m, total_l, total_acc = m, l, acc
 

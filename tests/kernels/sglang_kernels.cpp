@@ -100,7 +100,9 @@ void build_tree(int64_t batch, int64_t* parent_list, int64_t* selected, int64_t*
   if (mode == QLEN_ONLY_BITPACKING)
     launch(batch, nodes, build_tree_efficient_partial_packed, parent_list, selected, seq_lens, (uint8_t*)mask,
            positions, index, next_token, next_sibling, (int)topk, (int)depth, (int)nodes,
-           (size_t)(nodes > 16 ? 4 : nodes > 8 ? 2 : 1));
+           (size_t)(nodes > 16  ? 4
+                    : nodes > 8 ? 2
+                                : 1));
   else
     launch(batch, nodes, build_tree_efficient, parent_list, selected, seq_lens, (bool*)mask, positions, index,
            next_token, next_sibling, (int)topk, (int)depth, (int)nodes, (int)mode);

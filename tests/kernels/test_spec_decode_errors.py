@@ -91,13 +91,14 @@ SCALE = "softmax_scale: want a number that is finite in float32; got "
 WINDOW = "window: want an integer in 0..2147483647; got "
 NO_GRAD = "want no gradient (call under torch.no_grad()); got requires_grad"
 ROWS = f"logits: want (B, N, V) {DTYPES}; got "
+SIZES = "logits: want 1..1024 nodes, a vocabulary of at least 1; got "
 MODE = "mode: want 'greedy', 'target_only', 'chain', 'coupled'; got "
 LOGPROBS = "logprobs: want 'none', 'raw', 'sampling'; got "
 WIDTH = "width: want an integer in 1..1024; got "
-TEMPERATURE = "temperature: want 0 or finite values of at least 1e-6; got "
+TEMPERATURE = "temperature: want 0, or a finite number of at least 1e-6; got "
 TOP_P, MIN_P = "top_p: want values in (0, 1]; got ", "min_p: want values in [0, 1]; got "
-UNIT = "want values in [0, 1); got values outside, or nan"
-FURTHER = "want -1, or an index greater than the node's own and below 5; got another value"
+UNIT = "want values in [0, 1); got "
+FURTHER = "want -1, or an index greater than the node's own and below 5; got "
 PROBS = "draft_probs: want (2, 5, 40) float32; got "
 GRAMMAR = "grammar_bits: want (2, 5, 2) int32; got "
 INDEX = "accept_index: want (B, S) int32 with S at least 1; got "
@@ -239,12 +240,12 @@ ERRORS: dict[Callable[..., Any], tuple[dict[str, Any], dict[str, tuple[Change, s
     tree_verify: (VERIFY, {
         "logits_rank": (dict(logits=LOGITS[0]), ROWS + "(5, 40) float32"),
         "logits_dtype": (dict(logits=LOGITS.long()), ROWS + "(2, 5, 40) int64"),
-        "logits_no_nodes": (dict(logits=LOGITS[:, :0]), "logits: want 1..1024 nodes; got (2, 0, 40) float32"),
+        "logits_no_nodes": (dict(logits=LOGITS[:, :0]), SIZES + "(2, 0, 40) float32"),
         "logits_many_nodes": (
-            dict(logits=LOGITS[:, :1].expand(2, 1025, 40)), "logits: want 1..1024 nodes; got (2, 1025, 40) float32"
+            dict(logits=LOGITS[:, :1].expand(2, 1025, 40)), SIZES + "(2, 1025, 40) float32"
         ),
         "logits_no_vocabulary": (
-            dict(logits=LOGITS[..., :0]), "logits: want a vocabulary of at least 1; got (2, 5, 0) float32"
+            dict(logits=LOGITS[..., :0]), SIZES + "(2, 5, 0) float32"
         ),
         "logits_gradient": (dict(logits=grown(LOGITS)), "logits: " + NO_GRAD),
         "candidates_shape": (
@@ -273,16 +274,16 @@ ERRORS: dict[Callable[..., Any], tuple[dict[str, Any], dict[str, tuple[Change, s
         "position_shape": (dict(position=ZEROS[:1]), f"position: want (2,) {INTS}; got (1,) int64"),
         "temperature_shape": (dict(temperature=ONES[:1]), "temperature: want (2,) float32; got (1,) float32"),
         "temperature_number": (dict(temperature=1.0), "temperature: want (2,) float32; got 1.0"),
-        "temperature_negative": (dict(temperature=-ONES), TEMPERATURE + "[-1.0, -1.0]"),
-        "temperature_too_cold": (dict(temperature=ONES * 2**-20), TEMPERATURE + "[9.5367431640625e-07"),
-        "temperature_infinite": (dict(temperature=ONES * INF), TEMPERATURE + "[inf, inf]"),
-        "temperature_nan": (dict(temperature=ONES * NAN), TEMPERATURE + "[nan, nan]"),
+        "temperature_negative": (dict(temperature=-ONES), TEMPERATURE),
+        "temperature_too_cold": (dict(temperature=ONES * 2**-20), TEMPERATURE),
+        "temperature_infinite": (dict(temperature=ONES * INF), TEMPERATURE),
+        "temperature_nan": (dict(temperature=ONES * NAN), TEMPERATURE),
         "top_k_dtype": (dict(top_k=ONES), f"top_k: want (2,) {INTS}; got (2,) float32"),
-        "top_p_zero": (dict(top_p=ONES * 0), TOP_P + "[0.0, 0.0]"),
-        "top_p_above_one": (dict(top_p=ONES * 1.5), TOP_P + "[1.5, 1.5]"),
+        "top_p_zero": (dict(top_p=ONES * 0), TOP_P),
+        "top_p_above_one": (dict(top_p=ONES * 1.5), TOP_P),
         "top_p_dtype": (dict(top_p=ONES.double()), "top_p: want (2,) float32; got (2,) float64"),
-        "min_p_negative": (dict(min_p=-ONES), MIN_P + "[-1.0, -1.0]"),
-        "min_p_nan": (dict(min_p=ONES * NAN), MIN_P + "[nan, nan]"),
+        "min_p_negative": (dict(min_p=-ONES), MIN_P),
+        "min_p_nan": (dict(min_p=ONES * NAN), MIN_P),
         "grammar_words": (dict(grammar_bits=torch.ones(2, 5, 1).int()), GRAMMAR + "(2, 5, 1) int32"),
         "grammar_dtype": (dict(grammar_bits=torch.ones(2, 5, 2)), GRAMMAR + "(2, 5, 2) float32"),
         "coins_alone": (
@@ -369,13 +370,17 @@ def refused(op: Callable[..., Any], message: str, arguments: dict[str, Any]) -> 
         op(**arguments)
 
 
+rooms = pytest.mark.parametrize("backend", ("spec_decode=cpu", "spec_decode=reference"), indirect=True)
+
+
 @pytest.mark.parametrize("op", ERRORS)
 def test_the_call_that_is_spoiled_is_good(op: Callable[..., Any]) -> None:
     op(**ERRORS[op][0])
 
 
+@rooms
 @pytest.mark.parametrize(("op", "arguments", "change", "message"), CASES)
-def test_refusal(op: Callable[..., Any], arguments: dict[str, Any], change: Change, message: str) -> None:
+def test_refusal(backend: str, op: Callable[..., Any], arguments: dict[str, Any], change: Change, message: str) -> None:
     refused(op, message, {**arguments, **change})
 
 
@@ -393,8 +398,9 @@ BATCHED_ERRORS: dict[str, tuple[Change, str]] = {
 }
 
 
+@rooms
 @pytest.mark.parametrize("name", BATCHED_ERRORS)
-def test_refusal_of_batched_queries(name: str) -> None:
+def test_refusal_of_batched_queries(backend: str, name: str) -> None:
     change, message = BATCHED_ERRORS[name]
     assert tree_attention(**BATCHED).isfinite().all()
     refused(tree_attention, message, {**BATCHED, **change})
@@ -428,15 +434,15 @@ DRAWN_ERRORS: dict[str, tuple[dict[str, Any], Change, str]] = {
 }  # fmt: skip
 
 
+@rooms
 @pytest.mark.parametrize("name", DRAWN_ERRORS)
-def test_refusal_of_coins_and_draft_probs(name: str) -> None:
+def test_refusal_of_coins_and_draft_probs(backend: str, name: str) -> None:
     arguments, change, message = DRAWN_ERRORS[name]
     assert bool((tree_verify(**arguments).accept_length >= 0).all())
     refused(tree_verify, message, {**arguments, **change})
 
 
 # -- block ids --------------------------------------------------------------------------------------------------------
-rooms = pytest.mark.parametrize("backend", ("spec_decode=cpu", "spec_decode=reference"), indirect=True)
 BAD_IDS = pytest.mark.parametrize("block", (-1, 6, 2**31 - 1, 2**32, -(2**63)))
 
 

@@ -33,6 +33,7 @@ TABLE = torch.tensor([[0, 2, 4], [1, 3, 5]], dtype=torch.int32)
 SEQLENS, CU = torch.tensor([9, 7], dtype=torch.int32), torch.tensor([0, 2, 5], dtype=torch.int32)
 MASK = torch.tensor([[1], [3], [1], [3], [5]], dtype=torch.int32)
 Q = torch.linspace(-1, 1, 5 * 4 * 8).view(5, 4, 8)
+SPREAD = Q.transpose(0, 1).contiguous().transpose(0, 1)[:, 1:3]
 PATH = torch.tensor([[0, 2, 4], [0, -1, -1]], dtype=torch.int32)
 LENGTHS = torch.tensor([2, 0], dtype=torch.int32)
 SCORES = torch.tensor([[-0.1, -2.0, -1.0, -0.3, -2.5, -2.6]] * 2)
@@ -54,7 +55,7 @@ def op_calls() -> dict[str, tuple[Any, ...]]:
         "tree_finalize one": (SCORES, TOKENS, PARENT_LIST, SEED, POSITION, None, K, 1),
         "tree_attention": (Q, CACHE, -CACHE, TABLE, SEQLENS, CU, MASK, Q[..., 0].contiguous(), 0.3, 6),
         "tree_attention causal": (Q.half(), CACHE, -CACHE, TABLE, SEQLENS, CU, None, Q, 0.3, 0),
-        "tree_attention strided": (Q.transpose(0, 1).contiguous().transpose(0, 1)[:, 1:3], CACHE, -CACHE, TABLE, SEQLENS, CU, None, None, 0.3, 0),
+        "tree_attention strided": (SPREAD, CACHE, -CACHE, TABLE, SEQLENS, CU, None, None, 0.3, 0),
         "tree_verify coupled": (
             *verify, TOP_K, TOP_P, MIN_P, SEED, POSITION, None, None, None, GRAMMAR, "coupled", N, "sampling",
         ),

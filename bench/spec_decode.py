@@ -1,0 +1,273 @@
+"""Tree drafting and verification against torch: cases to rows.
+
+``python -m bench spec_decode`` measures the cases of spec_decode_cases.py with the arms of spec_decode_arms.py, one
+thread, interleaved. A visit computes several different batches (layers) one after another, so that a time is a mean
+over trees and the inputs do not sit in L1. Bandwidth: what an op has to read (the rows of logits on the accepted path,
+the keys and values attended to, ...), over its time, against the read bandwidth measured between the arms. Peak memory
+of verification is measured in processes of their own.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import gc
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from bench import harness, record, roofline
+from bench.record import SpecRow
+from bench.spec_decode_arms import ARMS, SpecArm
+from bench.spec_decode_cases import (
+    CASES,
+    AttentionCase,
+    Case,
+    CommitCase,
+    DraftCase,
+    FinalizeCase,
+    VerifyCase,
+    VerifyProblem,
+    find_case,
+    make_attention,
+    make_commit,
+    make_draft,
+    make_finalize,
+    make_verify,
+)
+
+SMALL = VerifyCase(name="small", requests=1, nodes=4, vocabulary=512, mode="greedy")  # on which libraries are loaded
+MEMORY_FROM = 100_000  # vocabulary from which peaks are measured
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Plan:
+    """Which cases, and for how long."""
+
+    cases: tuple[str, ...] = tuple(CASES)
+    threads: tuple[int, ...] = (1,)
+    seconds: float = 1.5  # per case and thread count
+    min_rounds: int = 4
+    memory: bool = True  # measure the peaks of verification
+
+    def __post_init__(self) -> None:
+        for name in self.cases:
+            find_case(name)
+
+
+def quick() -> tuple[str, ...]:
+    """A case of each op."""
+    return tuple({case.op: name for name, case in reversed(CASES.items())}.values())
+
+
+PRESETS = {
+    "acceptance": Plan(),
+    "verify": Plan(cases=tuple(name for name, case in CASES.items() if isinstance(case, VerifyCase))),
+    "attention": Plan(cases=tuple(name for name, case in CASES.items() if isinstance(case, AttentionCase))),
+    "quick": Plan(cases=quick(), seconds=0.5, memory=False),
+}
+
+
+# -- inputs -----------------------------------------------------------------------------------------------------------
+@functools.lru_cache(maxsize=1)
+def verify_batches(requests: int, nodes: int, vocabulary: int, span: int) -> tuple[VerifyProblem, ...]:
+    """The batches of a size; the last ones are kept, for cases that differ in mode and filters only."""
+    sizes = {"requests": requests, "nodes": nodes, "vocabulary": vocabulary, "span": span}
+    case = VerifyCase(name="", mode="target_only", **sizes)
+    return tuple(make_verify(case, seed) for seed in range(span))
+
+
+def problems_of(case: Case) -> list[Any]:
+    """What a visit computes, one after another."""
+    if isinstance(case, VerifyCase):
+        found = verify_batches(case.requests, case.nodes, case.vocabulary, case.span)
+        return [problem.of(case) for problem in found]
+    make: dict[type, Callable[..., Any]] = {
+        AttentionCase: make_attention,
+        DraftCase: make_draft,
+        FinalizeCase: make_finalize,
+        CommitCase: make_commit,
+    }
+    return [make[type(case)](case, seed) for seed in range(case.span)]
+
+
+def touched_bytes(case: Case, problems: Sequence[Any]) -> int:
+    """Bytes that one problem has to read, the mean of the visit."""
+    if isinstance(case, VerifyCase):
+        rows = sum(problem.visited_rows for problem in problems) / len(problems)
+        return round(4 * case.vocabulary * rows)
+    if isinstance(case, AttentionCase):
+        return case.cache_bytes + 4 * case.queries * case.heads * case.head_dim
+    if isinstance(case, DraftCase):
+        return 4 * case.requests * case.frontier * case.vocabulary
+    if isinstance(case, FinalizeCase):
+        return (
+            sum(each.numel() * 8 for each in (problems[0].tokens, problems[0].parent_list))
+            + 4 * problems[0].scores.numel()
+        )
+    return 2 * 4 * case.layers * case.requests * case.accepted * case.kv_heads * case.head_dim
+
+
+def facts_of(case: Case, problems: Sequence[Any]) -> dict[str, Any]:
+    """What every row of a case says of it."""
+    facts: dict[str, Any] = {
+        "op": case.op,
+        "shape": case.name,
+        "requests": case.requests,
+        "span": case.span,
+        "touched_bytes": touched_bytes(case, problems),
+    }
+    if isinstance(case, VerifyCase):
+        rows = sum(problem.visited_rows for problem in problems)
+        facts |= {"nodes": case.nodes, "vocabulary": case.vocabulary, "mode": case.mode, "filtered": case.filtered}
+        facts["visited"] = rows / (len(problems) * case.requests)
+    elif isinstance(case, AttentionCase):
+        facts |= {"queries": case.queries, "context": case.context, "nodes": case.queries if case.tree else None}
+    elif isinstance(case, DraftCase):
+        facts["vocabulary"] = case.vocabulary
+    else:
+        facts["nodes"] = case.nodes
+    return facts
+
+
+# -- memory -----------------------------------------------------------------------------------------------------------
+def measures_peak(case: Case) -> bool:
+    return isinstance(case, VerifyCase) and case.vocabulary >= MEMORY_FROM
+
+
+def peaks_here(names: Sequence[str]) -> dict[str, dict[str, int]]:
+    """case -> arm -> most bytes that one batch adds to this process beyond its inputs; for a process that did nothing.
+
+    The cases are of one size.
+    """
+    torch.set_num_threads(1)
+    for make in ARMS["tree_verify"].values():
+        for mode in ("greedy", "coupled", "target_only"):
+            filtered = dataclasses.replace(SMALL, mode=mode, filtered=mode != "greedy")
+            harness.peak_extra_bytes(functools.partial(make([make_verify(filtered)], 1).run, 0))
+    first = find_case(names[0])
+    assert isinstance(first, VerifyCase)
+    batch = make_verify(first)
+    found: dict[str, dict[str, int]] = {}
+    for name in names:
+        case = find_case(name)
+        assert isinstance(case, VerifyCase)
+        for arm, make in ARMS["tree_verify"].items():
+            built = make([batch.of(case)], 1)
+            found.setdefault(name, {})[arm] = harness.peak_extra_bytes(functools.partial(built.run, 0))
+    return found
+
+
+def peaks_in_fresh_processes(names: Sequence[str]) -> dict[str, dict[str, int]]:
+    """``peaks_here`` of other processes, one a size. Raises RuntimeError with what one said where it fails."""
+    sizes: dict[tuple[int, int, int], list[str]] = {}
+    for name in names:
+        case = find_case(name)
+        if isinstance(case, VerifyCase) and measures_peak(case):
+            sizes.setdefault((case.requests, case.nodes, case.vocabulary), []).append(name)
+    found: dict[str, dict[str, int]] = {}
+    for members in sizes.values():
+        path = os.pathsep.join([str(record.ROOT), os.environ.get("PYTHONPATH", "")])
+        environment = {**os.environ, "PYTHONPATH": path, "GLIBC_TUNABLES": ""}  # freed memory must show as free
+        command = [sys.executable, "-m", "bench.spec_decode", json.dumps(members)]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise RuntimeError(f"{members[0]}: peaks were not measured: {done.stderr.strip()[-400:]}")
+        found |= json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+# -- cases to rows ----------------------------------------------------------------------------------------------------
+def run(plan: Plan, say: Callable[[str], None]) -> Iterator[list[SpecRow]]:
+    """The rows of each case and thread count, all arms side by side."""
+    peaks: dict[str, dict[str, int]] = {}
+    if plan.memory and any(measures_peak(find_case(name)) for name in plan.cases):
+        say("peak memory of verification")
+        peaks = peaks_in_fresh_processes(plan.cases)
+    for threads in plan.threads:
+        ceilings = roofline.measured(threads, record.cpu_model(), again=False)
+        probe = roofline.ReadProbe(threads, ceilings.read_kind)
+        for name in plan.cases:
+            say(f"{name}, {threads} thread(s)")
+            yield run_case(find_case(name), threads, plan, probe, peaks.get(name, {}), say)
+            gc.collect()
+    verify_batches.cache_clear()
+
+
+def run_case(
+    case: Case,
+    threads: int,
+    plan: Plan,
+    probe: roofline.ReadProbe,
+    peaks: Mapping[str, int],
+    say: Callable[[str], None],
+) -> list[SpecRow]:
+    problems = problems_of(case)
+    make = ARMS[case.op]
+    arms, absent = harness.build(list(make), lambda name: make[name](problems, threads), say)
+    timed, gates = harness.pass_gates(arms, lambda arm: arm.gate(), absent, say)
+    limits = {"seconds": plan.seconds, "min_rounds": plan.min_rounds}
+    times, rates = harness.interleave(timed, probe=probe.bandwidth, **limits)
+    read = harness.spread(rates).p80  # undisturbed by other guests of the host
+    return list(rows(facts_of(case, problems), threads, arms, absent, gates, times, read, peaks))
+
+
+def rows(
+    facts: Mapping[str, Any],
+    threads: int,
+    arms: Sequence[SpecArm[Any]],
+    absent: Mapping[str, str],
+    gates: Mapping[str, harness.Gate],
+    times: harness.Times,
+    read: float,
+    peaks: Mapping[str, int],
+) -> Iterator[SpecRow]:
+    """A row per arm: with times where it passed its gate, without where it did not or could not run."""
+    commit, dirty = record.commit()
+    place: dict[str, Any] = {
+        "device": "cpu",
+        "threads": threads,
+        "case_threads": threads,
+        "commit": commit,
+        "dirty": dirty,
+        "machine": record.machine(),
+        "date": record.now(),
+        "command": record.command(),
+    }
+    for name, why in absent.items():
+        yield SpecRow(**facts, **place, arm=name, gate=f"absent: {why}")
+    for arm in (arm for arm in arms if arm.name in gates):
+        result = gates[arm.name]
+        about = {"arm": arm.name, "error": result.error, "tolerance": result.tolerance}
+        if not result.passed:
+            yield SpecRow(**facts, **place, **about, gate="failed")
+            continue
+        value = harness.spread(times[arm.name])
+        yield SpecRow(
+            **facts,
+            **place,
+            **about,
+            gate="passed",
+            median_s=value.median,
+            p20_s=value.p20,
+            p80_s=value.p80,
+            rounds=len(times[arm.name]),
+            ratios=harness.ratios(times, arm.name),
+            read_gbytes_s=read / 1e9,
+            read_share=facts["touched_bytes"] / value.median / read,
+            peak_bytes=peaks.get(arm.name),
+        )
+
+
+def main() -> None:
+    """In a fresh process: print the peaks of the cases that the argument names."""
+    print(json.dumps(peaks_here(json.loads(sys.argv[1]))))
+
+
+if __name__ == "__main__":
+    main()
