@@ -52,7 +52,7 @@ class Plan:
     cases: tuple[str, ...] = tuple(CASES)
     threads: tuple[int, ...] = (1,)
     seconds: float = 1.5  # per case and thread count
-    min_rounds: int = 4
+    min_rounds: int = 3
     memory: bool = True  # measure the peaks of verification
 
     def __post_init__(self) -> None:

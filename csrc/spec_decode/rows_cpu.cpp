@@ -60,7 +60,6 @@ class Drafter {
     float* maxima = maxima_.get(groups_of(row.size));
     const int64_t blocks = blocks_of(row.size);
     const Softmax softmax = soften(isa, row, 1.0, maxima, sums_.get(blocks), references_.get(blocks));
-    const double log_total = softmax.log_total();
     const float kth = ranking_.kth(isa, row, maxima, k);
     found_.clear();
     // With noise, tokens within rounding of the k-th are ranked again in double.
@@ -77,7 +76,7 @@ class Drafter {
       if (element(row, id) == kNothing) found_.push_back({kNothing, id});
     for (int64_t i = 0; i < k; i++) {
       ids[i] = found_[i].id;
-      logprobs[i] = found_[i].score == kNothing ? kNothing : found_[i].score - log_total;
+      logprobs[i] = found_[i].score == kNothing ? kNothing : softmax.logprob(found_[i].score);
     }
   }
   void trim() {
@@ -205,7 +204,7 @@ class Walk {
     const float most = known ? raw.maximum : isa.scan(row, maxima);
     if (most == kNothing) return {-1, -1, 0.0};
     const int64_t token = isa.find(row, maxima, most);
-    const double logprob = a_->logprobs == Logprobs::kRaw ? element(unmasked(row), token) - raw.log_total() : 0.0;
+    const double logprob = a_->logprobs == Logprobs::kRaw ? raw.logprob(element(unmasked(row), token)) : 0.0;
     return {token, child_with(token), logprob};
   }
 
@@ -214,7 +213,7 @@ class Walk {
     if (!law_.set(row, filters, a_->logprobs == Logprobs::kRaw)) return {-1, -1, 0.0};
     Step step = a_->mode == Mode::kCoupled ? coupled() : a_->mode == Mode::kChain ? chain() : target_only();
     if (a_->logprobs == Logprobs::kSampling) step.logprob = std::log(law_.probability(step.token));
-    if (a_->logprobs == Logprobs::kRaw) step.logprob = element(unmasked(row), step.token) - law_.raw_log_total();
+    if (a_->logprobs == Logprobs::kRaw) step.logprob = law_.raw().logprob(element(unmasked(row), step.token));
     return step;
   }
 

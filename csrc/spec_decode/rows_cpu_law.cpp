@@ -100,7 +100,7 @@ float Ranking::kth(const Kernels& isa, const Row& row, const float* maxima, int6
   return list[k - 1];
 }
 
-double Softmax::log_total() const { return maximum + std::log(total); }
+double Softmax::logprob(double z) const { return (z - maximum) - std::log(total); }
 
 Weight weight_of(float maximum, double temperature, float threshold) {
   const auto inverse = (float)(1.0 / temperature);
@@ -132,10 +132,7 @@ bool Law::set(const Row& row, const Filters& filters, bool raw) {
   const bool min_p = filters.min_p > 0.0, plain = !top_k && !top_p && !min_p;
   const bool same = !row.allowed && (!plain || filters.temperature == 1.0);  // one pass gives what the law needs too
   Softmax softmax{};
-  if (raw) {
-    softmax = soften_row({row.logits, row.type, nullptr, row.size}, 1.0);
-    raw_log_total_ = softmax.log_total();
-  }
+  if (raw) softmax = raw_ = soften_row({row.logits, row.type, nullptr, row.size}, 1.0);
   if (plain && !(raw && same)) softmax = soften_row(row, filters.temperature);
   const float most = plain || (raw && same) ? softmax.maximum : isa_->scan(row, maxima_);
   if (most == kNothing) return false;

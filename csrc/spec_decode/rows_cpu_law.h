@@ -53,7 +53,7 @@ struct Softmax {
   float maximum;
   double total;  // 0 where the maximum is -inf
 
-  double log_total() const;  // in nats, at temperature 1
+  double logprob(double z) const;  // in nats, at temperature 1
 };
 
 // exp((z - maximum) / temperature) in the kernels' arithmetic: 1 / temperature is the sum of two floats.
@@ -73,10 +73,9 @@ struct Filters {
 // double; else masses are fp32, added in blocks.
 class Law {
  public:
-  // False if the row allows no token. With `raw`, raw_log_total is computed as well.
+  // False if the row allows no token. With `raw`, its softmax as given, without grammar and temperature, is taken too.
   bool set(const Row& row, const Filters& filters, bool raw);
-  // log sum exp of the logits as given: neither grammar nor temperature.
-  double raw_log_total() const { return raw_log_total_; }
+  const Softmax& raw() const { return raw_; }
   // Probability of a token; 0 for what is none.
   double probability(int64_t token) const;
   // The token at u of the cumulative mass of all but the excluded; -1 if those have none.
@@ -102,7 +101,8 @@ class Law {
   Row row_{};
   Filters filters_{};
   Weight weight_{};
-  double total_ = 0.0, raw_log_total_ = 0.0;
+  double total_ = 0.0;
+  Softmax raw_{};
   float* maxima_ = nullptr;
   double* sums_ = nullptr;  // of the blocks, where there is no list
   int64_t count_ = -1;      // tokens in the list; -1: there is none

@@ -221,7 +221,7 @@ void reconstruct_one(const Reconstruct& a, int64_t b, int64_t* youngest) {
 }  // namespace
 
 void tree_finalize(const Finalize& a, int threads) {
-  const int active = use_threads(a.batch, a.batch * (a.candidates + a.nodes * a.nodes / kWordBits), threads);
+  const int active = use_threads(a.batch, a.batch * (8 * a.candidates + a.nodes * a.nodes / kWordBits), threads);
   std::vector<uint64_t> keys(active * a.candidates);
   std::vector<int64_t> places(active * a.nodes);
 #pragma omp parallel for num_threads(active) if (active > 1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import torch
@@ -102,23 +103,30 @@ def check_caches(op: str, k_caches: Sequence[Tensor], v_caches: Sequence[Tensor]
     want(op, names[1], f"{len(k_caches)} caches, as {names[0]}", f"{len(v_caches)}", len(v_caches) == len(k_caches))
     for name, caches in zip(names, (k_caches, v_caches), strict=True):
         for cache in caches:
-            good = logits_like(cache, 4) and near(cache, first)
-            want(op, name, f"(P, page_size, G, D) {DTYPE_NAMES}{on(first)}", cache, good)
-            one = k_caches[0]
-            good = (cache.shape, cache.dtype) == (one.shape, one.dtype) and cache.shape[1] >= 1
-            want(op, name, f"{tuple(one.shape)} {one.dtype}, page_size at least 1, like the first", cache, good)
-            check_constant(op, **{name: cache})
-            repeated = any(step == 0 and size > 1 for step, size in zip(cache.stride(), cache.shape, strict=True))
-            want(op, name, "elements that do not share memory", "an expanded tensor", not (written and repeated))
-            rows = cache.stride(-1) == 1 or cache.shape[-1] <= 1
-            want(op, name, "a last dimension that is contiguous", f"strides {cache.stride()}", rows or not written)
+            _check_cache(op, name, cache, k_caches[0], first, written)
+
+
+def _check_cache(op: str, name: str, cache: Tensor, one: Tensor, first: Tensor, written: bool) -> None:
+    if not (logits_like(cache, 4) and cache.device == first.device):
+        raise refuse(op, name, f"(P, page_size, G, D) {DTYPE_NAMES}{on(first)}", cache)
+    if cache.shape != one.shape or cache.dtype != one.dtype or cache.shape[1] < 1:
+        raise refuse(op, name, f"{tuple(one.shape)} {one.dtype}, page_size at least 1, like the first", cache)
+    if cache.requires_grad:
+        check_constant(op, **{name: cache})
+    if not written or cache.is_contiguous():
+        return
+    if any(step == 0 and size > 1 for step, size in zip(cache.stride(), cache.shape, strict=True)):
+        raise refuse(op, name, "elements that do not share memory", "an expanded tensor")
+    if cache.stride(-1) != 1 and cache.shape[-1] > 1:
+        raise refuse(op, name, "a last dimension that is contiguous", f"strides {cache.stride()}")
 
 
 def check_block_table(op: str, block_table: object, first: Tensor, requests: int | None = None) -> int:
     good = is_strided(block_table) and block_table.ndim == 2 and block_table.dtype in INTEGERS
     good = good and near(block_table, first) and requests in (None, len(block_table))  # type: ignore[arg-type]
-    wanted = f"({'B' if requests is None else requests}, max_pages) int32 or int64{on(first)}"
-    want(op, "block_table", wanted, block_table, good)
+    if not good:
+        wanted = f"({'B' if requests is None else requests}, max_pages) int32 or int64{on(first)}"
+        raise refuse(op, "block_table", wanted, block_table)
     return len(block_table)  # type: ignore[arg-type]
 
 
@@ -137,17 +145,33 @@ def check_queries(
     """Values of the small integer tensors, on CPU."""
     if not readable(cu, seqlens):
         return
-    count = cu.diff()
-    good = int(cu[0]) == 0 and int(cu[-1]) == len(rows) and not bool((count < 0).any())
-    want(op, "cu_seqlens_q", f"0 = cu[0] <= ... <= cu[-1] = {len(rows)}", f"{cu.tolist()[:8]}", good)
-    good = not bool((seqlens < count).any())
-    want(op, "cache_seqlens", "at least the queries of each request", f"{seqlens.tolist()[:8]}", good)
-    needed = -(-seqlens.long() // page_size) * (count > 0)
-    good = not len(needed) or int(needed.max()) <= block_table.shape[1]
-    want(op, "block_table", f"room for {int(needed.max()) if len(needed) else 0} pages a request", block_table, good)
-    if mask_bits is not None and len(count):
-        good = mask_bits.shape[-1] * BITS >= int(count.max())
-        want(op, "mask_bits", f"at least {int(count.max())} bits a row", mask_bits, good)
+    bounds, lengths = cu.tolist(), seqlens.tolist()
+    count = [stop - start for start, stop in itertools.pairwise(bounds)]
+    if bounds[0] != 0 or bounds[-1] != len(rows) or min(count, default=0) < 0:
+        raise refuse(op, "cu_seqlens_q", f"0 = cu[0] <= ... <= cu[-1] = {len(rows)}", f"{bounds[:8]}")
+    if any(length < queries for length, queries in zip(lengths, count, strict=True)):
+        raise refuse(op, "cache_seqlens", "at least the queries of each request", f"{lengths[:8]}")
+    longest = max((length for length, queries in zip(lengths, count, strict=True) if queries), default=0)
+    if -(-longest // page_size) > block_table.shape[1]:
+        raise refuse(op, "block_table", f"room for {-(-longest // page_size)} pages a request", block_table)
+    if mask_bits is not None and mask_bits.shape[-1] * BITS < max(count, default=0):
+        raise refuse(op, "mask_bits", f"at least {max(count)} bits a row", mask_bits)
+
+
+def check_paths(op: str, accept_index: Tensor, accept_length: Tensor, seqlens: Tensor, most: int) -> None:
+    """Values of the small integer tensors, on CPU: paths of ascending nodes below ``most``."""
+    if not readable(accept_index, accept_length, seqlens):
+        return
+    width = accept_index.shape[1]
+    for length in seqlens.tolist():
+        if not 0 <= length <= MOST - width:
+            raise refuse(op, "cache_seqlens", f"values in 0..{MOST - width}", f"{seqlens.tolist()[:8]}")
+    for path, length in zip(accept_index.tolist(), accept_length.tolist(), strict=True):
+        if not 0 <= length < width:
+            raise refuse(op, "accept_length", f"values in 0..{width - 1}", f"{accept_length.tolist()[:8]}")
+        used = [-1, *path[: length + 1], most]
+        if any(node >= following for node, following in itertools.pairwise(used)):
+            raise refuse(op, "accept_index", f"ascending nodes in 0..{most - 1} along each path", f"{path[:8]}")
 
 
 def check_walks(

@@ -25,6 +25,7 @@ from m3kernels.spec_decode.arguments import (
     check_block_table,
     check_caches,
     check_constant,
+    check_paths,
     check_queries,
     expect,
     is_integer,
@@ -179,8 +180,10 @@ def tree_attention(
     check_caches(op, [k_cache], [v_cache], q)
     heads, size = q.shape[-2:]
     kv_heads = k_cache.shape[2]
-    want(op, "k_cache", f"head size {size}, as q", k_cache, k_cache.shape[3] == size)
-    want(op, "k_cache", f"kv heads that divide {heads}", k_cache, kv_heads > 0 and heads % kv_heads == 0)
+    if k_cache.shape[3] != size:
+        raise refuse(op, "k_cache", f"head size {size}, as q", k_cache)
+    if kv_heads == 0 or heads % kv_heads:
+        raise refuse(op, "k_cache", f"kv heads that divide {heads}", k_cache)
     lead = q.shape[:-2]
     requests = check_block_table(op, block_table, q)
     cache_seqlens = vector(op, "cache_seqlens", cache_seqlens, q, INTEGERS, torch.int32, requests)
@@ -188,22 +191,24 @@ def tree_attention(
         want(op, "cu_seqlens_q", "None with q (B, N, H, D)", cu_seqlens_q, cu_seqlens_q is None)
         want(op, "q", f"{requests} requests, as block_table", q, q.shape[0] == requests)
         cu_seqlens_q = torch.arange(requests + 1, device=q.device, dtype=torch.int32) * q.shape[1]
-    else:
+    elif not is_strided(cu_seqlens_q):
         wanted = f"({requests + 1},) int32 or int64{on(q)}, with q (T, H, D)"
-        want(op, "cu_seqlens_q", wanted, cu_seqlens_q, is_strided(cu_seqlens_q))
+        raise refuse(op, "cu_seqlens_q", wanted, cu_seqlens_q)
+    else:
         cu_seqlens_q = vector(op, "cu_seqlens_q", cu_seqlens_q, q, INTEGERS, torch.int32, requests + 1)
     if mask_bits is not None:
         good = is_strided(mask_bits) and mask_bits.shape[:-1] == lead and mask_bits.ndim == len(lead) + 1
-        good = good and mask_bits.dtype == torch.int32 and near(mask_bits, q)
-        want(op, "mask_bits", f"({''.join(f'{size}, ' for size in lead)}W) int32{on(q)}", mask_bits, good)
+        if not (good and mask_bits.dtype == torch.int32 and near(mask_bits, q)):
+            raise refuse(op, "mask_bits", f"({''.join(f'{size}, ' for size in lead)}W) int32{on(q)}", mask_bits)
     if gate is not None:
-        shapes = ((*lead, heads), (*lead, heads, size))
-        good = is_strided(gate) and any(gate.shape == shape for shape in shapes)
-        good = good and gate.dtype in (torch.float32, q.dtype) and near(gate, q)
-        want(op, "gate", f"{shapes[0]} or {shapes[1]} float32 or {q.dtype}{on(q)}", gate, good)
+        shapes = (torch.Size((*lead, heads)), torch.Size((*lead, heads, size)))
+        good = is_strided(gate) and gate.shape in shapes
+        if not (good and gate.dtype in (torch.float32, q.dtype) and near(gate, q)):
+            wanted = f"{tuple(shapes[0])} or {tuple(shapes[1])} float32 or {q.dtype}{on(q)}"
+            raise refuse(op, "gate", wanted, gate)
     scale = max(size, 1) ** -0.5 if softmax_scale is None else softmax_scale
     want(op, "softmax_scale", "a number that is finite in float32", scale, is_number(scale))
-    want(op, "window", f"an integer in 0..{MOST}", window, is_integer(window, 0, MOST))
+    want(op, "window", "an integer in 0..2147483647", window, is_integer(window, 0, MOST))
     check_constant(op, q=q, gate=gate)
     rows = q.flatten(0, -3) if batched else q
     if not rows.shape[0] or not heads or not size:
@@ -361,7 +366,7 @@ def tree_commit(
     op = "tree_commit"
     good = is_strided(accept_index) and accept_index.ndim == 2 and accept_index.dtype == torch.int32
     want(op, "accept_index", "(B, S) int32 with S at least 1", accept_index, good and accept_index.shape[1] >= 1)
-    requests, width = accept_index.shape
+    requests = len(accept_index)
     accept_length = vector(op, "accept_length", accept_length, accept_index, (torch.int32,), torch.int32)
     check_caches(op, k_caches, v_caches, accept_index)
     check_block_table(op, block_table, accept_index, requests)
@@ -370,17 +375,7 @@ def tree_commit(
         good = logits_like(hidden, 3) and len(hidden) == requests and near(hidden, accept_index)
         want(op, "hidden", f"({requests}, N, C) {DTYPE_NAMES}{on(accept_index)}", hidden, good)
         check_constant(op, hidden=hidden)
-    if readable(accept_index, accept_length, cache_seqlens) and requests:
-        good = bool(((cache_seqlens >= 0) & (cache_seqlens <= MOST - width)).all())
-        want(op, "cache_seqlens", f"values in 0..{MOST - width}", f"{cache_seqlens.tolist()[:8]}", good)
-        good = bool(((accept_length >= 0) & (accept_length < width)).all())
-        want(op, "accept_length", f"values in 0..{width - 1}", f"{accept_length.tolist()[:8]}", good)
-        used = torch.arange(width) <= accept_length[:, None]
-        rising = (accept_index.diff(dim=1) > 0) | ~used[:, 1:]
-        good = bool(rising.all()) and not bool((accept_index[:, 0] < 0).any())
-        most = MAX_NODES if hidden is None else hidden.shape[1]
-        good = good and not bool((accept_index.where(used, 0) >= most).any())
-        want(op, "accept_index", f"ascending nodes in 0..{most - 1} along each path", "others", good)
+    check_paths(op, accept_index, accept_length, cache_seqlens, MAX_NODES if hidden is None else hidden.shape[1])
     args = (accept_index.contiguous(), accept_length, list(k_caches), list(v_caches), as_int32(block_table))
     seqlens, accepted = _tree_commit(*args, cache_seqlens, None if hidden is None else hidden.contiguous())
     return Committed(seqlens, None if hidden is None else accepted)

@@ -5,6 +5,8 @@ philox takes the same counter and key. The race is computed in fp32 from whole 3
 
     u = (r + 1/2) 2^-32,   1 - u = (~r + 1/2) 2^-32,   E = -log1p(-u),   refined by a second word where r < 256
 """
+# The arguments of a Triton kernel have no Python type.
+# mypy: disallow-untyped-defs=False
 
 from __future__ import annotations
 

@@ -14,10 +14,16 @@ row follow from its own q, gate and keys:
   - a row that has no key in a chunk or split keeps its state untouched.
 A block id outside the cache makes the row nan and is not followed.
 """
+# In kernels, `if TREE:` decides at compile time and the next `if` at run time; a tuple grows by +.
+# ruff: noqa: SIM102, SIM108, RUF005
+# The arguments of a Triton kernel have no Python type.
+# mypy: disallow-untyped-defs=False
+# mypy: disable-error-code="assignment"
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+import functools
+from typing import NamedTuple
 
 import torch
 import triton
@@ -26,11 +32,11 @@ from torch import Tensor
 
 from m3kernels.spec_decode.triton_arithmetic import (
     INTERPRET,
+    NOWHERE,
     TL_DTYPE,
     block,
     case,
     launch,
-    NOWHERE,
     request_of,
     round_to,
 )
@@ -52,10 +58,30 @@ class Tile(NamedTuple):
     num_stages: int
 
 
-def tile(head_size: int, compute: torch.dtype, amd: bool) -> Tile:
+# By target; the largest tiles whose sums stay in registers. A tile of 64 rows reaches wgmma and tcgen05; there a second
+# warp group shares the columns.
+TILES = {
+    "sm_80": {64: Tile(32, 32, 64, 8, 3), 128: Tile(32, 32, 64, 8, 3), 256: Tile(32, 32, 64, 8, 1)},
+    "sm_90": {64: Tile(64, 64, 64, 4, 3), 128: Tile(64, 64, 64, 8, 3), 256: Tile(32, 16, 64, 8, 1)},
+    "sm_100": {64: Tile(64, 64, 64, 8, 1), 128: Tile(64, 64, 64, 8, 1), 256: Tile(64, 64, 64, 8, 1)},
+    "gfx942": {64: Tile(32, 32, 64, 4, 1), 128: Tile(32, 32, 64, 4, 1), 256: Tile(16, 32, 64, 4, 1)},
+}
+EXACT_TILE = Tile(16, 16, 64, 8, 1)  # fp32 products, without matrix units
+
+
+def tile(head_size: int, compute: torch.dtype, target: str) -> Tile:
+    """A function of the head, the dtype and the GPU only: never of the call."""
     if compute == torch.float32:
-        return Tile(16, 16, 64, 4, 1)
-    return Tile(64, 64, 64, 4, 2)
+        return EXACT_TILE
+    return TILES[target][64 if head_size <= 64 else 128 if head_size <= 128 else 256]
+
+
+@functools.cache
+def target_of(device: torch.device) -> str:
+    if torch.version.hip is not None:
+        return "gfx942"
+    major = 9 if device.type == "cpu" else torch.cuda.get_device_capability(device)[0]
+    return {9: "sm_90", 10: "sm_100"}.get(major, "sm_80")
 
 
 def compute_dtype(q: torch.dtype, cache: torch.dtype) -> torch.dtype:
@@ -84,12 +110,12 @@ def _attended_kernel(mask_bits, cu_seqlens, slots, counts, requests, bits, BLOCK
 
 
 @triton.jit
-def _joint(total_m, total_l, m, l):
-    """(m, l, factors) of two splits together; where one holds nothing the other stays as it is: its factor is 1."""
-    top = tl.where(l == 0.0, total_m, tl.where(total_l == 0.0, m, tl.maximum(total_m, m)))
-    before = tl.where(total_l == 0.0, 0.0, tl.exp2(total_m - top))
-    after = tl.where(l == 0.0, 0.0, tl.exp2(m - top))
-    return top, total_l * before + l * after, before, after
+def _joint(total_m, total_norm, m, norm):
+    """(m, norm, factors) of two splits together; where one holds nothing the other stays as it is: its factor is 1."""
+    top = tl.where(norm == 0.0, total_m, tl.where(total_norm == 0.0, m, tl.maximum(total_m, m)))
+    before = tl.where(total_norm == 0.0, 0.0, tl.exp2(total_m - top))
+    after = tl.where(norm == 0.0, 0.0, tl.exp2(m - top))
+    return top, total_norm * before + norm * after, before, after
 
 
 @triton.jit
@@ -100,9 +126,9 @@ def _joint_acc(total, before, acc, after):
 
 
 @triton.jit
-def _finish(l, acc, gate, gate_at, mask, GATE: tl.constexpr, dtype: tl.constexpr):
+def _finish(norm, acc, gate, gate_at, mask, GATE: tl.constexpr, dtype: tl.constexpr):
     """Normalised, gated and rounded: (rows, columns). A row without keys is 0. GATE 2: gate_at has the shape of acc."""
-    out = tl.where(tl.broadcast_to((l == 0.0)[:, None], acc.shape), 0.0, acc / l[:, None])
+    out = tl.where(tl.broadcast_to((norm == 0.0)[:, None], acc.shape), 0.0, acc / norm[:, None])
     if GATE > 0:
         g = tl.load(gate + gate_at, mask=mask, other=0.0).to(tl.float32)
         out = out * (1.0 / (1.0 + tl.exp(-g)))
@@ -129,7 +155,7 @@ def _slot_offsets(slot, wanted, block_table, page_size, pages, page_stride, slot
 def _chunk(
     q,
     m,
-    l,
+    norm,
     acc,
     rows,
     valid,
@@ -151,7 +177,7 @@ def _chunk(
     PIECE: tl.constexpr,
     COMPUTE: tl.constexpr,
 ):
-    """Online softmax of one chunk for the rows ``rows``, whose keys in it are ``valid`` (SHARED: every row, every key)."""
+    """Online softmax of one chunk for rows ``rows``, whose keys in it are ``valid`` (SHARED: every row, every key)."""
     at, good = _slot_offsets(slot, wanted, block_table, page_size, pages, k_page, k_slot)
     s = tl.zeros((q[0].shape[0], slot.shape[0]), tl.float32)
     for i in tl.static_range(PIECES):
@@ -168,7 +194,7 @@ def _chunk(
         top = tl.where(rows, top, 0.0)
     p = tl.exp2(s - top[:, None])
     alpha = tl.exp2(m - top)
-    total = l * alpha + tl.sum(p, 1)
+    total = norm * alpha + tl.sum(p, 1)
     at, good = _slot_offsets(slot, wanted, block_table, page_size, pages, v_page, v_slot)
     joint = ()
     for i in tl.static_range(PIECES):
@@ -182,7 +208,7 @@ def _chunk(
         joint = joint + (term,)
     if not SHARED:
         top = tl.where(rows, top, m)
-        total = tl.where(rows, total, l)
+        total = tl.where(rows, total, norm)
     return top, total, joint
 
 
@@ -207,8 +233,8 @@ def _finite_values(
 # BLOCK_M / HEADS queries of one request, each with HEADS query heads of one kv head; request b has room for blocks from
 # cu[b] // queries + b on, the surplus returns. Reads the keys and values of its rows' positions: whole chunks of the
 # shared prefix once, chunks where rows differ once if that is safe and the rows attend to the same slots, else once a
-# query. PARTIAL: one split, its sums go to ``part`` (T, H, splits, D) and ``part_ml`` (T, H, splits, 2). SERIAL: all splits in
-# order, their joint sum waits in ``part`` (T, H, D), and the rows of ``out``. SINGLE: there is but one split.
+# query. PARTIAL: one split, its sums go to ``part`` (T, H, splits, D) and ``part_ml`` (T, H, splits, 2). SERIAL: all
+# splits in order, their joint sum waits in ``part`` (T, H, D), and the rows of ``out``. SINGLE: there is one split.
 @triton.jit(do_not_specialize=["requests", "window", "splits", "table_width"])
 def _attention_kernel(
     q,
@@ -310,13 +336,13 @@ def _attention_kernel(
             return
 
     total_m = tl.full((BLOCK_M,), float("-inf"), tl.float32)
-    total_l = tl.zeros((BLOCK_M,), tl.float32)
+    total_norm = tl.zeros((BLOCK_M,), tl.float32)
     total_acc = ()
     for _ in tl.static_range(PIECES):
         total_acc = total_acc + (tl.zeros((BLOCK_M, PIECE), tl.float32),)
     for split in range(low, high, CHUNKS):
         m = tl.full((BLOCK_M,), float("-inf"), tl.float32)
-        l = tl.zeros((BLOCK_M,), tl.float32)
+        norm = tl.zeros((BLOCK_M,), tl.float32)
         acc = ()
         for _ in tl.static_range(PIECES):
             acc = acc + (tl.zeros((BLOCK_M, PIECE), tl.float32),)
@@ -325,8 +351,8 @@ def _attention_kernel(
         for side in range(2):
             for chunk in range(tl.maximum(split_first, shared), tl.minimum(split_last, own) * side):
                 position = chunk * CHUNK + tl.arange(0, CHUNK)
-                m, l, acc = _chunk(
-                    tile_q, m, l, acc, real, real[:, None], position, position >= 0, block_table, k_cache, v_cache,
+                m, norm, acc = _chunk(
+                    tile_q, m, norm, acc, real, real[:, None], position, position >= 0, block_table, k_cache, v_cache,
                     page_size, pages, k_page, k_slot, v_page, v_slot, scale, head_size, True, PIECES, PIECE, COMPUTE,
                 )  # fmt: skip
             from_chunk = tl.maximum(split_first, own) if side == 1 else split_first
@@ -351,7 +377,7 @@ def _attention_kernel(
                         PIECES,
                         PIECE,
                     )
-                for i in range(0, 1 if together else active):
+                for i in range(1 if together else active):
                     rows = real & (together | (query == i))
                     from_position = tl.min(tl.where(rows, start, NOWHERE), 0)
                     to_position = tl.max(tl.where(rows, end, 0), 0)
@@ -363,9 +389,10 @@ def _attention_kernel(
                         slot = tl.where(position >= prefix, prefix + in_tree, position)
                     valid = (position[None, :] >= start[:, None]) & (position[None, :] < end[:, None])
                     some = rows & (start < (chunk + 1) * CHUNK) & (end > chunk * CHUNK)
-                    m, l, acc = _chunk(
-                        tile_q, m, l, acc, some, valid, slot, wanted, block_table, k_cache, v_cache,
-                        page_size, pages, k_page, k_slot, v_page, v_slot, scale, head_size, False, PIECES, PIECE, COMPUTE,
+                    m, norm, acc = _chunk(
+                        tile_q, m, norm, acc, some, valid, slot, wanted, block_table, k_cache, v_cache,
+                        page_size, pages, k_page, k_slot, v_page, v_slot, scale, head_size, False,
+                        PIECES, PIECE, COMPUTE,
                     )  # fmt: skip
         if KIND == SERIAL:
             # Read anew, so that what follows is computed here and not kept in registers through the loops.
@@ -377,7 +404,7 @@ def _attention_kernel(
             out_row = (again + begin + query_again).to(tl.int64) * heads + kv_head * group + head_again
             if split > low:
                 tl.debug_barrier()
-                m, l, before, after = _joint(total_m, total_l, m, l)
+                m, norm, before, after = _joint(total_m, total_norm, m, norm)
                 joined = ()
                 for c in tl.static_range(PIECES):
                     at, mask = _tile_of(out_row, real_again, c * PIECE + tl.arange(0, PIECE), head_size)
@@ -387,22 +414,22 @@ def _attention_kernel(
                 for c in tl.static_range(PIECES):
                     at, mask = _tile_of(out_row, real_again, c * PIECE + tl.arange(0, PIECE), head_size)
                     tl.store(part + at, acc[c], mask=mask)
-        total_m, total_l, total_acc = m, l, acc
+        total_m, total_norm, total_acc = m, norm, acc
 
     out_row = t * heads + head
     if KIND == PARTIAL:
         at = out_row * splits + tl.program_id(2)
         tl.store(part_ml + at * 2, total_m, mask=real)
-        tl.store(part_ml + at * 2 + 1, total_l, mask=real)
+        tl.store(part_ml + at * 2 + 1, total_norm, mask=real)
         for c in tl.static_range(PIECES):
             part_at, mask = _tile_of(at, real, c * PIECE + tl.arange(0, PIECE), head_size)
             tl.store(part + part_at, total_acc[c], mask=mask)
     else:
-        total_l = tl.where(impossible, float("nan"), total_l)
+        total_norm = tl.where(impossible, float("nan"), total_norm)
         for c in tl.static_range(PIECES):
             at, mask = _tile_of(out_row, real, c * PIECE + tl.arange(0, PIECE), head_size)
             gate_at = at if GATE == 2 else tl.broadcast_to(out_row[:, None], mask.shape)
-            rounded = _finish(total_l, total_acc[c], gate, gate_at, mask, GATE, out.dtype.element_ty)
+            rounded = _finish(total_norm, total_acc[c], gate, gate_at, mask, GATE, out.dtype.element_ty)
             tl.store(out + at, rounded, mask=mask)
 
 
@@ -446,19 +473,19 @@ def _join_kernel(
     mask = in_heads[:, None] & (d < head_size)[None, :]
     row = t * heads + head
     m = tl.full((BLOCK_H,), float("-inf"), tl.float32)
-    l = tl.zeros((BLOCK_H,), tl.float32)
+    norm = tl.zeros((BLOCK_H,), tl.float32)
     acc = tl.zeros((BLOCK_H, BLOCK_D), tl.float32)
     for split in range(start // SPLIT, tl.cdiv(end, SPLIT)):
         at = row * splits + split
         split_m = tl.load(part_ml + at * 2, mask=in_heads, other=0.0)
-        split_l = tl.load(part_ml + at * 2 + 1, mask=in_heads, other=0.0)
+        split_norm = tl.load(part_ml + at * 2 + 1, mask=in_heads, other=0.0)
         split_acc = tl.load(part + at[:, None] * head_size + d[None, :], mask=mask, other=0.0)
-        m, l, before, after = _joint(m, l, split_m, split_l)
+        m, norm, before, after = _joint(m, norm, split_m, split_norm)
         acc = _joint_acc(acc, before, split_acc, after)
-    l = tl.where(impossible, float("nan"), l)
+    norm = tl.where(impossible, float("nan"), norm)
     at = row[:, None] * head_size + d[None, :]
     gate_at = at if GATE == 2 else tl.broadcast_to(row[:, None], mask.shape)
-    tl.store(out + at, _finish(l, acc, gate, gate_at, mask, GATE, out.dtype.element_ty), mask=mask)
+    tl.store(out + at, _finish(norm, acc, gate, gate_at, mask, GATE, out.dtype.element_ty), mask=mask)
 
 
 def tree_attention(
@@ -491,7 +518,7 @@ def tree_attention(
         )  # fmt: skip
     compute = compute_dtype(q.dtype, k_cache.dtype)
     group = heads // kv_heads
-    plan = tile(head_size, compute, torch.version.hip is not None)
+    plan = tile(head_size, compute, target_of(q.device))
     rows = min(triton.next_power_of_2(group), plan.block_m)  # heads of a query in a program
     queries = plan.block_m // rows
     splits = triton.cdiv(table_width * page_size, SPLIT)
@@ -570,7 +597,7 @@ def attention_case(
 ) -> CompileCase:
     names = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
     exact = names[q] if q == cache else torch.float32
-    plan = tile(head_size, exact, target.startswith("gfx"))
+    plan = tile(head_size, exact, target)
     extra = "slots *i32, counts *i32, " if tree else ""
     extra += f"gate *{q}, " if gate else ""
     extra += "part *fp32, " if kind != SINGLE else ""
@@ -579,9 +606,9 @@ def attention_case(
         f"attention_{q}_{cache}_{head_size}{'_tree' if tree else ''}_{('single', 'partial', 'serial')[kind.value]}",
         _attention_kernel,
         f"q *{q}, k_cache *{cache}, v_cache *{cache}, block_table *i32, cache_seqlens *i32, cu_seqlens *i32, {extra}"
-        f"out *{q}, requests i32, heads i32, group i32, head_size i32:16, page_size i32:16, pages i32, table_width i32, "
-        "bits i32:16, window i32, splits i32, scale fp32, q_token i32:16, q_head i32:16, k_page i32:16, k_slot i32:16, "
-        "k_head i32:16, v_page i32:16, v_slot i32:16, v_head i32:16",
+        f"out *{q}, requests i32, heads i32, group i32, head_size i32:16, page_size i32:16, pages i32, "
+        "table_width i32, bits i32:16, window i32, splits i32, scale fp32, q_token i32:16, q_head i32:16, "
+        "k_page i32:16, k_slot i32:16, k_head i32:16, v_page i32:16, v_slot i32:16, v_head i32:16",
         plan.num_warps,
         plan.num_stages,
         GATE=gate,
@@ -595,7 +622,7 @@ def attention_case(
         SPLIT=SPLIT,
         COMPUTE=TL_DTYPE[exact],
     )
-    return made._replace(matrix_units=exact != torch.float32)
+    return made._replace(matrix_units=exact != torch.float32 and (target != "sm_90" or plan.block_m == 64))
 
 
 def join_case(dtype: str, head_size: int, *, tree: bool, gate: int) -> CompileCase:
@@ -603,8 +630,8 @@ def join_case(dtype: str, head_size: int, *, tree: bool, gate: int) -> CompileCa
         f"join_{dtype}_{head_size}",
         _join_kernel,
         f"part *fp32, part_ml *fp32, cache_seqlens *i32, cu_seqlens *i32, {'counts *i32, ' if tree else ''}"
-        f"{f'gate *{dtype}, ' if gate else ''}out *{dtype}, requests i32, heads i32, head_size i32:16, page_size i32:16, "
-        "table_width i32, window i32, splits i32",
+        f"{f'gate *{dtype}, ' if gate else ''}out *{dtype}, requests i32, heads i32, head_size i32:16, "
+        "page_size i32:16, table_width i32, window i32, splits i32",
         GATE=gate,
         TREE=tree,
         BLOCK_H=4,

@@ -4,6 +4,8 @@ The caches of a model are named by their addresses, in an int64 tensor that is m
 one shape and stride share a launch. A path ascends, so node accept_index[j] >= j: in ascending order of j no slot is
 read after it was written, and a program owns its columns of every slot, so that no other program can disturb it.
 """
+# The arguments of a Triton kernel have no Python type.
+# mypy: disallow-untyped-defs=False
 
 from __future__ import annotations
 
@@ -66,7 +68,7 @@ def _move_kernel(
     block_table += b.to(tl.int64) * table_width
     prefix = tl.load(cache_seqlens + b)
     last = tl.minimum(tl.load(accept_length + b), width - 1)
-    for j in range(0, last + 1):
+    for j in range(last + 1):
         node = tl.load(accept_index + j)
         source = prefix + node
         target = prefix + j

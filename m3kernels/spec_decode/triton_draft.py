@@ -4,6 +4,8 @@ A candidate is one int64, ``ordered(value) << 32 | (2^31 - 1 - index)``: distinc
 maxima, each below the last, and equal values come in ascending order of index. Values are logits, or logits minus log E
 of the shared noise; the constant that makes them log-probabilities is subtracted last, in fp64.
 """
+# The arguments of a Triton kernel have no Python type.
+# mypy: disallow-untyped-defs=False
 
 from __future__ import annotations
 
@@ -75,7 +77,7 @@ def _span_kernel(
     tl.store(statistics + slot * 2, top)
     tl.store(statistics + slot * 2 + 1, total.to(tl.float32))
     rest = tl.where(inside, _candidate(z, v), NOTHING)
-    for j in range(0, k):
+    for j in range(k):
         leader = tl.max(rest, 0)
         tl.store(best + slot * k + j, leader)
         rest = tl.where(rest == leader, NOTHING, rest)
@@ -122,7 +124,7 @@ def _merge_kernel(
         c = tl.arange(0, BLOCK_C)
         mask = real[:, None] & (c < spans * k)[None, :]
         rest = tl.load(best + row[:, None] * (spans * k) + c[None, :], mask=mask, other=NOTHING)
-        for j in range(0, k):
+        for j in range(k):
             leader = tl.max(rest, 1)
             rest = tl.where(rest == leader[:, None], NOTHING, rest)
             token = _index(leader)
@@ -138,7 +140,7 @@ def _merge_kernel(
     cum = tl.load(cum_scores + b * frontier * k + flat, mask=inside, other=0.0)
     cum = tl.where(cum == cum, cum, float("-inf"))
     rest = tl.where(inside, _candidate(cum, flat), NOTHING)
-    for j in range(0, k):
+    for j in range(k):
         leader = tl.max(rest, 0)
         rest = tl.where(rest == leader, NOTHING, rest)
         chosen = _index(leader)

@@ -5,6 +5,8 @@ the scores, and the first of those that equal it; written by ascending index, so
 search. Every node then walks its own ancestors: its bits, its depth and whether it hangs on the root follow, and its
 children and siblings are the nodes with the same parent, looked up in all of them at once.
 """
+# The arguments of a Triton kernel have no Python type.
+# mypy: disallow-untyped-defs=False
 
 from __future__ import annotations
 
@@ -19,7 +21,7 @@ from m3kernels.spec_decode.types import BITS
 from m3kernels.triton_compile import CompileCase
 
 NODES = 32  # per program of a walk
-OTHERS = 128  # nodes that they are compared with at a time
+OTHERS = 64  # nodes that they are compared with at a time
 CANDIDATES = 4096  # looked at together
 FULL = tl.constexpr(FULL_MASK)
 PACKED = tl.constexpr(BIT_PACKED)
@@ -99,7 +101,7 @@ def _select_kernel(
         wanted = tl.load(parent_list + column, mask=real & (column > 0) & (column < columns), other=-1)
         lower = tl.zeros((BLOCK_N,), tl.int32)  # entries of ``selected`` below what is wanted
         upper = tl.zeros((BLOCK_N,), tl.int32) + found
-        for _ in range(0, SEARCH):
+        for _ in range(SEARCH):
             middle = (lower + upper) // 2
             less = (lower < upper) & (tl.load(selected + middle, mask=lower < upper, other=0) < wanted)
             upper = tl.where(less, upper, middle)
@@ -240,9 +242,7 @@ def tree_finalize(
 # Grid: (requests, blocks of NODES nodes). A program finds the parent of its nodes: the first selected index that is the
 # entry of its column.
 @triton.jit(do_not_specialize=["nodes", "columns"])
-def _parents_kernel(
-    parent_list, selected_index, raw, columns, topk, nodes, NODES: tl.constexpr, OTHERS: tl.constexpr
-):
+def _parents_kernel(parent_list, selected_index, raw, columns, topk, nodes, NODES: tl.constexpr, OTHERS: tl.constexpr):
     b = tl.program_id(0).to(tl.int64)
     i = tl.program_id(1) * NODES + tl.arange(0, NODES)
     real = (i > 0) & (i < nodes)
@@ -295,7 +295,7 @@ def _build_kernel(
     tl.store(retrive_next_sibling + row, sibling.to(tl.int64), mask=inside & (sibling < nodes))
 
 
-# Grid: (requests * nodes). A program writes the mask of one node as bytes: one a node, or packed; never beyond ``size``.
+# Grid: (requests * nodes). A program writes the mask of one node as bytes, one a node or packed, never beyond ``size``.
 @triton.jit(do_not_specialize=["nodes"])
 def _mask_kernel(
     mask_bits, verified_seq_len, tree_mask, size, nodes, words, width, MODE: tl.constexpr, BLOCK: tl.constexpr
@@ -306,7 +306,7 @@ def _mask_kernel(
     at = row * width
     if MODE == FULL:
         before = b * 0
-        for other in range(0, b):
+        for other in range(b):
             before += tl.load(verified_seq_len + other)
         length = tl.load(verified_seq_len + b)
         at = nodes * (before + b * nodes) + (length + nodes) * i + length
@@ -426,9 +426,7 @@ def reconstruct_indices_from_tree_mask(
         square, verified_seq_len, positions, retrive_index, retrive_next_token, raw, draft_token_num,
         NODES=NODES, OTHERS=OTHERS,
     )  # fmt: skip
-    launch(
-        _siblings_kernel, grid, tree_mask, raw, retrive_next_sibling, draft_token_num, NODES=NODES, OTHERS=OTHERS
-    )
+    launch(_siblings_kernel, grid, tree_mask, raw, retrive_next_sibling, draft_token_num, NODES=NODES, OTHERS=OTHERS)
 
 
 # -- what is compiled without a GPU -----------------------------------------------------------------------------------

@@ -102,7 +102,7 @@ FURTHER = "want -1, or an index greater than the node's own and below 5; got "
 PROBS = "draft_probs: want (2, 5, 40) float32; got "
 GRAMMAR = "grammar_bits: want (2, 5, 2) int32; got "
 INDEX = "accept_index: want (B, S) int32 with S at least 1; got "
-ASCENDING = "accept_index: want ascending nodes in 0..4 along each path; got others"
+ASCENDING = "accept_index: want ascending nodes in 0..4 along each path; got "
 LENGTHS = "accept_length: want values in 0..2; got "
 LAYERS = f"k_caches: want (P, page_size, G, D) {DTYPES}; got "
 HIDDEN = f"hidden: want (2, N, C) {DTYPES}; got "
@@ -297,9 +297,9 @@ ERRORS: dict[Callable[..., Any], tuple[dict[str, Any], dict[str, tuple[Change, s
         "index_rank": (dict(accept_index=ZEROS.int()), INDEX + "(2,) int32"),
         "index_dtype": (dict(accept_index=COMMIT["accept_index"].long()), INDEX + "(2, 3) int64"),
         "index_no_slots": (dict(accept_index=COMMIT["accept_index"][:, :0]), INDEX + "(2, 0) int32"),
-        "index_descends": (dict(accept_index=with_value(COMMIT["accept_index"], (0, 2), 2)), ASCENDING),
-        "index_negative": (dict(accept_index=with_value(COMMIT["accept_index"], (1, 0), -1)), ASCENDING),
-        "index_beyond": (dict(accept_index=with_value(COMMIT["accept_index"], (0, 2), 5)), ASCENDING),
+        "index_descends": (dict(accept_index=with_value(COMMIT["accept_index"], (0, 2), 2)), ASCENDING + "[0, 2, 2]"),
+        "index_negative": (dict(accept_index=with_value(COMMIT["accept_index"], (1, 0), -1)), ASCENDING + "[-1, -1, -1]"),
+        "index_beyond": (dict(accept_index=with_value(COMMIT["accept_index"], (0, 2), 5)), ASCENDING + "[0, 2, 5]"),
         "length_shape": (
             dict(accept_length=COMMIT["accept_length"][:1]), "accept_length: want (2,) int32; got (1,) int32"
         ),

@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from m3kernels import BackendError
+from m3kernels import BackendError, dispatch
 from m3kernels.checks import describe
 from m3kernels.spec_decode import draft_topk, tree_attention, tree_budget, tree_commit, tree_finalize, tree_verify
 from m3kernels.spec_decode.reference import make_inputs
@@ -325,6 +325,43 @@ def test_malformed_calls(name: str, backend: str, seed: int) -> None:
     assert CASES * 0.3 < refused < CASES * 0.9
 
 
+# -- two rooms --------------------------------------------------------------------------------------------------------
+def outcome(function: Callable[..., Any], arguments: Arguments) -> list[Tensor] | None:
+    """Tensors of the result; None if the call is refused."""
+    try:
+        return [x for x in function(**arguments) if x is not None]
+    except (ValueError, BackendError):
+        return None
+
+
+AGREE = [name for name in CALLS if name != "budget" and "attention" not in name]  # attention overflows in fp32
+
+
+@pytest.mark.parametrize("name", AGREE)
+@pytest.mark.parametrize("seed", [0, *(pytest.param(n, marks=pytest.mark.slow) for n in range(1, 11))])
+def test_rooms_agree_on_malformed_calls(monkeypatch: pytest.MonkeyPatch, name: str, seed: int) -> None:
+    """Refused by both or by none; the same integers; scores and log-probabilities within fp32 rounding."""
+    function, arguments = CALLS[name]
+    r = random.Random(f"{name} agree {seed}")
+    changes = []
+    for _ in range(CASES):
+        keys = r.sample(list(arguments), r.choice((1, 1, 1, 2)))
+        changes.append({key: spoil(r, arguments[key]) for key in keys})
+    found = {}
+    for room in ROOMS:
+        monkeypatch.setenv("M3KERNELS_BACKEND", room)
+        dispatch.rooms.cache_clear()
+        found[room] = [outcome(function, {**arguments, **change}) for change in changes]
+    dispatch.rooms.cache_clear()
+    for change, ours, expected in zip(changes, *found.values(), strict=True):
+        where = f"seed {seed}: {name} with { ({key: describe(x) for key, x in change.items()}) }"
+        assert (ours is None) == (expected is None), where
+        torch.testing.assert_close(
+            ours or [], expected or [], rtol=1e-5, atol=3e-6, equal_nan=True,
+            msg=lambda text, where=where: f"{where}\n{text}",
+        )  # fmt: skip
+
+
 # -- registered ops ---------------------------------------------------------------------------------------------------
 NO_EXTRAS = dict(top_k=None, top_p=None, min_p=None, draft_probs=None, grammar_bits=None)
 FLAT: dict[str, Arguments] = {
@@ -343,6 +380,7 @@ PYTHONIC = (
 )
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning")  # of torch, on what the reference converts
 @pytest.mark.parametrize("backend", ROOMS, indirect=True)
 @pytest.mark.parametrize("name", FLAT)
 def test_malformed_calls_of_registered_ops(backend: str, name: str) -> None:

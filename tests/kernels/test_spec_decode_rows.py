@@ -23,7 +23,7 @@ from tests.kernels.spec_decode_rows_cases import (
 )
 
 LAW = 1e-7  # of cumulative probabilities
-LOG = 1e-6  # of log-probabilities up to 16 nats, which fp32 rounds by 5e-7
+LOG = dict(atol=1e-6, rtol=2.0**-24)  # of log-probabilities in nats, which fp32 rounds
 
 
 @pytest.fixture
@@ -149,7 +149,7 @@ def test_tokens_invert_the_cumulative_law(name: str, vocabulary: int, dtype: tor
     assert bool((coins < upto[drawn] + LAW).all())
     assert bool((coins >= upto[drawn] - p[drawn] - LAW).all())
     assert bool((p[drawn] > 0).all())
-    torch.testing.assert_close(logprobs[:, 0].double(), p[drawn].log(), rtol=0, atol=LOG)
+    torch.testing.assert_close(logprobs[:, 0].double(), p[drawn].log(), **LOG)
 
 
 @pytest.mark.parametrize("mode", ["target_only", "chain"])
@@ -164,7 +164,11 @@ def test_what_is_left_after_a_rejection_is_drawn_by_its_law(name: str, mode: str
     q[7], q[8], q[rejected[0]] = torch.nan, -1.0, 2.0
     args[0] = args[0].expand(-1, 4, -1)
     args[1:4] = star(len(coins), rejected)
-    args[10], args[12], args[15] = torch.full((len(coins), 4), 1 - 2.0**-53).double(), q.expand(len(coins), 4, -1), 2
+    args[10], args[12], args[15] = (
+        torch.full((len(coins), 4), 1 - 2.0**-53, dtype=torch.float64),
+        q.expand(len(coins), 4, -1),
+        2,
+    )
     if mode == "chain":
         rest = (p - q.double().where((q >= 0) & (q <= 1), 0.0)).clamp(min=0)
     else:
@@ -195,7 +199,7 @@ THRESHOLDS: dict[str, Callable[[], Tensor]] = {
     "two_values": lambda: torch.where(torch.rand(20000) < 0.5, 1.0, 0.5),
     "integers": lambda: torch.randint(-6, 7, (20000,)).float(),
     "neighbours": lambda: torch.nextafter(torch.ones(9000), torch.rand(9000).round() * 2),
-    "powers": lambda: 0.5 ** torch.randint(0, 140, (9000,)).float(),
+    "powers": lambda: 0.5 ** torch.randint(0, 50, (9000,)).float(),
     "one_far_above": lambda: torch.cat([torch.randn(9000) * 1e-6, torch.tensor([20.0])]),
     "steep": lambda: torch.linspace(0, 800, 9000),
     "ascending": lambda: torch.linspace(-4, 4, 9000),
@@ -211,7 +215,7 @@ def test_top_p_finds_its_threshold_in_any_row(name: str, top_p: float) -> None:
     args = single(row, "target_only", final_coins=torch.zeros(1).double(), top_p=top_p)
     tokens, _, _, logprobs = _cpu.tree_verify(*args)
     assert p[tokens[0, 0]] > 0
-    torch.testing.assert_close(logprobs[0].double(), p[tokens[0]].log(), rtol=0, atol=LOG)
+    torch.testing.assert_close(logprobs[0].double(), p[tokens[0]].log(), **LOG)
 
 
 @pytest.mark.parametrize("top_k", [1, 2, 255, 1024, 1025, 8000, 8999])
@@ -223,7 +227,7 @@ def test_top_k_finds_its_threshold_in_any_row(name: str, top_k: int) -> None:
         *single(row, "target_only", final_coins=torch.zeros(1).double(), top_k=top_k)
     )
     assert p[tokens[0, 0]] > 0
-    torch.testing.assert_close(logprobs[0].double(), p[tokens[0]].log(), rtol=0, atol=LOG)
+    torch.testing.assert_close(logprobs[0].double(), p[tokens[0]].log(), **LOG)
 
 
 # -- draft_topk -------------------------------------------------------------------------------------------------------
@@ -329,8 +333,8 @@ def test_links_that_do_not_lead_on_are_refused(argument: str, index: int, link: 
 
 
 BAD: dict[str, tuple[int, Any, str]] = {
-    "temperature_cold": (4, torch.tensor([1.0, 1e-7, 1.0]), "temperature: want 0 or finite values of at least 1e-6"),
-    "temperature_nan": (4, torch.tensor([1.0, torch.nan, 1.0]), "temperature: want 0 or finite values"),
+    "temperature_cold": (4, torch.tensor([1.0, 1e-7, 1.0]), "temperature: want 0, or a finite number of at least 1e-6"),
+    "temperature_nan": (4, torch.tensor([1.0, torch.nan, 1.0]), "temperature: want 0, or a finite number"),
     "temperature_short": (4, torch.ones(2), "temperature: want 3 elements; got 2"),
     "temperature_double": (4, torch.ones(3).double(), r"temperature: want contiguous float32 .*; got \(3,\) float64"),
     "top_k_short": (5, torch.ones(2, dtype=torch.int32), "top_k: want 3 elements; got 2"),
@@ -342,9 +346,9 @@ BAD: dict[str, tuple[int, Any, str]] = {
     "draft_probs_none": (12, None, "draft_probs: want probabilities for mode 'chain'; got None"),
     "draft_probs_narrow": (12, torch.zeros(3, 7, 8), r"draft_probs: want \(3, 7, 9\)"),
     "grammar_bits_narrow": (13, torch.zeros(3, 7, 0, dtype=torch.int32), r"grammar_bits: want \(3, 7, 1\)"),
-    "mode": (14, "fast", "mode: want 'greedy', 'target_only', 'chain', 'coupled'; got 'fast'"),
+    "mode": (14, "fast", "mode: want 'greedy', 'target_only', 'chain', 'coupled'; got fast"),
     "width_zero": (15, 0, r"width: want an integer in 1..2\*\*31 - 1; got 0"),
-    "logprobs": (16, "all", "logprobs: want 'none', 'raw', 'sampling'; got 'all'"),
+    "logprobs": (16, "all", "logprobs: want 'none', 'raw', 'sampling'; got all"),
     "logits_step": (0, torch.zeros(3, 7, 18)[..., ::2], "logits: want rows of contiguous elements"),
     "logits_double": (0, torch.zeros(3, 7, 9).double(), "logits: want a tensor of three dimensions, float32 or"),
     "logits_empty": (0, torch.zeros(3, 7, 0), "logits: want a row or more of each request, a vocabulary of at least 1"),
