@@ -179,7 +179,7 @@ class LossRow(Row):
 class SpecRow(Row):
     """An op of tree drafting and verification on one batch (one layer, for attention)."""
 
-    TIMED: ClassVar[tuple[str, ...]] = (*Row.TIMED, "read_share", "peak_bytes")
+    TIMED: ClassVar[tuple[str, ...]] = (*Row.TIMED, "roofline_share", "peak_bytes")
 
     requests: int
     nodes: int | None = None  # of a tree
@@ -191,8 +191,10 @@ class SpecRow(Row):
     span: int  # batches (layers) in a visit
     visited: float | None = None  # rows of logits that a request's walk reads, mean
     touched_bytes: int  # that the op has to read, whoever computes it
+    macs: int = 0  # multiply-accumulates of attention
     read_gbytes_s: float | None = None  # read bandwidth of the machine, measured between the arms
-    read_share: float | None = None  # touched_bytes over the time, of that bandwidth
+    peak_gmacs: float | None = None  # in fp32
+    roofline_share: float | None = None  # the longer of reading and multiplying, over the time
     peak_bytes: int | None = None  # most memory beyond the inputs
 
     @property

@@ -177,13 +177,14 @@ CPU: temperature and softmax of every row, top-k and top-p by topk, zeros for th
 (our drop-in tree_speculative_sampling_target_only); greedily argmax of every row and verify_tree_greedy. In place of
 mode "coupled" it draws from the same law by coins. "Filtered": top-k 20, top-p 0.95. An arm has a time only if it emits
 the reference's tokens (share of requests that differ: 0; of torch_all_rows, which filters in fp32, at most 0.05). "Rows
-visited" is the mean over requests. "Of read": the bytes of the rows visited, or of the keys and values attended to,
-over the time, against the read bandwidth measured between the arms; above 100 % they came from cache. "Peak" as above.
+visited" is the mean over requests. "Of roofline": the longer of reading what has to be read (the rows visited, the keys
+and values attended to) at the read bandwidth measured between the arms, and of the multiplications of attention at the
+fp32 peak, over the time; above 100 % the inputs came from cache. "Peak" as above.
 Attention, fp32, page size 16, one request, relative RMS error at most 1e-5 against fp64: `m3_gated` with an elementwise
-sigmoid gate; `torch_sdpa` scaled_dot_product_attention with an explicit mask over keys and values that lie one after
-another already, `torch_sdpa_gathered` over those it gathers from the pages first. Drafting: `torch` is softmax, topk,
-products of path probabilities, topk and gathers. tree_finalize: `torch` is topk, sort, gathers, and masks and links by
-comparison. tree_commit: `torch` copies slots by one indexed assignment a cache.
+sigmoid gate; `torch_sdpa` scaled_dot_product_attention with an explicit mask (prefill: causal, without one) over keys
+and values that lie one after another already, `torch_sdpa_gathered` over those it gathers from the pages first.
+Drafting: `torch` is softmax, topk, products of path probabilities, topk and gathers. tree_finalize: `torch` is topk,
+sort, gathers, and masks and links by comparison. tree_commit: `torch` copies slots by one indexed assignment a cache.
 """
 
 

@@ -171,7 +171,7 @@ def run(shape: str, plan: Plan, say: Callable[[str], None], peaks: dict[str, flo
                 absent[name] = str(error)
         found = {arm.name: gate(arm, problem) for arm in arms}
         timed = [arm for arm in arms if found[arm.name].passed]
-        ceilings = roofline.measured(1, record.cpu_model())
+        ceilings = roofline.undisturbed(roofline.measured(1, record.cpu_model()))
         for name, (_, rate) in ceilings.peaks.items():
             peaks[name] = max(rate, peaks.get(name, 0.0))
         kind = ceilings.read_kind

@@ -2,9 +2,9 @@
 
 ``python -m bench spec_decode`` measures the cases of spec_decode_cases.py with the arms of spec_decode_arms.py, one
 thread, interleaved. A visit computes several different batches (layers) one after another, so that a time is a mean
-over trees and the inputs do not sit in L1. Bandwidth: what an op has to read (the rows of logits on the accepted path,
-the keys and values attended to, ...), over its time, against the read bandwidth measured between the arms. Peak memory
-of verification is measured in processes of their own.
+over trees and the inputs do not sit in L1. Roofline: what an op has to read (the rows of logits on the accepted path,
+the keys and values attended to, ...) at the read bandwidth measured between the arms, or, if that takes longer, the
+multiplications of attention at the fp32 peak. Peak memory of verification is measured in processes of their own.
 """
 
 from __future__ import annotations
@@ -106,11 +106,16 @@ def touched_bytes(case: Case, problems: Sequence[Any]) -> int:
     if isinstance(case, DraftCase):
         return 4 * case.requests * case.frontier * case.vocabulary
     if isinstance(case, FinalizeCase):
-        return (
-            sum(each.numel() * 8 for each in (problems[0].tokens, problems[0].parent_list))
-            + 4 * problems[0].scores.numel()
-        )
+        first = problems[0]
+        return 4 * first.scores.numel() + 8 * (first.tokens.numel() + first.parent_list.numel())
     return 2 * 4 * case.layers * case.requests * case.accepted * case.kv_heads * case.head_dim
+
+
+def multiplications(case: Case, problems: Sequence[Any]) -> int:
+    """Multiply-accumulates of attention: scores, and the weighted sum of the values."""
+    if not isinstance(case, AttentionCase):
+        return 0
+    return 2 * case.kv_heads * case.head_dim * int(problems[0].allowed().sum())
 
 
 def facts_of(case: Case, problems: Sequence[Any]) -> dict[str, Any]:
@@ -121,6 +126,7 @@ def facts_of(case: Case, problems: Sequence[Any]) -> dict[str, Any]:
         "requests": case.requests,
         "span": case.span,
         "touched_bytes": touched_bytes(case, problems),
+        "macs": multiplications(case, problems),
     }
     if isinstance(case, VerifyCase):
         rows = sum(problem.visited_rows for problem in problems)
@@ -140,45 +146,41 @@ def measures_peak(case: Case) -> bool:
     return isinstance(case, VerifyCase) and case.vocabulary >= MEMORY_FROM
 
 
-def peaks_here(names: Sequence[str]) -> dict[str, dict[str, int]]:
-    """case -> arm -> most bytes that one batch adds to this process beyond its inputs; for a process that did nothing.
+def peaks_here(arm: str, names: Sequence[str]) -> dict[str, int]:
+    """case -> most bytes that one batch adds to this process beyond its inputs; for a process that did nothing yet.
 
-    The cases are of one size.
+    The cases are of one size. Memory that an arm keeps counts for the first case only.
     """
     torch.set_num_threads(1)
-    for make in ARMS["tree_verify"].values():
-        for mode in ("greedy", "coupled", "target_only"):
-            filtered = dataclasses.replace(SMALL, mode=mode, filtered=mode != "greedy")
-            harness.peak_extra_bytes(functools.partial(make([make_verify(filtered)], 1).run, 0))
-    first = find_case(names[0])
-    assert isinstance(first, VerifyCase)
-    batch = make_verify(first)
-    found: dict[str, dict[str, int]] = {}
-    for name in names:
-        case = find_case(name)
-        assert isinstance(case, VerifyCase)
-        for arm, make in ARMS["tree_verify"].items():
-            built = make([batch.of(case)], 1)
-            found.setdefault(name, {})[arm] = harness.peak_extra_bytes(functools.partial(built.run, 0))
-    return found
+    make = ARMS["tree_verify"][arm]
+    for mode in ("greedy", "coupled", "target_only"):  # libraries load what they need
+        small = dataclasses.replace(SMALL, mode=mode, filtered=mode != "greedy")
+        harness.peak_extra_bytes(functools.partial(make([make_verify(small)], 1).run, 0))
+    cases = [case for case in map(find_case, names) if isinstance(case, VerifyCase)]
+    batch = make_verify(cases[0])
+    return {case.name: harness.peak_extra_bytes(functools.partial(make([batch.of(case)], 1).run, 0)) for case in cases}
 
 
 def peaks_in_fresh_processes(names: Sequence[str]) -> dict[str, dict[str, int]]:
-    """``peaks_here`` of other processes, one a size. Raises RuntimeError with what one said where it fails."""
-    sizes: dict[tuple[int, int, int], list[str]] = {}
-    for name in names:
-        case = find_case(name)
-        if isinstance(case, VerifyCase) and measures_peak(case):
-            sizes.setdefault((case.requests, case.nodes, case.vocabulary), []).append(name)
+    """case -> arm -> ``peaks_here`` of another process: one a case for ours, one a size for torch, which keeps nothing.
+
+    Raises RuntimeError with what a process said where it fails.
+    """
+    cases = [case for case in map(find_case, names) if isinstance(case, VerifyCase) and measures_peak(case)]
+    sizes: dict[int, list[str]] = {}
+    for case in cases:
+        sizes.setdefault(case.requests, []).append(case.name)
+    jobs = [("m3", [case.name]) for case in cases] + [("torch_all_rows", members) for members in sizes.values()]
     found: dict[str, dict[str, int]] = {}
-    for members in sizes.values():
+    for arm, members in jobs:
         path = os.pathsep.join([str(record.ROOT), os.environ.get("PYTHONPATH", "")])
         environment = {**os.environ, "PYTHONPATH": path, "GLIBC_TUNABLES": ""}  # freed memory must show as free
-        command = [sys.executable, "-m", "bench.spec_decode", json.dumps(members)]
+        command = [sys.executable, "-m", "bench.spec_decode", arm, *members]
         done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
         if done.returncode:
             raise RuntimeError(f"{members[0]}: peaks were not measured: {done.stderr.strip()[-400:]}")
-        found |= json.loads(done.stdout.splitlines()[-1])
+        for name, peak in json.loads(done.stdout.splitlines()[-1]).items():
+            found.setdefault(name, {})[arm] = peak
     return found
 
 
@@ -190,11 +192,12 @@ def run(plan: Plan, say: Callable[[str], None]) -> Iterator[list[SpecRow]]:
         say("peak memory of verification")
         peaks = peaks_in_fresh_processes(plan.cases)
     for threads in plan.threads:
-        ceilings = roofline.measured(threads, record.cpu_model(), again=False)
+        ceilings = roofline.measured(threads, record.cpu_model())
+        peak = roofline.undisturbed(ceilings).peak("fp32")
         probe = roofline.ReadProbe(threads, ceilings.read_kind)
         for name in plan.cases:
             say(f"{name}, {threads} thread(s)")
-            yield run_case(find_case(name), threads, plan, probe, peaks.get(name, {}), say)
+            yield run_case(find_case(name), threads, plan, probe, peak, peaks.get(name, {}), say)
             gc.collect()
     verify_batches.cache_clear()
 
@@ -204,6 +207,7 @@ def run_case(
     threads: int,
     plan: Plan,
     probe: roofline.ReadProbe,
+    peak: float | None,
     peaks: Mapping[str, int],
     say: Callable[[str], None],
 ) -> list[SpecRow]:
@@ -214,7 +218,7 @@ def run_case(
     limits = {"seconds": plan.seconds, "min_rounds": plan.min_rounds}
     times, rates = harness.interleave(timed, probe=probe.bandwidth, **limits)
     read = harness.spread(rates).p80  # undisturbed by other guests of the host
-    return list(rows(facts_of(case, problems), threads, arms, absent, gates, times, read, peaks))
+    return list(rows(facts_of(case, problems), threads, arms, absent, gates, times, read, peak, peaks))
 
 
 def rows(
@@ -225,6 +229,7 @@ def rows(
     gates: Mapping[str, harness.Gate],
     times: harness.Times,
     read: float,
+    peak: float | None,
     peaks: Mapping[str, int],
 ) -> Iterator[SpecRow]:
     """A row per arm: with times where it passed its gate, without where it did not or could not run."""
@@ -239,6 +244,7 @@ def rows(
         "date": record.now(),
         "command": record.command(),
     }
+    least = max(facts["touched_bytes"] / read, facts["macs"] / peak if peak else 0.0)
     for name, why in absent.items():
         yield SpecRow(**facts, **place, arm=name, gate=f"absent: {why}")
     for arm in (arm for arm in arms if arm.name in gates):
@@ -259,14 +265,15 @@ def rows(
             rounds=len(times[arm.name]),
             ratios=harness.ratios(times, arm.name),
             read_gbytes_s=read / 1e9,
-            read_share=facts["touched_bytes"] / value.median / read,
+            peak_gmacs=None if peak is None else peak / 1e9,
+            roofline_share=least / value.median,
             peak_bytes=peaks.get(arm.name),
         )
 
 
 def main() -> None:
-    """In a fresh process: print the peaks of the cases that the argument names."""
-    print(json.dumps(peaks_here(json.loads(sys.argv[1]))))
+    """In a fresh process: print the peaks of an arm in cases, all named as arguments."""
+    print(json.dumps(peaks_here(sys.argv[1], sys.argv[2:])))
 
 
 if __name__ == "__main__":

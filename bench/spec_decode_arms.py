@@ -185,10 +185,10 @@ class Attention(SpecArm[AttentionProblem]):
 
 
 class Sdpa(SpecArm[AttentionProblem]):
-    """torch's scaled_dot_product_attention, the query heads of a key-value head as further queries.
+    """torch's scaled_dot_product_attention in its fastest form: the query heads of a key-value head as further queries.
 
-    ``gathering``: keys and values come from the pages within the timed work; else they lie one after another already.
-    The mask is made before.
+    A prefill from nothing goes without a mask, as causal attention with grouped heads. ``gathering``: keys and values
+    come from the pages within the timed work; else they lie one after another already. The mask is made before.
     """
 
     tolerance = ATTENTION_ERROR
@@ -200,14 +200,16 @@ class Sdpa(SpecArm[AttentionProblem]):
         for problem in self.problems:
             found = [None if gathering else problem.gathered(cache) for cache in (problem.k_cache, problem.v_cache)]
             bias = torch.zeros(problem.allowed().shape).masked_fill_(~problem.allowed(), -torch.inf)
-            self.ready[id(problem)] = (*found, bias if problem.case.queries > 1 else None)
+            self.ready[id(problem)] = (*found, bias if problem.case.tree else None)
 
     def call(self, problem: AttentionProblem) -> Tensor:
         k, v, bias = self.ready[id(problem)]
         if self.gathering:
             k, v = problem.gathered(problem.k_cache), problem.gathered(problem.v_cache)
-        out = torch.nn.functional.scaled_dot_product_attention(problem.folded(problem.q), k, v, attn_mask=bias)
-        return problem.unfolded(out)
+        attend = torch.nn.functional.scaled_dot_product_attention
+        if problem.case.prefill:
+            return attend(problem.q.transpose(0, 1)[None], k, v, is_causal=True, enable_gqa=True)[0].transpose(0, 1)
+        return problem.unfolded(attend(problem.folded(problem.q), k, v, attn_mask=bias))
 
     def error(self, problem: AttentionProblem, output: Tensor) -> float:
         return harness.relative_rms(output, problem.expected)

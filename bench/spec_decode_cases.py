@@ -54,7 +54,10 @@ class VerifyCase:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AttentionCase:
-    """tree_attention of ``queries`` over ``context`` keys and themselves, in ``span`` layers: a tree, or causal."""
+    """tree_attention of ``queries`` over ``context`` keys and themselves, in ``span`` layers.
+
+    A tree, one query (decoding), or causal over no context (prefill).
+    """
 
     op: ClassVar[str] = "tree_attention"
     name: str
@@ -66,6 +69,11 @@ class AttentionCase:
     tree: bool
     span: int = 1
     requests: int = 1
+
+    @property
+    def prefill(self) -> bool:
+        """Causal attention of the queries among themselves alone."""
+        return not self.tree and self.context == 0
 
     @property
     def cache_bytes(self) -> int:

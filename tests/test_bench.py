@@ -389,6 +389,13 @@ def test_ceilings_are_positive_and_cached(small_ceilings):
         assert ceilings.peak("bf16") >= ceilings.peak("fp32")
 
 
+def test_the_best_of_many_measurements_is_no_less(small_ceilings):
+    ceilings = roofline.measured(1, "here")
+    best = roofline.undisturbed(ceilings)
+    assert best.peaks.keys() == ceilings.peaks.keys()
+    assert all(best.peaks[name][1] >= macs for name, (_, macs) in ceilings.peaks.items())
+
+
 def test_without_a_compiler_torch_reads(small_ceilings, monkeypatch):
     monkeypatch.setenv("PATH", "")
     ceilings = roofline.measure(1)

@@ -102,7 +102,7 @@ def make_row(**changes: object) -> SpecRow:
         "rounds": 5,
         "ratios": {"torch_all_rows": (60.0, 55.0, 70.0)},
         "read_gbytes_s": 12.0,
-        "read_share": 0.3,
+        "roofline_share": 0.3,
         "peak_bytes": 0,
         "commit": "0123456789ab",
         "dirty": False,
@@ -257,7 +257,7 @@ def test_a_case_gives_a_row_per_arm(monkeypatch, small_roofline, name):
     plan = spec_decode.Plan(cases=("tiny",), seconds=0.0, min_rounds=2)
     (rows,) = spec_decode.run(plan, lambda text: None)
     assert {row.arm: row.gate for row in rows} == dict.fromkeys(ARMS[case.op], "passed")
-    assert all(row.median_s > 0 and row.read_share > 0 and row.peak_bytes is None for row in rows)
+    assert all(row.median_s > 0 and row.roofline_share > 0 and row.peak_bytes is None for row in rows)
     assert {row.touched_bytes for row in rows} == {spec_decode.touched_bytes(case, spec_decode.problems_of(case))}
     text = spec_decode_report.tables(rows)
     assert all(arm in text for arm in ARMS[case.op])
@@ -276,14 +276,27 @@ def test_touched_bytes_count_the_rows_of_the_path():
     assert spec_decode.touched_bytes(VERIFY, problems) == round(4 * 997 * rows / 3)
 
 
+@pytest.mark.parametrize(
+    ("case", "pairs"),
+    [
+        (dataclasses.replace(TREE, queries=1, tree=False), 38),
+        (dataclasses.replace(TREE, context=0, queries=33, tree=False), 33 * 34 // 2),
+        (VERIFY, 0),
+    ],
+    ids=["decode", "prefill", "no attention"],
+)
+def test_multiplications_count_pairs_of_a_query_and_a_key(case, pairs):
+    problems = [MAKE[type(case)](case, 0)]
+    assert spec_decode.multiplications(case, problems) == pairs * 6 * 16 * 2
+
+
 @pytest.mark.slow
 def test_peaks_of_both_arms():
-    case = VerifyCase(name="some", requests=2, nodes=16, vocabulary=151936, mode="target_only")
-    peaks = spec_decode.peaks_in_fresh_processes(("verify.n32.v151936.b1.target_only",))
-    (found,) = peaks.values()
-    one = 4 * 32 * case.vocabulary
-    assert found["torch_all_rows"] >= one
-    assert found["m3"] < one
+    found = spec_decode.peaks_in_fresh_processes(("verify.n32.v151936.b1.target_only",))
+    peaks = found["verify.n32.v151936.b1.target_only"]
+    probabilities = 4 * 32 * 151936
+    assert peaks["torch_all_rows"] >= probabilities
+    assert peaks["m3"] < probabilities
 
 
 def test_peaks_that_cannot_be_measured_say_why(monkeypatch):

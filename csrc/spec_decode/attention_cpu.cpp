@@ -23,6 +23,7 @@ namespace {
 
 constexpr int64_t kMostRows = 128;        // of a task: their sums stay in L2
 constexpr int64_t kDirectRows = 8;        // up to here keys are read where they lie, beyond they are copied to L1 first
+constexpr int64_t kHalfRows = 3;          // the same for keys in half precision, which each row has to widen
 constexpr int64_t kThreadWork = 1 << 19;  // multiplications that are worth waking another thread
 constexpr int64_t kSplit = kChunk * kSplitChunks;
 
@@ -182,7 +183,7 @@ struct Call {
   const Plan& plan;
   const Kernels& isa;
   int64_t group, stride;       // rows of a query; head size, padded
-  bool direct;                 // keys may be read where they lie
+  bool direct, wide;           // keys may be read where they lie; they are fp32
   float* states;               // of plan.states rows
   std::atomic<int64_t>* open;  // tasks of each block that have not ended
 };
@@ -191,7 +192,8 @@ struct Call {
 class Worker {
  public:
   static int64_t floats(const Call& call) {
-    const int64_t rows = call.plan.most_rows, tail = call.direct ? 0 : call.plan.most_tail * call.plan.most_heads;
+    const int64_t rows = call.plan.most_rows,
+                  tail = call.direct && call.wide ? 0 : call.plan.most_tail * call.plan.most_heads;
     return (rows + 2 * (kChunk + tail)) * call.stride + rows * (kChunk + kPad) + 2 * States::floats(rows, call.stride);
   }
 
@@ -201,8 +203,10 @@ class Worker {
         queries_(take(memory, rows_ * call.stride)),
         keys_(take(memory, kChunk * call.stride)),
         values_(take(memory, kChunk * call.stride)),
-        tail_keys_(take(memory, call.direct ? 0 : call.plan.most_tail * call.plan.most_heads * call.stride)),
-        tail_values_(take(memory, call.direct ? 0 : call.plan.most_tail * call.plan.most_heads * call.stride)),
+        tail_keys_(
+            take(memory, call.direct && call.wide ? 0 : call.plan.most_tail * call.plan.most_heads * call.stride)),
+        tail_values_(
+            take(memory, call.direct && call.wide ? 0 : call.plan.most_tail * call.plan.most_heads * call.stride)),
         scores_(take(memory, rows_ * kChunk)),
         scale_(take(memory, rows_ * kPad)),
         split_(take(memory, States::floats(rows_, call.stride)), rows_, call.stride),
@@ -310,21 +314,27 @@ class Worker {
       keys[j] = (const char*)here_[0][j] + g * call_.a.keys.head_stride;
       values[j] = (const char*)here_[1][j] + g * call_.a.values.head_stride;
     }
-    if (call_.direct && rows <= kDirectRows) {
-      for (int j = first; j < last; j++) key_at_[j] = (const float*)keys[j], value_at_[j] = (const float*)values[j];
-      return;
-    }
+    const bool few = call_.direct && rows <= kDirectRows;
     const int64_t stride = call_.stride;
-    if (call_.isa.tile && rows > kDirectRows) {
+    if (few && (call_.wide || rows <= kHalfRows)) {
+      key_type_ = call_.a.cache_type;
+      std::copy(keys + first, keys + last, key_at_ + first);
+    } else if (call_.isa.tile && rows > kDirectRows) {
       for (int j = 0; j < first; j++) keys[j] = keys[first];  // tiles are whole; no row counts these
       for (int j = last; j < kChunk; j++) keys[j] = keys[first];
       call_.isa.tile(keys, call_.a.cache_type, call_.a.size, keys_, stride);
       tiles_ = keys_;
     } else {
       copy(keys + first, last - first, keys_ + first * stride);
+      for (int j = first; j < last; j++) key_at_[j] = keys_ + j * stride;
     }
-    copy(values + first, last - first, values_ + first * stride);
-    for (int j = first; j < last; j++) key_at_[j] = keys_ + j * stride, value_at_[j] = values_ + j * stride;
+    if (few) {
+      value_type_ = call_.a.cache_type;
+      std::copy(values + first, values + last, value_at_ + first);
+    } else {
+      copy(values + first, last - first, values_ + first * stride);
+      for (int j = first; j < last; j++) value_at_[j] = values_ + j * stride;
+    }
   }
 
   void copy(const void* const* from, int64_t count, float* to) const {
@@ -339,8 +349,8 @@ class Worker {
       const int64_t slot = slots_[chunk * kChunk + j - tail];
       const void* key = (const char*)tail_at_[0][slot] + g * a.keys.head_stride;
       const void* value = (const char*)tail_at_[1][slot] + g * a.values.head_stride;
-      if (call_.direct) {
-        key_at_[j] = (const float*)key, value_at_[j] = (const float*)value;
+      if (call_.direct && call_.wide) {
+        key_at_[j] = key, value_at_[j] = value;
         continue;
       }
       const int64_t own = g * call_.plan.most_tail + slot;
@@ -385,6 +395,7 @@ class Worker {
   void attend(int64_t g, int64_t chunk, int first, int last, int32_t low, int32_t high, bool listed) {
     const int64_t row = row_of(g, low), rows = (high - low) * call_.group;
     tiles_ = nullptr;
+    key_type_ = value_type_ = Type::kFloat32;
     if (listed)
       fetch_listed(g, chunk, first, last);
     else
@@ -394,6 +405,8 @@ class Worker {
     call_.isa.attend({.keys = key_at_,
                       .tiles = tiles_,
                       .values = value_at_,
+                      .key_type = key_type_,
+                      .value_type = value_type_,
                       .begin = begin_.data() + row_of(0, low),
                       .end = end_.data() + row_of(0, low),
                       .rows = rows,
@@ -464,7 +477,8 @@ class Worker {
   std::vector<int32_t> slots_;
   std::vector<const void*> tail_at_[2];  // keys and values from the last shared chunk's end on
   std::vector<char> tail_ready_;
-  const float *key_at_[kChunk], *value_at_[kChunk];
+  const void *key_at_[kChunk], *value_at_[kChunk];
+  Type key_type_ = Type::kFloat32, value_type_ = Type::kFloat32;
   const void* here_[2][kChunk];  // keys and values
   const float* tiles_ = nullptr;
   const Block* block_ = nullptr;
@@ -486,11 +500,19 @@ void tree_attention(const Attention& a, int most_threads) {
   const int64_t threads = useful_threads(a, extents, most_threads);
   const Plan plan = plan_of(a, extents, threads);
   const int64_t stride = ceil_div(a.size, kPad) * kPad;
-  const bool direct = a.cache_type == Type::kFloat32 && a.size == stride;
   std::unique_ptr<float[]> states(new float[plan.states * (1 + kPad + stride)]);
   std::vector<std::atomic<int64_t>> open(plan.blocks.size());
   for (size_t i = 0; i < open.size(); i++) open[i] = plan.blocks[i].splits;
-  const Call call{a, extents, plan, kernels(), a.heads / a.kv_heads, stride, direct, states.get(), open.data()};
+  const Call call{a,
+                  extents,
+                  plan,
+                  kernels(),
+                  a.heads / a.kv_heads,
+                  stride,
+                  a.size == stride,
+                  a.cache_type == Type::kFloat32,
+                  states.get(),
+                  open.data()};
 
   const int64_t floats = ceil_div(Worker::floats(call), kPad) * kPad;
   const int64_t workers = std::min<int64_t>(threads, std::max<int64_t>(1, (int64_t)plan.tasks.size()));

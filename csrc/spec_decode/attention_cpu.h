@@ -26,10 +26,11 @@ struct State {
 
 // Rows of queries against the keys of one chunk. Key j of row i counts iff begin[i] <= j < end[i].
 struct Chunk {
-  const float* const* keys;    // (kChunk,) addresses of `stride` floats; all can be read, whether they count or not
-  const float* tiles;          // the same keys as `tile` leaves them, then `keys` is not looked at; or null
-  const float* const* values;  // (kChunk,); those that count for no row are not read
-  const int *begin, *end;      // (rows,), within 0 .. kChunk
+  const void* const* keys;    // (kChunk,) addresses of `stride` elements; all can be read, whether they count or not
+  const float* tiles;         // the same keys as `tile` leaves them, then `keys` is not looked at; or null
+  const void* const* values;  // (kChunk,); those that count for no row are not read
+  Type key_type, value_type;
+  const int *begin, *end;  // (rows,), within 0 .. kChunk
   int64_t rows;
   const float* queries;   // (rows, stride), scaled by softmax_scale * log2(e)
   int64_t stride;         // head size, padded

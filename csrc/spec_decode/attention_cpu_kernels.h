@@ -111,29 +111,36 @@ void widen(const void* const* from, Type type, int64_t count, int64_t size, floa
 
 // -- scores -----------------------------------------------------------------------------------------------------------
 // Lanes l, l + kLanes, ... of q . k. kSteps: vectors of a head, 0 where it is not known at compile time.
-template <class S, int kSteps>
-M3_INLINE typename S::F products(const float* q, const float* k, int64_t stride) {
+template <class S, Type kType, int kSteps>
+M3_INLINE typename S::F products(const float* q, const void* k, int64_t stride) {
   const int64_t size = kSteps ? kSteps * S::kLanes : stride;
-  typename S::F sum = S::mul(S::load(q), S::load(k));
+  typename S::F sum = S::mul(S::load(q), load_as<S, kType>(k, 0));
 #pragma GCC unroll 32
-  for (int64_t d = S::kLanes; d < size; d += S::kLanes) sum = S::fma(S::load(q + d), S::load(k + d), sum);
+  for (int64_t d = S::kLanes; d < size; d += S::kLanes) sum = S::fma(S::load(q + d), load_as<S, kType>(k, d), sum);
   return sum;
 }
 
 // 2^kLevel keys in one vector, 2^-kLevel of their lanes left.
-template <class S, int kSteps, int kLevel>
-M3_INLINE typename S::F folded(const float* q, const float* const* keys, int64_t stride) {
+template <class S, Type kType, int kSteps, int kLevel>
+M3_INLINE typename S::F folded(const float* q, const void* const* keys, int64_t stride) {
   if constexpr (kLevel == 0)
-    return products<S, kSteps>(q, keys[0], stride);
+    return products<S, kType, kSteps>(q, keys[0], stride);
   else
-    return S::template fold<kLevel>(folded<S, kSteps, kLevel - 1>(q, keys, stride),
-                                    folded<S, kSteps, kLevel - 1>(q, keys + S::kFold[kLevel], stride));
+    return S::template fold<kLevel>(folded<S, kType, kSteps, kLevel - 1>(q, keys, stride),
+                                    folded<S, kType, kSteps, kLevel - 1>(q, keys + S::kFold[kLevel], stride));
 }
 
-template <class S, int kSteps>
-M3_INLINE void score_row(const float* q, const float* const* keys, int64_t stride, int begin, int end, float* scores) {
+template <class S, Type kType, int kSteps>
+M3_INLINE void score_row(const float* q, const void* const* keys, int64_t stride, int begin, int end, float* scores) {
   for (int j = begin / S::kLanes * S::kLanes; j < end; j += S::kLanes)
-    S::store(scores + j, folded<S, kSteps, S::kLevels>(q, keys + j, stride));
+    S::store(scores + j, folded<S, kType, kSteps, S::kLevels>(q, keys + j, stride));
+}
+
+template <class S, Type kType, int kSteps>
+M3_INLINE void score_rows(const Chunk& c) {
+  for (int64_t i = 0; i < c.rows; i++)
+    score_row<S, kType, kSteps>(c.queries + i * c.stride, c.keys, c.stride, c.begin[i], c.end[i],
+                                c.scores + i * kChunk);
 }
 
 // Keys in tiles, for many rows: vector m of a tile of kLanes keys holds four elements of keys m, m + 4, m + 8, ..., so
@@ -250,7 +257,7 @@ M3_INLINE float weigh(float* scores, int begin, int end, float& maximum, float* 
 // -- values -----------------------------------------------------------------------------------------------------------
 // weighted[i] = weighted[i] * scale[i] + sum of scores[i][j] * values[j], j = begin .. end - 1, d .. d + kColumns
 // vectors of the head.
-template <class S, int kRows, int kColumns>
+template <class S, Type kType, int kRows, int kColumns>
 M3_INLINE void accumulate_tile(const Chunk& c, int64_t row, int64_t d, const float* scale, int begin, int end) {
   float* weighted = c.state.weighted + row * c.stride + d;
   const float* scores = c.scores + row * kChunk;
@@ -261,10 +268,10 @@ M3_INLINE void accumulate_tile(const Chunk& c, int64_t row, int64_t d, const flo
     for (int v = 0; v < kColumns; v++)
       sums[i][v] = S::mul(S::load(weighted + i * c.stride + v * S::kLanes), S::splat(scale[i]));
   for (int j = begin; j < end; j++) {
-    const float* value = c.values[j] + d;
+    const void* value = c.values[j];
     typename S::F columns[kColumns];
 #pragma GCC unroll 8
-    for (int v = 0; v < kColumns; v++) columns[v] = S::load(value + v * S::kLanes);
+    for (int v = 0; v < kColumns; v++) columns[v] = load_as<S, kType>(value, d + v * S::kLanes);
 #pragma GCC unroll 8
     for (int i = 0; i < kRows; i++) {
       const typename S::F p = S::splat(scores[i * kChunk + j]);
@@ -278,34 +285,34 @@ M3_INLINE void accumulate_tile(const Chunk& c, int64_t row, int64_t d, const flo
     for (int v = 0; v < kColumns; v++) S::store(weighted + i * c.stride + v * S::kLanes, sums[i][v]);
 }
 
-template <class S, int kRows>
+template <class S, Type kType, int kRows>
 M3_INLINE void accumulate_rows(const Chunk& c, int64_t row, const float* scale, int begin, int end) {
   constexpr int kWide = kRows == 1 ? 8 : kRows == 2 ? S::kVectors * 2 : S::kVectors;  // enough sums to hide the latency
   int64_t d = 0;
   for (; d + kWide * S::kLanes <= c.stride; d += kWide * S::kLanes)
-    accumulate_tile<S, kRows, kWide>(c, row, d, scale, begin, end);
+    accumulate_tile<S, kType, kRows, kWide>(c, row, d, scale, begin, end);
   if constexpr (kWide > S::kVectors)
     for (; d + S::kVectors * S::kLanes <= c.stride; d += S::kVectors * S::kLanes)
-      accumulate_tile<S, kRows, S::kVectors>(c, row, d, scale, begin, end);
-  for (; d < c.stride; d += S::kLanes) accumulate_tile<S, kRows, 1>(c, row, d, scale, begin, end);
+      accumulate_tile<S, kType, kRows, S::kVectors>(c, row, d, scale, begin, end);
+  for (; d < c.stride; d += S::kLanes) accumulate_tile<S, kType, kRows, 1>(c, row, d, scale, begin, end);
 }
 
-template <class S>
+template <class S, Type kType>
 void accumulate(const Chunk& c, int64_t row, int rows, const float* scale, int begin, int end) {
   static_assert(S::kRows <= 6);
   if constexpr (S::kRows >= 6)
-    if (rows == 6) return accumulate_rows<S, 6>(c, row, scale, begin, end);
+    if (rows == 6) return accumulate_rows<S, kType, 6>(c, row, scale, begin, end);
   if constexpr (S::kRows >= 5)
-    if (rows == 5) return accumulate_rows<S, 5>(c, row, scale, begin, end);
-  if (rows == 4) return accumulate_rows<S, 4>(c, row, scale, begin, end);
-  if (rows == 3) return accumulate_rows<S, 3>(c, row, scale, begin, end);
-  if (rows == 2) return accumulate_rows<S, 2>(c, row, scale, begin, end);
-  accumulate_rows<S, 1>(c, row, scale, begin, end);
+    if (rows == 5) return accumulate_rows<S, kType, 5>(c, row, scale, begin, end);
+  if (rows == 4) return accumulate_rows<S, kType, 4>(c, row, scale, begin, end);
+  if (rows == 3) return accumulate_rows<S, kType, 3>(c, row, scale, begin, end);
+  if (rows == 2) return accumulate_rows<S, kType, 2>(c, row, scale, begin, end);
+  accumulate_rows<S, kType, 1>(c, row, scale, begin, end);
 }
 
 // Rows of one block need not count the same keys: each takes those before the common run alone, then all take the run
 // together, then each the rest alone. Per row that is begin .. end - 1 in order.
-template <class S>
+template <class S, Type kType>
 M3_INLINE void accumulate_block(const Chunk& c, int64_t row, int rows) {
   static const float ones[8] = {1, 1, 1, 1, 1, 1, 1, 1};
   const float* scale = c.scale + row;
@@ -318,23 +325,29 @@ M3_INLINE void accumulate_block(const Chunk& c, int64_t row, int rows) {
     last = end[i] < last ? end[i] : last;
   }
   if (same) {
-    if (first < last) accumulate<S>(c, row, rows, scale, first, last);
+    if (first < last) accumulate<S, kType>(c, row, rows, scale, first, last);
     return;
   }
   if (first >= last) {
     for (int i = 0; i < rows; i++)
-      if (begin[i] < end[i]) accumulate<S>(c, row + i, 1, scale + i, begin[i], end[i]);
+      if (begin[i] < end[i]) accumulate<S, kType>(c, row + i, 1, scale + i, begin[i], end[i]);
     return;
   }
-  for (int i = 0; i < rows; i++) accumulate<S>(c, row + i, 1, scale + i, begin[i], first);
-  accumulate<S>(c, row, rows, ones, first, last);
+  for (int i = 0; i < rows; i++) accumulate<S, kType>(c, row + i, 1, scale + i, begin[i], first);
+  accumulate<S, kType>(c, row, rows, ones, first, last);
   for (int i = 0; i < rows; i++)
-    if (last < end[i]) accumulate<S>(c, row + i, 1, ones, last, end[i]);
+    if (last < end[i]) accumulate<S, kType>(c, row + i, 1, ones, last, end[i]);
+}
+
+template <class S, Type kType>
+M3_INLINE void accumulate_all(const Chunk& c) {
+  for (int64_t i = 0; i < c.rows; i += S::kRows)
+    accumulate_block<S, kType>(c, i, int(c.rows - i < S::kRows ? c.rows - i : S::kRows));
 }
 
 // All scores, then all weights, then all values: a chunk of keys, and then one of values, stays in L1 for all rows.
 template <class S, int kSteps>
-M3_INLINE void attend_steps(const Chunk& c) {
+M3_INLINE void weigh_rows(const Chunk& c) {
   if constexpr (S::kTiles)
     if (c.tiles)
       for (int64_t i = 0; i < c.rows; i += 2) {
@@ -347,26 +360,35 @@ M3_INLINE void attend_steps(const Chunk& c) {
         else
           score_tiles<S, kSteps, 1>(q, c.tiles, c.stride, begin, end, c.scores + i * kChunk);
       }
-  if (!c.tiles)
-    for (int64_t i = 0; i < c.rows; i++)
-      score_row<S, kSteps>(c.queries + i * c.stride, c.keys, c.stride, c.begin[i], c.end[i], c.scores + i * kChunk);
+  if (!c.tiles) {
+    if (c.key_type == Type::kFloat32)
+      score_rows<S, Type::kFloat32, kSteps>(c);
+    else if (c.key_type == Type::kBfloat16)
+      score_rows<S, Type::kBfloat16, kSteps>(c);
+    else
+      score_rows<S, Type::kFloat16, kSteps>(c);
+  }
   for (int64_t i = 0; i < c.rows; i++) {
     c.scale[i] = 1.0f;
     if (c.begin[i] < c.end[i])
       c.scale[i] = weigh<S>(c.scores + i * kChunk, c.begin[i], c.end[i], c.state.maximum[i], c.state.total + i * kPad);
   }
-  for (int64_t i = 0; i < c.rows; i += S::kRows)
-    accumulate_block<S>(c, i, int(c.rows - i < S::kRows ? c.rows - i : S::kRows));
 }
 
 template <class S>
 void attend(const Chunk& c) {
   if (c.stride == 64)
-    attend_steps<S, 64 / S::kLanes>(c);
+    weigh_rows<S, 64 / S::kLanes>(c);
   else if (c.stride == 128)
-    attend_steps<S, 128 / S::kLanes>(c);
+    weigh_rows<S, 128 / S::kLanes>(c);
   else
-    attend_steps<S, 0>(c);
+    weigh_rows<S, 0>(c);
+  if (c.value_type == Type::kFloat32)
+    accumulate_all<S, Type::kFloat32>(c);
+  else if (c.value_type == Type::kBfloat16)
+    accumulate_all<S, Type::kBfloat16>(c);
+  else
+    accumulate_all<S, Type::kFloat16>(c);
 }
 
 // -- splits -----------------------------------------------------------------------------------------------------------

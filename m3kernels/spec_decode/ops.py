@@ -68,7 +68,7 @@ def draft_topk(
         Drafts. Ties go to the lower draft id and the lower flat index. Scores carry fp32 rounding.
     Raises:
         ValueError: an argument out of contract. BackendError: a room forced by name cannot serve the call.
-    Source: Li et al., "EAGLE-2" (2024), section 4.1: expansion of a dynamic draft tree.
+    Source: Li et al. (2024), arXiv:2406.16858, section 4.1: expansion of a dynamic draft tree.
     """
     op = "draft_topk"
     want(op, "logits", "(B, F, V) " + DTYPE_NAMES, logits, logits_like(logits, 3))
@@ -113,7 +113,7 @@ def tree_finalize(
         Tree of the N - 1 best candidates (ties to the lower index) and the root, siblings in the order of their index.
         Nodes beyond those kept are padding: token -1, no links, they see the prefix and themselves.
     Raises: as draft_topk.
-    Source: Li et al., "EAGLE-2" (2024), section 4.2 (reranking); index meaning of SGLang 0.5.23.
+    Source: Li et al. (2024), arXiv:2406.16858, section 4.2 (reranking); index meaning of SGLang 0.5.23.
     """
     op = "tree_finalize"
     good = is_strided(scores) and scores.ndim == 2 and scores.dtype == torch.float32

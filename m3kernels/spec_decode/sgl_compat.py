@@ -26,9 +26,8 @@ from m3kernels.spec_decode.arguments import (
     want,
     with_rows,
 )
+from m3kernels.spec_decode.sgl_reference import BIT_PACKED, bytes_per_row
 from m3kernels.spec_decode.types import MAX_NODES
-
-BIT_PACKED = 2  # of tree_mask_mode
 
 
 # -- building ---------------------------------------------------------------------------------------------------------
@@ -72,7 +71,7 @@ def build_tree_kernel_efficient(
     requests, nodes = parent_list.shape[0], draft_token_num
     _check_shape(op, "selected_index", selected_index, (requests, nodes - 1), torch.int64, parent_list)
     _check_shape(op, "verified_seq_len", verified_seq_len, (requests,), torch.int64, parent_list)
-    square = requests * nodes * (nodes if tree_mask_mode < BIT_PACKED else _bytes_per_row(nodes))
+    square = requests * nodes * (nodes if tree_mask_mode < BIT_PACKED else bytes_per_row(nodes))
     _check_mask(op, tree_mask, square, parent_list)
     links = (retrive_index, retrive_next_token, retrive_next_sibling)
     _check_links(op, positions, links, requests, nodes, parent_list)
@@ -262,10 +261,6 @@ chain_speculative_sampling_triton = chain_speculative_sampling  # as SGLang call
 
 
 # -- checks -----------------------------------------------------------------------------------------------------------
-def _bytes_per_row(nodes: int) -> int:
-    return 1 if nodes <= 8 else 2 if nodes <= 16 else -(-nodes // 32) * 4
-
-
 def _is_matrix(value: object, dtype: torch.dtype) -> bool:
     return is_strided(value) and value.ndim == 2 and value.dtype == dtype
 

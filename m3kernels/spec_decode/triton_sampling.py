@@ -437,7 +437,7 @@ def cases(target: str) -> list[CompileCase]:
                 "total i32", NUM_WARPS, DRAFT=draft, BLOCK=BLOCK,
             )
         )  # fmt: skip
-    for dtype, blocks in (("fp32", False), ("fp32", True), ("bf16", True)):
+    for dtype, blocks in (("fp32", False), ("bf16", True)):
         made.append(
             case(
                 f"sgl_chain_{dtype}{'_blocks' if blocks else ''}", _chain_kernel,

@@ -1,10 +1,10 @@
 """Tree verification: one program walks the tree of one request and reads only the rows on the accepted path.
 
 A row's tokens are compared by ``key``, the bits of |x| with x = (z - max z) / T <= 0: integers in the order of
-decreasing x, so that the filters are thresholds on integers. The largest key that a filter keeps is found by bisection,
-exactly: ties at a threshold share its fate. Every sum over the vocabulary is one of fp32 values in fp64, a few
-neighbours in fp32 first, in an order that only the vocabulary fixes. Where top_k leaves few tokens they are gathered
-once, by ascending id, and the passes that follow read that list.
+decreasing x, so that the filters are thresholds on integers. The largest key that a filter keeps is found exactly, so
+ties at a threshold share its fate: top_k by counting digits, top_p by bisection. Every sum over the vocabulary is one
+of fp32 values in fp64, a few neighbours in fp32 first, in an order that only the vocabulary fixes. Where few tokens
+pass top_k, or have the mass that top_p wants, they are gathered once, by ascending id, and what follows reads the list.
 
 The law, the walk of each mode and the noise: law.py and reference.py.
 """
@@ -99,11 +99,12 @@ def _maximum(row, grammar, vocabulary, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _count(row, grammar, few, few_ids, count, top, temperature, limit, vocabulary, BLOCK: tl.constexpr):
+def _count(row, grammar, top, temperature, limit, vocabulary, BLOCK: tl.constexpr):
     """Tokens with a key of at most ``limit``."""
     total = tl.zeros((BLOCK,), tl.int32)
-    for start in range(0, vocabulary if count < 0 else count, BLOCK):
-        _, x = _tile(row, grammar, few, few_ids, count, top, temperature, start, vocabulary, BLOCK)
+    for start in range(0, vocabulary, BLOCK):
+        v = start + tl.arange(0, BLOCK)
+        x = _scaled(_clean(row, grammar, v, v < vocabulary), top, temperature)
         total += (_key(x) <= limit).to(tl.int32)
     return tl.sum(total, 0)
 
@@ -119,30 +120,73 @@ def _mass(row, grammar, few, few_ids, count, top, temperature, limit, vocabulary
 
 
 @triton.jit
-def _top_k_limit(row, grammar, few, few_ids, top, temperature, k, vocabulary, BLOCK: tl.constexpr):
-    """Key of the k-th largest x, at most LARGEST."""
-    low = tl.full((), -1, tl.int32)
-    high = tl.full((), LARGEST, tl.int32)
-    while high - low > 1:
-        middle = low + (high - low) // 2
-        if _count(row, grammar, few, few_ids, -1, top, temperature, middle, vocabulary, BLOCK) >= k:
-            high = middle
-        else:
-            low = middle
-    return high
+def _digits(row, grammar, top, temperature, level, prefix, vocabulary, BLOCK: tl.constexpr):
+    """How many finite keys have each value of 11 bits from bit 20 on (level 0), or of the next 10, or of the last 10.
+
+    Levels 1 and 2 count the keys whose bits above are ``prefix``; the other keys fall into bin 2047.
+    """
+    shift = 20 - 10 * level
+    counts = tl.zeros((2048,), tl.int32)
+    for start in range(0, vocabulary, BLOCK):
+        v = start + tl.arange(0, BLOCK)
+        key = _key(_scaled(_clean(row, grammar, v, v < vocabulary), top, temperature))
+        digit = (key >> shift) & tl.where(level == 0, 2047, 1023)
+        counted = (key <= LARGEST) & ((level == 0) | ((key >> tl.minimum(shift + 10, 30)) == prefix))
+        counts += tl.histogram(tl.where(counted, digit, 2047), 2048)
+    return tl.where(tl.arange(0, 2048) == 2047, 0, counts)
 
 
 @triton.jit
-def _top_p_limit(row, grammar, few, few_ids, count, top, temperature, limit, top_p, vocabulary, BLOCK: tl.constexpr):
-    """The largest key of at most ``limit`` above which, strictly, lies less than top_p of the mass."""
-    wanted = top_p.to(tl.float64) * _mass(row, grammar, few, few_ids, count, top, temperature, limit, vocabulary, BLOCK)
+def _top_k_limit(row, grammar, top, temperature, k, vocabulary, BLOCK: tl.constexpr):
+    """Key of the k-th largest x, at most LARGEST: digit by digit."""
+    prefix = tl.zeros((), tl.int32)
+    wanted = k
+    for level in range(3):
+        counts = _digits(row, grammar, top, temperature, level, prefix, vocabulary, BLOCK)
+        upto = tl.cumsum(counts, 0)
+        digit = tl.sum((upto < wanted).to(tl.int32), 0)
+        wanted -= tl.sum(tl.where(tl.arange(0, 2048) < digit, counts, 0), 0)
+        prefix = tl.where(level == 0, digit, (prefix << 10) | tl.minimum(digit, 1023))
+    return tl.where(wanted > 0, tl.minimum(prefix, LARGEST), LARGEST)
+
+
+@triton.jit
+def _few_limit(row, grammar, top, temperature, vocabulary, FEW: tl.constexpr, BLOCK: tl.constexpr):
+    """A limit that at most FEW keys keep, by their leading digit; -1 if the first digit has more."""
+    upto = tl.cumsum(_digits(row, grammar, top, temperature, 0, 0, vocabulary, BLOCK), 0)
+    return tl.minimum((tl.sum((upto <= FEW).to(tl.int32), 0) << 20) - 1, LARGEST)
+
+
+@triton.jit
+def _top_p_limit_of_few(few, count, limit, wanted, FEW: tl.constexpr):
+    """As ``_top_p_limit``, of a list that lies in registers."""
+    at = tl.arange(0, FEW)
+    x = tl.load(few + at, mask=at < count, other=float("-inf"))
+    key = _key(x)
+    w = tl.exp(x).to(tl.float64)
     low = tl.full((), 0, tl.int32)
     high = limit
-    if _mass(row, grammar, few, few_ids, count, top, temperature, limit - 1, vocabulary, BLOCK) < wanted:
+    if tl.sum(tl.where(key < limit, w, 0.0), 0) < wanted:
         low = limit
     while high - low > 1:
         middle = low + (high - low) // 2
-        if _mass(row, grammar, few, few_ids, count, top, temperature, middle - 1, vocabulary, BLOCK) < wanted:
+        if tl.sum(tl.where(key < middle, w, 0.0), 0) < wanted:
+            low = middle
+        else:
+            high = middle
+    return low
+
+
+@triton.jit
+def _top_p_limit(row, grammar, few, few_ids, top, temperature, limit, wanted, vocabulary, BLOCK: tl.constexpr):
+    """The largest key of at most ``limit`` above which, strictly, lies less than the mass ``wanted``."""
+    low = tl.full((), 0, tl.int32)
+    high = limit
+    if _mass(row, grammar, few, few_ids, -1, top, temperature, limit - 1, vocabulary, BLOCK) < wanted:
+        low = limit
+    while high - low > 1:
+        middle = low + (high - low) // 2
+        if _mass(row, grammar, few, few_ids, -1, top, temperature, middle - 1, vocabulary, BLOCK) < wanted:
             low = middle
         else:
             high = middle
@@ -273,9 +317,10 @@ def _invert(
 
 
 # Grid: (requests). A program walks one tree from its root; at each node it passes over that node's row: once for the
-# maximum, about 30 times for each threshold (top_k over the row, top_p over the list that top_k leaves if it is short),
-# once or twice to draw. Reads the rows on the path, writes the S slots of its request. Links that would lead back are
-# taken as ends, tokens outside the vocabulary are never accepted: nothing in memory can keep it from ending.
+# maximum, 5 times for top_k, as often for top_p alone (30 times where more than FEW tokens make up its mass), at most
+# three times to draw; after a filter that leaves few tokens, over their list instead. Reads rows on the path, writes
+# the S slots of its request. Links that would lead back are taken as ends, tokens outside the vocabulary are never
+# accepted: nothing in memory can keep it from ending.
 @triton.jit(do_not_specialize=["nodes", "width"])
 def _verify_kernel(
     logits,
@@ -357,13 +402,24 @@ def _verify_kernel(
             if top_k is not None:
                 k = tl.load(top_k + b)
                 if (k > 0) & (k < vocabulary):
-                    limit = _top_k_limit(row, grammar, few, few_ids, top, heat, k, vocabulary, BLOCK)
-                    if _count(row, grammar, few, few_ids, -1, top, heat, limit, vocabulary, BLOCK) <= FEW:
+                    limit = _top_k_limit(row, grammar, top, heat, k, vocabulary, BLOCK)
+                    if _count(row, grammar, top, heat, limit, vocabulary, BLOCK) <= FEW:
                         count = _gather(row, grammar, few, few_ids, top, heat, limit, vocabulary, BLOCK)
             if top_p is not None:
                 share = tl.load(top_p + b)
                 if share < 1.0:
-                    limit = _top_p_limit(row, grammar, few, few_ids, count, top, heat, limit, share, vocabulary, BLOCK)
+                    wanted = share.to(tl.float64) * _mass(
+                        row, grammar, few, few_ids, count, top, heat, limit, vocabulary, BLOCK
+                    )
+                    if count < 0:
+                        near = tl.minimum(_few_limit(row, grammar, top, heat, vocabulary, FEW, BLOCK), limit)
+                        if _mass(row, grammar, few, few_ids, -1, top, heat, near, vocabulary, BLOCK) >= wanted:
+                            limit = near
+                            count = _gather(row, grammar, few, few_ids, top, heat, limit, vocabulary, BLOCK)
+                    if count >= 0:
+                        limit = _top_p_limit_of_few(few, count, limit, wanted, FEW)
+                    else:
+                        limit = _top_p_limit(row, grammar, few, few_ids, top, heat, limit, wanted, vocabulary, BLOCK)
             if min_p is not None:
                 least = tl.load(min_p + b)
                 if least > 0.0:

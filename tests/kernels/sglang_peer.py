@@ -58,8 +58,9 @@ from triton import next_power_of_2
 '''
 
 
-def wheel() -> Path:
-    """The wheel, from the cache or through pip; the test is skipped where no registry has it."""
+@functools.cache
+def fetch() -> Path | str:
+    """The wheel, from the cache or through pip; or why pip cannot download it. Asked once in a run."""
     target = cache_dir() / "wheels" / WHEEL
     if not target.is_file():
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -68,14 +69,20 @@ def wheel() -> Path:
             command = [sys.executable, "-m", "pip", "download", *options, REQUIREMENT]
             run = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
             if run.returncode:
-                pytest.skip(
-                    f"pip cannot download {REQUIREMENT}: {(run.stderr.strip().splitlines() or ['?'])[-1][:200]}"
-                )
+                return f"pip cannot download {REQUIREMENT}: {(run.stderr.strip().splitlines() or ['?'])[-1][:200]}"
             (Path(work) / WHEEL).replace(target)
     with target.open("rb") as file:
         found = hashlib.file_digest(file, "sha256").hexdigest()
     assert found == SHA256, f"{target}: want sha256 {SHA256}; got {found}; delete it"
     return target
+
+
+def wheel() -> Path:
+    """The wheel; the test is skipped where no registry has it."""
+    found = fetch()
+    if isinstance(found, str):
+        pytest.skip(found)
+    return found
 
 
 def native(folder: Path) -> ctypes.CDLL:

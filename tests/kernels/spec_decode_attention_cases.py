@@ -33,9 +33,9 @@ class Request:
         if self.parents is None:
             return list(range(node + 1))
         path = [node]
-        while self.parents[path[0]] >= 0:
-            path.insert(0, self.parents[path[0]])
-        return path
+        while self.parents[path[-1]] >= 0:
+            path.append(self.parents[path[-1]])
+        return path[::-1]
 
     def attended(self, node: int, window: int = 0) -> list[int]:
         """Slots that a node attends to, by logical position."""

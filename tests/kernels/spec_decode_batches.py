@@ -15,10 +15,11 @@ from m3kernels.spec_decode import draft_topk, tree_attention, tree_commit, tree_
 from m3kernels.spec_decode.reference import make_inputs
 
 no_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
-TRITON = pytest.param("spec_decode=triton", marks=no_triton)
+IN_TRITON = pytest.param("spec_decode=triton", marks=no_triton)
+SLOWLY_IN_TRITON = pytest.param("spec_decode=triton", marks=(no_triton, pytest.mark.slow))  # the interpreter: seconds
 ROOMS = ("spec_decode=reference", "spec_decode=cpu")
 each_room = pytest.mark.parametrize("backend", ROOMS, indirect=True)
-each_room_and_triton = pytest.mark.parametrize("backend", (*ROOMS, TRITON), indirect=True)
+each_room_and_triton = pytest.mark.parametrize("backend", (*ROOMS, SLOWLY_IN_TRITON), indirect=True)
 
 Arguments = dict[str, Any]
 B, N, V, K = 4, 7, 67, 3

@@ -20,6 +20,7 @@ ROWS: dict[str, dict[str, Any]] = {
     "group_and_one": dict(vocabulary=257, dtype=torch.bfloat16),
     "block_and_part": dict(vocabulary=1031, dtype=torch.float16),
     "blocks": dict(vocabulary=4096, sharpness=1.0),
+    "blocks_and_part": dict(vocabulary=2100),
     "flat": dict(vocabulary=3001, sharpness=0.01),
     "constant": dict(vocabulary=1500, change="constant"),
     "ties": dict(vocabulary=2500, change="ties", dtype=torch.bfloat16),

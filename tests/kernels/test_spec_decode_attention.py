@@ -44,7 +44,7 @@ CASES: dict[str, dict[str, Any]] = {
     "long_prefill": dict(lengths=[(0, 300), (450, 130)], heads=(9, 3), size=64),
     "long_window": dict(lengths=[(1300, 70)], heads=(2, 1), size=80, window=600, page_size=3),
     "most_nodes": dict(lengths=[(77, 1024)], tree=True, heads=(2, 1), size=16),
-    "chain_of_most_nodes": dict(lengths=[(30, 1024)], heads=(2, 2), size=16),
+    "chunk_of_most_nodes": dict(lengths=[(30, 300)], heads=(2, 2), size=16),
     "many_heads": dict(lengths=[(30, 3)], heads=(150, 1), size=8),
     "large_head": dict(lengths=[(130, 4)], heads=(2, 1), size=256, tree=True),
 }

@@ -298,7 +298,9 @@ ERRORS: dict[Callable[..., Any], tuple[dict[str, Any], dict[str, tuple[Change, s
         "index_dtype": (dict(accept_index=COMMIT["accept_index"].long()), INDEX + "(2, 3) int64"),
         "index_no_slots": (dict(accept_index=COMMIT["accept_index"][:, :0]), INDEX + "(2, 0) int32"),
         "index_descends": (dict(accept_index=with_value(COMMIT["accept_index"], (0, 2), 2)), ASCENDING + "[0, 2, 2]"),
-        "index_negative": (dict(accept_index=with_value(COMMIT["accept_index"], (1, 0), -1)), ASCENDING + "[-1, -1, -1]"),
+        "index_negative": (
+            dict(accept_index=with_value(COMMIT["accept_index"], (1, 0), -1)), ASCENDING + "[-1, -1, -1]"
+        ),
         "index_beyond": (dict(accept_index=with_value(COMMIT["accept_index"], (0, 2), 5)), ASCENDING + "[0, 2, 5]"),
         "length_shape": (
             dict(accept_length=COMMIT["accept_length"][:1]), "accept_length: want (2,) int32; got (1,) int32"

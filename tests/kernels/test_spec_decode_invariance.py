@@ -25,6 +25,8 @@ from tests.kernels.spec_decode_batches import (
     padded_trees,
 )
 
+only_cpu = pytest.mark.parametrize("backend", ("spec_decode=cpu",), indirect=True)
+
 
 def same(found: list[Tensor], expected: list[Tensor]) -> bool:
     assert len(found) == len(expected)
@@ -86,7 +88,7 @@ def test_two_runs_give_the_same(backend: str, name: str) -> None:
     assert same(BATCHES[name](), BATCHES[name]())
 
 
-@pytest.mark.parametrize("backend", ("spec_decode=cpu",), indirect=True)
+@only_cpu
 @pytest.mark.parametrize("count", (1, 2, 3, 5))
 @every_batch
 def test_threads_do_not_matter(backend: str, name: str, count: int, threads: Callable[[int], None]) -> None:
@@ -166,11 +168,11 @@ def test_logits_in_bf16_give_what_they_give_in_fp32(backend: str, name: str) -> 
 
 
 # -- sizes ------------------------------------------------------------------------------------------------------------
-MODES = ("greedy", "target_only", "coupled")
+LONG_WALKS = [("spec_decode=cpu", mode) for mode in ("greedy", "target_only", "coupled")]
+LONG_WALKS += [("spec_decode=reference", "greedy")]
 
 
-@each_room
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(("backend", "mode"), LONG_WALKS, indirect=["backend"])
 def test_a_chain_of_1024_nodes_is_walked_to_its_end(backend: str, mode: str) -> None:
     """A target that is sure of every token follows the draft for 1023 steps; one slot is the bonus token's."""
     nodes, vocabulary = 1024, 3
@@ -216,7 +218,7 @@ def test_a_tree_of_1024_nodes_is_built(backend: str) -> None:
     assert torch.equal(bits.flatten(1).bool(), torch.ones(nodes, nodes, dtype=torch.bool).tril())
 
 
-@each_room
+@only_cpu
 def test_attention_of_a_tree_of_1024_nodes_is_that_of_its_paths(backend: str) -> None:
     """The mask of a chain is the causal one; that of a star, a prefix and one key."""
     nodes, size = 1024, 8

@@ -20,6 +20,7 @@ from m3kernels.spec_decode import Verified, tree_attention, tree_verify
 from m3kernels.testing import bitwise_equal, uninitialized_is_nan
 from tests.kernels.spec_decode_batches import (
     BATCHES,
+    IN_TRITON,
     PAGE,
     VERIFICATIONS,
     B,
@@ -55,6 +56,15 @@ def surrounded(x: Tensor, margin: int = 67) -> Tensor:
     worst = NAN if x.is_floating_point() else torch.iinfo(x.dtype).max
     buffer = torch.full((x.numel() + 2 * margin,), worst, dtype=x.dtype)
     return buffer[margin : margin + x.numel()].view(x.shape).copy_(x)
+
+
+@pytest.mark.parametrize("backend", (IN_TRITON,), indirect=True)
+@pytest.mark.parametrize("name", ("draft_first", "finalize", "attention_causal", "coupled", "target_only", "commit"))
+def test_an_interpreted_room_keeps_to_its_memory(backend: str, name: str) -> None:
+    expected = BATCHES[name]()
+    with uninitialized_is_nan():
+        found = BATCHES[name].changed(surrounded)()
+    assert same(found, expected)
 
 
 def between_rows(x: Tensor) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable
 from typing import Any
 
@@ -14,12 +13,7 @@ from torch._subclasses import FakeTensorMode
 from m3kernels.spec_decode import draft_topk, tree_attention, tree_budget, tree_commit, tree_finalize, tree_verify
 from m3kernels.spec_decode.reference import make_inputs
 from m3kernels.testing import bitwise_equal
-
-no_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
-TRITON = pytest.param("spec_decode=triton", marks=no_triton)
-ROOMS = ("spec_decode=reference", "spec_decode=cpu")
-each_room = pytest.mark.parametrize("backend", ROOMS, indirect=True)
-each_room_and_triton = pytest.mark.parametrize("backend", (*ROOMS, TRITON), indirect=True)
+from tests.kernels.spec_decode_batches import each_room, each_room_and_triton
 
 V, N, K = 24, 5, 2
 X = make_inputs(2, N, V)
@@ -195,9 +189,11 @@ def arguments_of_speculate() -> tuple[Tensor, ...]:
     return X["logits"], q, CACHE.clone(), CACHE + 1
 
 
-@each_room
-@pytest.mark.parametrize("graph", ("eager", "aot_eager"))
-@pytest.mark.parametrize("dynamic", (False, True), ids=("static", "dynamic"))
+GRAPHS = [("spec_decode=cpu", graph, dynamic) for graph in ("eager", "aot_eager") for dynamic in (False, True)]
+GRAPHS += [("spec_decode=reference", "aot_eager", True)]
+
+
+@pytest.mark.parametrize(("backend", "graph", "dynamic"), GRAPHS, indirect=["backend"])
 def test_compiles_whole(backend: str, graph: str, dynamic: bool) -> None:
     torch.compiler.reset()
     compiled = torch.compile(speculate, fullgraph=True, backend=graph, dynamic=dynamic)

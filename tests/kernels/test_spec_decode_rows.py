@@ -52,20 +52,13 @@ def check_drafts(found: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> Non
 # -- tree_verify ------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("rows", ROWS)
-def test_rows_decide_as_the_reference(rows: str, mode: str) -> None:
+def test_filtered_rows_decide_as_the_reference(rows: str, mode: str) -> None:
     args = verification(mode, FILTERS["all"], logprobs="sampling", **ROWS[rows])
     check_verified(_cpu.tree_verify(*args), reference.tree_verify(*args))
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("name", FILTERS)
-def test_filters_decide_as_the_reference(name: str, mode: str) -> None:
-    args = verification(mode, FILTERS[name], vocabulary=3000, logprobs="sampling")
-    check_verified(_cpu.tree_verify(*args), reference.tree_verify(*args))
-
-
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("rows", ["ties", "infinite", "huge", "lowest", "holes"])
+@pytest.mark.parametrize("rows", ["ties", "infinite", "lowest"])
 def test_extreme_filters_decide_as_the_reference(rows: str, mode: str) -> None:
     args = verification(mode, FILTERS["extreme"], logprobs="raw", coins=False, **ROWS[rows])
     check_verified(_cpu.tree_verify(*args), reference.tree_verify(*args))
@@ -93,7 +86,7 @@ def test_a_token_that_repeats_an_elder_sibling_counts_once() -> None:
     assert _cpu.tree_verify(*args)[1].tolist() == [[0, 3, -1, -1], [0, 3, -1, -1]]
 
 
-@pytest.mark.parametrize("token", [-1, 3, 2**40, -(2**63), 2**63 - 1])
+@pytest.mark.parametrize("token", [-1, 3, -(2**63), 2**63 - 1])
 @pytest.mark.parametrize("mode", MODES)
 def test_a_candidate_outside_the_vocabulary_is_not_accepted(mode: str, token: int) -> None:
     args = verification(mode, FILTERS["plain"], vocabulary=3)
@@ -136,8 +129,7 @@ LAWS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-@pytest.mark.parametrize("vocabulary", [997, 50257])
+@pytest.mark.parametrize(("vocabulary", "dtype"), [(997, torch.float32), (50257, torch.bfloat16)], ids=["997", "50257"])
 @pytest.mark.parametrize("name", LAWS)
 def test_tokens_invert_the_cumulative_law(name: str, vocabulary: int, dtype: torch.dtype) -> None:
     row, coins = language_like(vocabulary, dtype), torch.linspace(0, 1, 130, dtype=torch.float64)[:-1]
@@ -206,7 +198,7 @@ THRESHOLDS: dict[str, Callable[[], Tensor]] = {
 }
 
 
-@pytest.mark.parametrize("top_p", [1e-3, 0.31, 0.9, 0.99999])
+@pytest.mark.parametrize("top_p", [1e-3, 0.6, 0.99999])
 @pytest.mark.parametrize("name", THRESHOLDS)
 def test_top_p_finds_its_threshold_in_any_row(name: str, top_p: float) -> None:
     """The log-probability of the likeliest token tells the mass of the tokens kept."""
@@ -218,7 +210,7 @@ def test_top_p_finds_its_threshold_in_any_row(name: str, top_p: float) -> None:
     torch.testing.assert_close(logprobs[0].double(), p[tokens[0]].log(), **LOG)
 
 
-@pytest.mark.parametrize("top_k", [1, 2, 255, 1024, 1025, 8000, 8999])
+@pytest.mark.parametrize("top_k", [1, 255, 1025, 8999])
 @pytest.mark.parametrize("name", THRESHOLDS)
 def test_top_k_finds_its_threshold_in_any_row(name: str, top_k: int) -> None:
     row = THRESHOLDS[name]()
@@ -230,16 +222,10 @@ def test_top_k_finds_its_threshold_in_any_row(name: str, top_k: int) -> None:
     torch.testing.assert_close(logprobs[0].double(), p[tokens[0]].log(), **LOG)
 
 
-# -- draft_topk -------------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("name", DRAFTS)
-def test_drafts_are_those_of_the_reference(name: str) -> None:
-    args = drafting(**DRAFTS[name])
-    check_drafts(_cpu.draft_topk(*args), reference.draft_topk(*args))
-
-
+# -- draft_topk: small ones are in test_spec_decode_rows_isa.py -------------------------------------------------------
 @pytest.mark.parametrize("noise", [False, True], ids=["plain", "noise"])
 def test_drafts_of_a_large_vocabulary_are_those_of_the_reference(noise: bool) -> None:
-    args = drafting(frontier=2, vocabulary=151936, k=10, noise=noise, dtype=torch.bfloat16)
+    args = drafting(frontier=1, vocabulary=151936, k=10, noise=noise, dtype=torch.bfloat16)
     check_drafts(_cpu.draft_topk(*args), reference.draft_topk(*args))
 
 
@@ -262,7 +248,7 @@ def moved(x: Tensor, shift: int, pad: int) -> Tensor:
     return inside.copy_(x)
 
 
-@pytest.mark.parametrize(("shift", "pad"), [(1, 0), (3, 5), (7, 64), (16, 13)])
+@pytest.mark.parametrize(("shift", "pad"), [(1, 0), (7, 61)])
 @pytest.mark.parametrize("mode", MODES)
 def test_place_and_strides_change_no_bit(mode: str, shift: int, pad: int) -> None:
     args = verification(mode, FILTERS["top_p"], vocabulary=1031, logprobs="sampling", grammar=mode == "coupled")
