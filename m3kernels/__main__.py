@@ -134,7 +134,8 @@ def spec_decode_examples() -> dict[str, Callable[[], object]]:
     )
     coins = (torch.zeros(1, 3), torch.zeros(1))
     probs = x["logits"].softmax(-1)
-    built = (torch.zeros(9, dtype=torch.bool), torch.zeros(3, dtype=torch.int64), *(minus.clone() for _ in range(3)))
+    mask, positions = torch.zeros(9, dtype=torch.bool), torch.zeros(3, dtype=torch.int64)
+    index, first_child, sibling = (minus.clone() for _ in range(3))
     return {
         "draft_topk": lambda: s.draft_topk(x["logits"][:, :1], zero, k=2, step=0),
         "tree_finalize": lambda: s.tree_finalize(zero, one[:, None], -one[:, None], one, one, topk=1, num_nodes=2),
@@ -143,15 +144,17 @@ def spec_decode_examples() -> dict[str, Callable[[], object]]:
         "tree_commit": lambda: s.tree_commit(path, length, [cache], [cache.clone()], table, length),
         "tree_budget": lambda: s.tree_budget(zero, torch.ones(3)),
         "build_tree_kernel_efficient": lambda: s.build_tree_kernel_efficient(
-            -one[:, None], torch.tensor([[0, 1]]), 0 * one, *built, 2, 1, 3, 1
+            -one[:, None], torch.tensor([[0, 1]]), 0 * one, mask, positions, index, first_child, sibling, 2, 1, 3, 1
         ),
         "verify_tree_greedy": lambda: s.verify_tree_greedy(*written, candidates),
         "tree_speculative_sampling_target_only": lambda: s.tree_speculative_sampling_target_only(
             *written, *coins, probs, None
         ),
-        "chain_speculative_sampling": lambda: s.chain_speculative_sampling(*written, *coins, probs, probs[:, :2]),
+        "chain_speculative_sampling": lambda: s.chain_speculative_sampling(
+            written[0], minus[:, :3].int(), *written[2:], *coins, probs, probs[:, :2]
+        ),
         "reconstruct_indices_from_tree_mask": lambda: s.reconstruct_indices_from_tree_mask(
-            torch.eye(3, dtype=torch.bool).flatten(), one, *built[1:], 1, 3
+            torch.eye(3, dtype=torch.bool).flatten(), one, positions, index, first_child, sibling, 1, 3
         ),
     }
 

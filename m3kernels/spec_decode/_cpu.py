@@ -9,6 +9,7 @@ from torch import Tensor
 
 from m3kernels import _cpu_ext
 from m3kernels.checks import refuse
+from m3kernels.spec_decode.reference import tree_budget as _tree_budget
 
 
 def unsupported(op: str, first: Tensor, *args: Any) -> str:
@@ -446,3 +447,6 @@ def chain_speculative_sampling(
         _laws(op, "draft_probs", draft_probs, target_probs),
         *(*candidates.shape, target_probs.shape[2], block_verification, torch.get_num_threads()),
     )
+
+
+tree_budget = _tree_budget  # a sort and sums over small tensors: torch's own kernels serve it

@@ -74,13 +74,12 @@ def draft_topk(
     want(op, "logits", "(B, F, V) " + DTYPE_NAMES, logits, logits_like(logits, 3))
     requests, frontier, vocabulary = logits.shape
     want(op, "logits", "a row or more of each request, a vocabulary of at least 1", logits, frontier * vocabulary > 0)
-    good = is_strided(scores) and scores.shape == (requests, frontier) and scores.dtype == torch.float32
-    want(op, "scores", f"({requests}, {frontier}) float32{on(logits)}", scores, good and near(scores, logits))
-    want(op, "k", f"an integer in 1..{vocabulary}", k, is_integer(k) and 1 <= k <= vocabulary)
-    want(op, "step", f"an integer in 0..{MAX_NODES - 1}", step, is_integer(step, 0, MAX_NODES - 1))
+    expect(op, "scores", scores, logits, (requests, frontier), (torch.float32,))
+    if not (is_integer(k) and 1 <= k <= vocabulary):
+        raise refuse(op, "k", f"an integer in 1..{vocabulary}", k)
+    want(op, "step", "an integer in 0..1023", step, is_integer(step, 0, MAX_NODES - 1))
     if d2t is not None:
-        good = is_strided(d2t) and d2t.shape == (vocabulary,) and d2t.dtype == torch.int64 and near(d2t, logits)
-        want(op, "d2t", f"({vocabulary},) int64{on(logits)}", d2t, good)
+        expect(op, "d2t", d2t, logits, (vocabulary,), (torch.int64,))
     if (seed is None) != (position is None):
         raise refuse(op, "position" if position is None else "seed", "both seed and position, or neither", "one")
     seed = None if seed is None else vector(op, "seed", seed, logits, (torch.int64,), torch.int64)
@@ -119,13 +118,12 @@ def tree_finalize(
     good = is_strided(scores) and scores.ndim == 2 and scores.dtype == torch.float32
     want(op, "scores", "(B, M) float32", scores, good)
     requests, count = scores.shape
-    good = is_strided(tokens) and tokens.shape == scores.shape and tokens.dtype == torch.int64
-    want(op, "tokens", f"({requests}, {count}) int64{on(scores)}", tokens, good and near(tokens, scores))
+    expect(op, "tokens", tokens, scores, (requests, count), (torch.int64,))
     good = is_strided(parent_list) and parent_list.ndim == 2 and len(parent_list) == requests
-    good = good and parent_list.dtype == torch.int64 and near(parent_list, scores)
-    want(op, "parent_list", f"({requests}, L) int64{on(scores)}", parent_list, good)
-    want(op, "topk", f"an integer in 1..{MOST}", topk, is_integer(topk, 1, MOST))
-    want(op, "num_nodes", f"an integer in 1..{MAX_NODES}", num_nodes, is_integer(num_nodes, 1, MAX_NODES))
+    if not (good and parent_list.dtype == torch.int64 and near(parent_list, scores)):
+        raise refuse(op, "parent_list", f"({requests}, L) int64{on(scores)}", parent_list)
+    want(op, "topk", "an integer in 1..2147483647", topk, is_integer(topk, 1, MOST))
+    want(op, "num_nodes", "an integer in 1..1024", num_nodes, is_integer(num_nodes, 1, MAX_NODES))
     bonus = vector(op, "bonus", bonus, scores, INTEGERS, torch.int64)
     seq_lens = vector(op, "seq_lens", seq_lens, scores, INTEGERS, torch.int64)
     budget = None if budget is None else vector(op, "budget", budget, scores, INTEGERS, torch.int32)

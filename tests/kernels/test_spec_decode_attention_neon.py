@@ -24,6 +24,7 @@ SOURCES = {
 }
 
 pytestmark = [
+    pytest.mark.slow,
     pytest.mark.skipif(platform.machine() == "aarch64", reason="this machine runs NEON"),
     *(
         pytest.mark.skipif(shutil.which(program) is None, reason=f"{program} is not installed")
