@@ -35,7 +35,7 @@ from m3kernels.spec_decode.triton_arithmetic import (
 from m3kernels.spec_decode.types import LOGPROBS, MODES
 from m3kernels.triton_compile import CompileCase
 
-BLOCK = 4096  # tokens per step of a pass
+BLOCK = {"greedy": 4096, "target_only": 4096, "chain": 2048, "coupled": 4096}  # tokens per step; a chain has two rows
 NUM_WARPS = 8
 FEW = 1024  # tokens that a list holds
 CLIP = tl.constexpr(1e30)
@@ -144,10 +144,10 @@ def _top_k_limit(row, grammar, top, temperature, k, vocabulary, BLOCK: tl.conste
     for level in range(3):
         counts = _digits(row, grammar, top, temperature, level, prefix, vocabulary, BLOCK)
         upto = tl.cumsum(counts, 0)
-        digit = tl.sum((upto < wanted).to(tl.int32), 0)
+        digit = tl.minimum(tl.sum((upto < wanted).to(tl.int32), 0), tl.where(level == 0, 2047, 1023))
         wanted -= tl.sum(tl.where(tl.arange(0, 2048) < digit, counts, 0), 0)
-        prefix = tl.where(level == 0, digit, (prefix << 10) | tl.minimum(digit, 1023))
-    return tl.where(wanted > 0, tl.minimum(prefix, LARGEST), LARGEST)
+        prefix = (prefix << 10) | digit
+    return tl.minimum(prefix, LARGEST)
 
 
 @triton.jit
@@ -552,7 +552,7 @@ def tree_verify(
         *(stride for pair in rows for stride in pair), nodes, vocabulary, width,
         MODE=MODES.index(mode),
         LOGPROB=LOGPROBS.index(logprobs),
-        BLOCK=block(vocabulary, BLOCK),
+        BLOCK=block(vocabulary, BLOCK[mode]),
         FEW=FEW,
         BLOCK_S=block(width, 64),
         num_warps=NUM_WARPS if vocabulary > 1024 else 4,
@@ -588,7 +588,7 @@ def verify_case(dtype: str, mode: str, given: str, logprobs: str = "none") -> Co
         NUM_WARPS,
         MODE=MODES.index(mode),
         LOGPROB=LOGPROBS.index(logprobs),
-        BLOCK=BLOCK,
+        BLOCK=BLOCK[mode],
         FEW=FEW,
         BLOCK_S=16,
     )

@@ -54,9 +54,7 @@ def _noise_kernel(seed, position, tokens, out, race, fours, coins, N: tl.constex
 
 
 @in_triton
-@pytest.mark.parametrize(
-    ("seed", "position"), ((0, 0), (-1, 2**31 + 5), (2**63 - 1, 2**40 + 3), (-(2**63), 7), (0x1234567887654321, -1))
-)
+@pytest.mark.parametrize(("seed", "position"), ((0, 0), (-1, 2**31 + 5), (-(2**63), 2**40 + 3)))
 def test_noise_is_that_of_the_law(seed: int, position: int) -> None:
     key, at = torch.tensor([seed]), torch.tensor([position])
     tokens = torch.tensor([0, 1, 2, 3, 7, 151935, 2**31 - 1, 128256])
@@ -146,7 +144,7 @@ ATTENTION: dict[str, dict[str, Any]] = {
     "causal_elementwise_gate": dict(
         lengths=(70, 33, 1), queries=(40, 5, 1), heads=6, head_size=24, tree=False, gate="elementwise"
     ),
-    "two_words_of_mask": dict(lengths=(50, 70), queries=(36, 3), heads=3, kv_heads=1, page_size=1),
+    "two_words_of_mask": dict(lengths=(50, 70), queries=(33, 2), heads=3, kv_heads=1, page_size=1),
     "window": dict(lengths=(130, 70), queries=(5, 2), heads=3, kv_heads=3, head_size=32, window=20),
     "window_causal": dict(lengths=(130, 100), queries=(70, 2), kv_heads=1, tree=False, window=50),
     "two_splits": dict(lengths=(700, 515), queries=(3, 2), page_size=64),
@@ -187,7 +185,7 @@ def test_attention(case: str) -> None:
 
 
 @in_triton
-@pytest.mark.parametrize("case", ("two_splits", "fp32_headwise_gate"))
+@pytest.mark.parametrize("case", ("two_splits",))
 def test_attention_without_a_workspace_is_the_same(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     arguments = there(attention_inputs(**ATTENTION[case]))
     wanted = _triton.tree_attention(*arguments)
@@ -299,11 +297,10 @@ def check_verified(call: dict[str, Any]) -> None:
 
 
 VERIFY: dict[str, dict[str, Any]] = {
-    "plain": dict(coins=True),
+    "plain": dict(coins=True, width=3),
     "filters": dict(filters=True, logprobs="sampling"),
     "grammar_fp16": dict(grammar=True, dtype=torch.float16, logprobs="raw", requests=2),
     "one_token": dict(vocabulary=1, nodes=1, width=1, logprobs="sampling"),
-    "narrow": dict(width=2, nodes=20, vocabulary=70, coins=True),
 }
 
 
@@ -332,6 +329,14 @@ def test_verify_where_nothing_is_allowed(mode: str) -> None:
     call = verify_inputs(mode, coins=True, logprobs="raw")
     call["logits"][0, 0] = -torch.inf
     call["logits"][1] = torch.nan
+    check_verified(call)
+
+
+@in_triton
+def test_verify_with_fewer_tokens_than_top_k() -> None:
+    call = verify_inputs("coupled", filters=True, logprobs="sampling")
+    call["logits"][..., 4:] = -torch.inf
+    call["temperature"].fill_(1.0)
     check_verified(call)
 
 
