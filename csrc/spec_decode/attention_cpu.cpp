@@ -1,10 +1,11 @@
 // The CPU driver of tree attention: what each query attends to, the division into tasks, threads that draw them.
 //
-// A task is a run of queries of one request, all query heads of one kv head, over all splits or over one. It walks the
-// keys chunk by chunk. A chunk that is the same for all its queries (the prefix; under the causal mask every chunk) is
-// fetched once for all their rows; where queries of a tree part ways, the chunk of each is put together by rank: the
-// rest of the prefix, then its ancestors. Where one split is a task, the states of the splits wait in memory, and who
-// ends last merges them in ascending order. That order, and every chunk, is that of a single query computed alone.
+// A task is a run of queries of one request, over one kv head or a few with all their query heads, over all splits or
+// over one. It walks the keys chunk by chunk. A chunk that is the same for all its queries (the prefix; under the
+// causal mask every chunk) is fetched once for all their rows; where queries of a tree part ways, the chunk of each is
+// put together by rank: the rest of the prefix, then its ancestors. Where one split is a task, the states of the splits
+// wait in memory, and who ends last merges them in ascending order. That order, and every chunk, is that of a single
+// query computed alone.
 #include "spec_decode/attention_cpu_driver.h"
 
 #include <algorithm>

@@ -345,7 +345,8 @@ M3_INLINE void accumulate_all(const Chunk& c) {
     accumulate_block<S, kType>(c, i, int(c.rows - i < S::kRows ? c.rows - i : S::kRows));
 }
 
-// All scores, then all weights, then all values: a chunk of keys, and then one of values, stays in L1 for all rows.
+// All scores, then all weights; all values come after: a chunk of keys, and then one of values, stays in L1 for all
+// rows.
 template <class S, int kSteps>
 M3_INLINE void weigh_rows(const Chunk& c) {
   if constexpr (S::kTiles)
@@ -406,7 +407,7 @@ void merge(const State& into, const State& from, int64_t stride) {
 }
 
 // -- results ----------------------------------------------------------------------------------------------------------
-// visit(value, d, count) with `count` values of the gate from d on, or the one that stands for all.
+// `count` values of the gate from d on, or the one that stands for all.
 template <class S, Type kType>
 M3_INLINE typename S::F gate_at(const Finish& f, int64_t d, int count) {
   if (f.gate_one) return S::splat(S::first(load_part_as<S, kType>(f.gate, 0, 1)));

@@ -35,7 +35,7 @@ from m3kernels.spec_decode.triton_arithmetic import (
 from m3kernels.spec_decode.types import LOGPROBS, MODES
 from m3kernels.triton_compile import CompileCase
 
-BLOCK = {"greedy": 4096, "target_only": 4096, "chain": 2048, "coupled": 4096}  # tokens per step; a chain has two rows
+BLOCK = {"greedy": 4096, "target_only": 4096, "chain": 1024, "coupled": 4096}  # tokens per step; a chain reads two rows
 NUM_WARPS = 8
 FEW = 1024  # tokens that a list holds
 CLIP = tl.constexpr(1e30)
@@ -466,15 +466,14 @@ def _verify_kernel(
                         u = tl.load(final_coins + b)
                     else:
                         u = coin(key, here, FINAL_COIN)
-                    token = _invert(
-                        row, grammar, few, few_ids, count, top, heat, limit, total, first_child, candidates,
-                        next_sibling, draft_row, nodes, vocabulary, u, MODE, BLOCK,
-                    )  # fmt: skip
-                    if token < 0:  # no mass beside the children's: the law itself
+                    without = first_child
+                    token = tl.full((), -1, tl.int32)
+                    while (token < 0) & (without >= -1):  # without mass beside the children's: the law itself
                         token = _invert(
-                            row, grammar, few, few_ids, count, top, heat, limit, total, -1, candidates,
+                            row, grammar, few, few_ids, count, top, heat, limit, total, without, candidates,
                             next_sibling, draft_row, nodes, vocabulary, u, MODE, BLOCK,
                         )  # fmt: skip
+                        without = tl.where(without >= 0, -1, -2).to(tl.int32)
             if LOGPROB == SAMPLING:
                 x = _scaled(_clean(row, grammar, token, token >= 0), top, heat)
                 logprob = x.to(tl.float64) - tl.log(total)
