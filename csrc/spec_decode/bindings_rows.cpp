@@ -91,11 +91,6 @@ void check_coins(const char* op, const char* argument, const SpanTuple& span) {
     check(coins[i] >= 0.0 && coins[i] < 1.0, op, argument, "values in [0, 1)", coins[i]);
 }
 
-void check_coins(const char* op, const char* argument, const double* coins, int64_t count) {
-  for (int64_t i = 0; coins && i < count; i++)
-    check(coins[i] >= 0.0 && coins[i] < 1.0, op, argument, "values in [0, 1)", coins[i]);
-}
-
 void draft_topk_of(const LogitsTuple& logits, SpanTuple scores, SpanTuple offsets, SpanTuple seed, SpanTuple position,
                    int64_t k, int64_t step, SpanTuple tokens, SpanTuple cum_scores, SpanTuple next_ids,
                    SpanTuple next_scores, SpanTuple src_row, SpanTuple parents, int threads) {
@@ -156,8 +151,6 @@ void tree_verify_of(const LogitsTuple& logits, const LinksTuple& tree, const Fil
   check_span(op, "position", position, requests, true);
   check_span(op, "coins", coins, requests * nodes, true);
   check_span(op, "final_coins", final_coins, requests, true);
-  check_coins(op, "coins", at<double>(coins), requests * nodes);
-  check_coins(op, "final_coins", at<double>(final_coins), requests);
   check_coins(op, "coins", coins);
   check_coins(op, "final_coins", final_coins);
   a.draft = rows_like(op, "draft_probs", draft, a.logits, size);

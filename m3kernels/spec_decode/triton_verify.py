@@ -35,8 +35,9 @@ from m3kernels.spec_decode.triton_arithmetic import (
 from m3kernels.spec_decode.types import LOGPROBS, MODES
 from m3kernels.triton_compile import CompileCase
 
-BLOCK = {"greedy": 4096, "target_only": 4096, "chain": 1024, "coupled": 4096}  # tokens per step; a chain reads two rows
-NUM_WARPS = 8
+# Tokens per step of a pass, and warps: what stays in registers. A chain reads two rows.
+PASS = {"greedy": (4096, 8), "target_only": (4096, 8), "chain": (2048, 16), "coupled": (4096, 8)}
+AMD_WARPS = 8  # at most: a warp has 64 lanes there
 FEW = 1024  # tokens that a list holds
 CLIP = tl.constexpr(1e30)
 GREEDY, TARGET_ONLY, CHAIN, COUPLED = (tl.constexpr(index) for index in range(4))
@@ -511,6 +512,10 @@ def _verify_kernel(
             tl.store(token_logprobs + b * width + slot, tl.zeros((BLOCK_S,), tl.float32), mask=unused)
 
 
+def warps(mode: str, *, amd: bool) -> int:
+    return min(PASS[mode][1], AMD_WARPS) if amd else PASS[mode][1]
+
+
 def tree_verify(
     logits: Tensor,
     candidates: Tensor,
@@ -551,10 +556,10 @@ def tree_verify(
         *(stride for pair in rows for stride in pair), nodes, vocabulary, width,
         MODE=MODES.index(mode),
         LOGPROB=LOGPROBS.index(logprobs),
-        BLOCK=block(vocabulary, BLOCK[mode]),
+        BLOCK=block(vocabulary, PASS[mode][0]),
         FEW=FEW,
         BLOCK_S=block(width, 64),
-        num_warps=NUM_WARPS if vocabulary > 1024 else 4,
+        num_warps=warps(mode, amd=torch.version.hip is not None) if vocabulary > 1024 else 4,
     )  # fmt: skip
     return tokens, accept_index, accept_length, token_logprobs
 
@@ -566,16 +571,16 @@ def cases(target: str) -> list[CompileCase]:
     noise, coins = "seed *i64, position *i64, ", "coins *fp64, final_coins *fp64, "
     grammar, draft = "grammar_bits *i32, ", "draft_probs *fp32, "
     return [
-        verify_case("bf16", "greedy", grammar, "raw"),
-        verify_case("bf16", "target_only", filters + noise + grammar, "sampling"),
-        verify_case("fp32", "target_only", coins),
-        verify_case("bf16", "chain", filters + noise + grammar + draft, "raw"),
-        verify_case("bf16", "coupled", filters + noise + grammar, "sampling"),
-        verify_case("fp16", "coupled", noise),
+        verify_case(target, "bf16", "greedy", grammar, "raw"),
+        verify_case(target, "bf16", "target_only", filters + noise + grammar, "sampling"),
+        verify_case(target, "fp32", "target_only", coins),
+        verify_case(target, "bf16", "chain", filters + noise + grammar + draft, "raw"),
+        verify_case(target, "bf16", "coupled", filters + noise + grammar, "sampling"),
+        verify_case(target, "fp16", "coupled", noise),
     ]
 
 
-def verify_case(dtype: str, mode: str, given: str, logprobs: str = "none") -> CompileCase:
+def verify_case(target: str, dtype: str, mode: str, given: str, logprobs: str = "none") -> CompileCase:
     return case(
         f"verify_{mode}_{dtype}{'_full' if logprobs != 'none' else ''}",
         _verify_kernel,
@@ -584,10 +589,10 @@ def verify_case(dtype: str, mode: str, given: str, logprobs: str = "none") -> Co
         f"{'token_logprobs *fp32, ' if logprobs != 'none' else ''}logits_request i32:16, logits_node i32:16, "
         "draft_request i32:16, draft_node i32:16, grammar_request i32:16, grammar_node i32:16, nodes i32, "
         "vocabulary i32:16, width i32",
-        NUM_WARPS,
+        warps(mode, amd=target.startswith("gfx")),
         MODE=MODES.index(mode),
         LOGPROB=LOGPROBS.index(logprobs),
-        BLOCK=BLOCK[mode],
+        BLOCK=PASS[mode][0],
         FEW=FEW,
         BLOCK_S=16,
     )
