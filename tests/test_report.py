@@ -18,8 +18,8 @@ OPS = [
     "int4_dequantize", "int4_gemm", "int4_grouped_gemm", "int4_moe",
     "linear_distill_loss", "linear_logprobs", "linear_logprobs_backward", "linear_policy_loss",
     "build_tree_kernel_efficient", "chain_speculative_sampling", "draft_topk", "reconstruct_indices_from_tree_mask",
-    "tree_attention", "tree_budget", "tree_commit", "tree_finalize", "tree_speculative_sampling_target_only", "tree_verify",
-    "verify_tree_greedy",
+    "tree_attention", "tree_budget", "tree_commit", "tree_finalize", "tree_speculative_sampling_target_only",
+    "tree_verify", "verify_tree_greedy",
 ]  # fmt: skip
 
 
