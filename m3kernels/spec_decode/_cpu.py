@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -38,24 +39,25 @@ def _row_span(op: str, name: str, tensor: Tensor | None, dtype: torch.dtype) -> 
 
 
 def _rows(
-    op: str, name: str, tensor: Tensor | None, dtypes: tuple[torch.dtype, ...]
+    op: str, name: str, tensor: Tensor | None, dtypes: Collection[torch.dtype]
 ) -> tuple[int, int, int, int, int, int]:
     """(address, B, rows, columns, elements from request to request, from row to row); zeros for None."""
     if tensor is None:
         return 0, 0, 0, 0, 0, 0
-    if tensor.dtype not in dtypes or not tensor.is_cpu or tensor.ndim != 3:
+    shape, strides = tensor.shape, tensor.stride()
+    if tensor.dtype not in dtypes or not tensor.is_cpu or len(shape) != 3:
         names = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
         raise refuse(op, name, f"a tensor of three dimensions, {names}, in CPU memory", tensor)
-    if tensor.shape[2] > 1 and tensor.stride(2) != 1:
-        raise refuse(op, name, "rows of contiguous elements", f"a stride of {tensor.stride(2)}")
-    return tensor.data_ptr(), *tensor.shape, tensor.stride(0), tensor.stride(1)
+    if strides[2] != 1 and shape[2] > 1:
+        raise refuse(op, name, "rows of contiguous elements", f"a stride of {strides[2]}")
+    return tensor.data_ptr(), *shape, *strides[:2]
 
 
 def draft_topk(
     logits: Tensor, scores: Tensor, d2t: Tensor | None, seed: Tensor | None, position: Tensor | None, k: int, step: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     op = "draft_topk"
-    rows = _rows(op, "logits", logits, tuple(ROW_TYPE))
+    rows = _rows(op, "logits", logits, ROW_TYPE)
     requests, frontier = logits.shape[:2]
     width = max(k, 0)  # a k that is none is refused below
     tokens = torch.empty(requests, frontier, width, dtype=torch.int64)
@@ -96,7 +98,7 @@ def tree_verify(
     logprobs: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     op = "tree_verify"
-    rows = _rows(op, "logits", logits, tuple(ROW_TYPE))
+    rows = _rows(op, "logits", logits, ROW_TYPE)
     requests, slots = logits.shape[0], max(width, 0)  # a width that is none is refused below
     tokens = torch.empty(requests, slots, dtype=torch.int64)
     accept_index = torch.empty(requests, slots, dtype=torch.int32)

@@ -91,7 +91,9 @@ def vector(
     count: int | None = None,
 ) -> Tensor:
     """A (count,) tensor of one of dtypes on first's device, as contiguous dtype; count defaults to first's requests."""
-    found = expect(op, name, value, first, (len(first) if count is None else count,), dtypes)
+    found = expect(op, name, value, first, (first.shape[0] if count is None else count,), dtypes)
+    if found.dtype == dtype and found.is_contiguous():
+        return found
     return as_int32(found) if dtype == torch.int32 else found.to(dtype).contiguous()
 
 
