@@ -50,7 +50,7 @@ def _rows(
         raise refuse(op, name, f"a tensor of three dimensions, {names}, in CPU memory", tensor)
     if strides[2] != 1 and shape[2] > 1:
         raise refuse(op, name, "rows of contiguous elements", f"a stride of {strides[2]}")
-    return tensor.data_ptr(), *shape, *strides[:2]
+    return tensor.data_ptr(), shape[0], shape[1], shape[2], strides[0], strides[1]
 
 
 def draft_topk(
