@@ -14,9 +14,12 @@ from torch import Tensor
 from m3kernels.spec_decode import draft_topk, tree_attention, tree_commit, tree_finalize, tree_verify
 from m3kernels.spec_decode.reference import make_inputs
 
-no_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
-IN_TRITON = pytest.param("spec_decode=triton", marks=no_triton)
-SLOWLY_IN_TRITON = pytest.param("spec_decode=triton", marks=(no_triton, pytest.mark.slow))  # the interpreter: seconds
+INTERPRETED = (  # the room on CPU tensors; on a GPU, test_spec_decode_triton*.py run its kernels compiled
+    pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed"),
+    pytest.mark.skipif(torch.cuda.is_available(), reason="Triton's interpreter is used where there is no GPU"),
+)
+IN_TRITON = pytest.param("spec_decode=triton", marks=INTERPRETED)
+SLOWLY_IN_TRITON = pytest.param("spec_decode=triton", marks=(*INTERPRETED, pytest.mark.slow))  # seconds each
 ROOMS = ("spec_decode=reference", "spec_decode=cpu")
 each_room = pytest.mark.parametrize("backend", ROOMS, indirect=True)
 each_room_and_triton = pytest.mark.parametrize("backend", (*ROOMS, SLOWLY_IN_TRITON), indirect=True)

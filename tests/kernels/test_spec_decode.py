@@ -14,9 +14,10 @@ from torch import Tensor
 from m3kernels.spec_decode import law, tree_verify
 from m3kernels.spec_decode.reference import TOLERANCE, make_inputs
 from m3kernels.testing import bitwise_equal, check_error
+from tests.kernels.spec_decode_batches import IN_TRITON
 from tests.kernels.spec_decode_cases import SAMPLINGS, Sampling, laws_of_rows
 
-ROOMS = ["reference", "cpu", "spec_decode=triton"]
+ROOMS = ["reference", "cpu", IN_TRITON]
 each_room = pytest.mark.parametrize("backend", ROOMS, indirect=True)
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -125,7 +126,7 @@ def test_seeds_and_positions_give_different_tokens(backend):
 
 
 # -- rooms agree ------------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("backend", ["cpu", "spec_decode=triton"], indirect=True)
+@pytest.mark.parametrize("backend", ["cpu", IN_TRITON], indirect=True)
 @pytest.mark.parametrize("mode", ["greedy", "target_only", "chain", "coupled"])
 def test_a_room_walks_as_the_reference(backend, mode, monkeypatch):
     from m3kernels.spec_decode import reference

@@ -17,11 +17,12 @@ from m3kernels.spec_decode import tree_attention
 from m3kernels.spec_decode.reference import TOLERANCE
 from m3kernels.testing import bitwise_equal, check_error, surrounded_by_nan, uninitialized_is_nan
 from tests.kernels.spec_decode_attention_cases import IMPOSSIBLE, Paged, Request, attend, dense, make_request
+from tests.kernels.spec_decode_batches import IN_TRITON, INTERPRETED
 
 ROOMS = ("reference", "cpu")
 TRITON = "spec_decode=triton"
-each_room = pytest.mark.parametrize("backend", (*ROOMS, TRITON), indirect=True)
-each_kernel = pytest.mark.parametrize("backend", ("cpu", TRITON), indirect=True)
+each_room = pytest.mark.parametrize("backend", (*ROOMS, IN_TRITON), indirect=True)
+each_kernel = pytest.mark.parametrize("backend", ("cpu", IN_TRITON), indirect=True)
 on_cpu = pytest.mark.parametrize("backend", ("cpu",), indirect=True)
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -51,7 +52,8 @@ CASES: dict[str, dict[str, Any]] = {
 SMALL = ("one_key", "decode", "empty_requests", "tree_window", "gate_head", "gate_element")
 rooms_and_cases = pytest.mark.parametrize(
     ("backend", "case"),
-    [(room, case) for room in ROOMS for case in CASES] + [(TRITON, case) for case in SMALL],
+    [(room, case) for room in ROOMS for case in CASES]
+    + [pytest.param(TRITON, case, marks=INTERPRETED) for case in SMALL],
     indirect=["backend"],
 )
 
@@ -217,7 +219,7 @@ def test_node_of_a_tree_is_its_path_decoded_alone(backend: str, seed: int) -> No
     assert bitwise_equal(prefilled, rows[path])
 
 
-@pytest.mark.parametrize("backend", [TRITON], indirect=True)
+@pytest.mark.parametrize("backend", [IN_TRITON], indirect=True)
 @pytest.mark.parametrize(("prefix", "window"), [(0, 0), (63, 7)])
 def test_node_of_a_small_tree_is_its_path_decoded_alone(backend: str, prefix: int, window: int) -> None:
     tree = make_request(prefix, 6, tree=True, size=16, gate="element")

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from m3kernels.spec_decode import law, tree_speculative_sampling_target_only, tree_verify
 from m3kernels.spec_decode.exact_law import Law, exact_law, target_law, total_variation
+from tests.kernels.spec_decode_batches import IN_TRITON
 from tests.kernels.spec_decode_cases import (
     SAMPLINGS,
     Sampling,
@@ -32,7 +33,7 @@ LOSSLESS = 1e-6  # total variation
 LARGEST = 1 - 2.0**-53  # below 1
 
 each_room = pytest.mark.parametrize("backend", ["reference", "cpu"], indirect=True)
-interpreted = pytest.mark.parametrize("backend", ["spec_decode=triton"], indirect=True)
+interpreted = pytest.mark.parametrize("backend", [IN_TRITON], indirect=True)
 
 
 # -- target_only ------------------------------------------------------------------------------------------------------
