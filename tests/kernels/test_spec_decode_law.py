@@ -50,7 +50,10 @@ def test_target_only_has_the_law_of_plain_sampling(backend, sampling, seed):
 
 
 @interpreted
-@pytest.mark.parametrize(("seed", "name"), [(0, "plain"), (1, "all"), (3, "top-p")])
+@pytest.mark.parametrize(
+    ("seed", "name"),
+    [(0, "plain"), pytest.param(1, "all", marks=pytest.mark.slow), pytest.param(3, "top-p", marks=pytest.mark.slow)],
+)
 def test_target_only_has_the_law_of_plain_sampling_in_triton(backend, seed, name):
     tree = random_tree(seed, nodes=4, vocabulary=7, depth=2)
     found = exact_law(tree.verifier("target_only", SAMPLINGS[name]), *tree.shape, resolution=2.0**-26)
@@ -110,6 +113,7 @@ def test_chain_has_the_law_of_plain_sampling_over_drafts_from_the_law_given(back
 
 
 @interpreted
+@pytest.mark.slow
 def test_chain_has_the_law_of_plain_sampling_in_triton(backend):
     tree = star([0.5, 0.2, 0.3], [1])
     probs = torch.tensor([0.2, 0.7, 0.1])
