@@ -255,9 +255,15 @@ def test_no_function_of_an_isa_can_replace_a_shared_one(built_source, setup_file
     assert {file: symbols for file, symbols in merged.items() if symbols} == {}
 
 
+SANITIZED = [
+    f"tests/kernels/test_{name}.py"
+    for name in ("int4", "spec_decode_rows", "spec_decode_attention", "spec_decode_tree", "spec_decode_together")
+]
+
+
 @slow
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="paths of the sanitizer's libraries are those of x86-64 gcc")
-def test_int4_tests_pass_under_address_and_undefined_sanitizers(tmp_path):
+def test_native_kernels_pass_under_address_and_undefined_sanitizers(tmp_path):
     source = copy_source(tmp_path)
     run(
         sys.executable,
@@ -275,7 +281,7 @@ def test_int4_tests_pass_under_address_and_undefined_sanitizers(tmp_path):
         run("g++", f"-print-file-name={name}", cwd=source).stdout.strip() for name in ("libasan.so", "libubsan.so")
     ]
     done = run(
-        *(sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/kernels/test_int4.py", "-k", "cpu"),
+        *(sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "cpu and not triton", *SANITIZED),
         cwd=source,
         PYTHONPATH=str(source),
         LD_PRELOAD=":".join(libraries),
