@@ -12,13 +12,23 @@ from m3kernels import _cpu_ext
 from m3kernels.checks import refuse
 from m3kernels.spec_decode.reference import tree_budget as _tree_budget
 
+TYPE = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
 
 def unsupported(op: str, first: Tensor, *args: Any) -> str:
     return "" if first.is_cpu else f"needs CPU tensors, not {first.device.type}"
 
 
+def _span(op: str, name: str, tensor: Tensor | None, dtype: torch.dtype | None) -> tuple[int, int]:
+    """(address, elements) of a contiguous CPU tensor of the given dtype, if one is given; (0, 0) for None."""
+    if tensor is None:
+        return 0, 0
+    if (dtype is not None and tensor.dtype != dtype) or not tensor.is_cpu or not tensor.is_contiguous():
+        raise refuse(op, name, f"contiguous {str(dtype or 'elements').removeprefix('torch.')} in CPU memory", tensor)
+    return tensor.data_ptr(), tensor.numel()
+
+
 # -- rows of logits: draft_topk, tree_verify --------------------------------------------------------------------------
-ROW_TYPE = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 MODE = {"greedy": 0, "target_only": 1, "chain": 2, "coupled": 3}
 LOGPROB = {"none": 0, "raw": 1, "sampling": 2}
 
@@ -27,15 +37,6 @@ def _choice(op: str, name: str, choices: dict[str, int], value: str) -> int:
     if value not in choices:
         raise refuse(op, name, ", ".join(map(repr, choices)), value)
     return choices[value]
-
-
-def _row_span(op: str, name: str, tensor: Tensor | None, dtype: torch.dtype) -> tuple[int, int]:
-    """(address, elements) of a contiguous tensor; (0, 0) for None."""
-    if tensor is None:
-        return 0, 0
-    if tensor.dtype != dtype or not tensor.is_cpu or not tensor.is_contiguous():
-        raise refuse(op, name, f"contiguous {str(dtype).removeprefix('torch.')} in CPU memory", tensor)
-    return tensor.data_ptr(), tensor.numel()
 
 
 def _rows(
@@ -57,7 +58,7 @@ def draft_topk(
     logits: Tensor, scores: Tensor, d2t: Tensor | None, seed: Tensor | None, position: Tensor | None, k: int, step: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     op = "draft_topk"
-    rows = _rows(op, "logits", logits, ROW_TYPE)
+    rows = _rows(op, "logits", logits, TYPE)
     requests, frontier = logits.shape[:2]
     width = max(k, 0)  # a k that is none is refused below
     tokens = torch.empty(requests, frontier, width, dtype=torch.int64)
@@ -65,11 +66,11 @@ def draft_topk(
     next_ids, parents = (torch.empty(requests, width, dtype=torch.int64) for _ in range(2))
     next_scores, src_row = torch.empty(requests, width), torch.empty(requests, width, dtype=torch.int32)
     _cpu_ext.spec_decode_draft_topk(
-        (rows, ROW_TYPE[logits.dtype]),
-        _row_span(op, "scores", scores, torch.float32),
-        _row_span(op, "d2t", d2t, torch.int64),
-        _row_span(op, "seed", seed, torch.int64),
-        _row_span(op, "position", position, torch.int64),
+        (rows, TYPE[logits.dtype]),
+        _span(op, "scores", scores, torch.float32),
+        _span(op, "d2t", d2t, torch.int64),
+        _span(op, "seed", seed, torch.int64),
+        _span(op, "position", position, torch.int64),
         k,
         step,
         *((each.data_ptr(), each.numel()) for each in (tokens, cum_scores, next_ids, next_scores, src_row, parents)),
@@ -98,30 +99,30 @@ def tree_verify(
     logprobs: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     op = "tree_verify"
-    rows = _rows(op, "logits", logits, ROW_TYPE)
+    rows = _rows(op, "logits", logits, TYPE)
     requests, slots = logits.shape[0], max(width, 0)  # a width that is none is refused below
     tokens = torch.empty(requests, slots, dtype=torch.int64)
     accept_index = torch.empty(requests, slots, dtype=torch.int32)
     accept_length = torch.empty(requests, dtype=torch.int32)
     token_logprobs = torch.empty(requests, 0 if logprobs == "none" else slots)
     _cpu_ext.spec_decode_tree_verify(
-        (rows, ROW_TYPE[logits.dtype]),
+        (rows, TYPE[logits.dtype]),
         (
-            _row_span(op, "candidates", candidates, torch.int64),
-            _row_span(op, "next_token", next_token, torch.int64),
-            _row_span(op, "next_sibling", next_sibling, torch.int64),
+            _span(op, "candidates", candidates, torch.int64),
+            _span(op, "next_token", next_token, torch.int64),
+            _span(op, "next_sibling", next_sibling, torch.int64),
         ),
         (
-            _row_span(op, "temperature", temperature, torch.float32),
-            _row_span(op, "top_k", top_k, torch.int32),
-            _row_span(op, "top_p", top_p, torch.float32),
-            _row_span(op, "min_p", min_p, torch.float32),
+            _span(op, "temperature", temperature, torch.float32),
+            _span(op, "top_k", top_k, torch.int32),
+            _span(op, "top_p", top_p, torch.float32),
+            _span(op, "min_p", min_p, torch.float32),
         ),
         (
-            _row_span(op, "seed", seed, torch.int64),
-            _row_span(op, "position", position, torch.int64),
-            _row_span(op, "coins", coins, torch.float64),
-            _row_span(op, "final_coins", final_coins, torch.float64),
+            _span(op, "seed", seed, torch.int64),
+            _span(op, "position", position, torch.int64),
+            _span(op, "coins", coins, torch.float64),
+            _span(op, "final_coins", final_coins, torch.float64),
         ),
         _rows(op, "draft_probs", draft_probs, (torch.float32,)),
         _rows(op, "grammar_bits", grammar_bits, (torch.int32,)),
@@ -135,25 +136,17 @@ def tree_verify(
 
 
 # -- attention: tree_attention ----------------------------------------------------------------------------------------
-ATTENTION_TYPE = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
 def _attention_tensor(name: str, tensor: Tensor, dtype: torch.dtype | None = None, ndim: int | None = None) -> Tensor:
     """tensor, if it is on CPU, of the given dtype (default: one that attention computes in) and number of dimensions;
     rows along the last dimension may have any distance, their elements none."""
-    good = tensor.is_cpu and (tensor.dtype == dtype if dtype else tensor.dtype in ATTENTION_TYPE)
+    good = tensor.is_cpu and (tensor.dtype == dtype if dtype else tensor.dtype in TYPE)
     good = good and ndim in (None, tensor.ndim) and (tensor.shape[-1] <= 1 or tensor.stride(-1) == 1)
     if not good:
         wanted = f"{dtype or 'float32, bfloat16 or float16'} in CPU memory".removeprefix("torch.")
         raise refuse("tree_attention", name, f"{wanted}, contiguous along the last dimension", tensor)
     return tensor
-
-
-def _attention_span(name: str, tensor: Tensor, dtype: torch.dtype | None = None) -> tuple[int, int]:
-    """(address, elements) of a contiguous tensor."""
-    if not _attention_tensor(name, tensor, dtype).is_contiguous():
-        raise refuse("tree_attention", name, "a contiguous tensor", f"strides {tensor.stride()}")
-    return tensor.data_ptr(), tensor.numel()
 
 
 def tree_attention(
@@ -176,28 +169,28 @@ def tree_attention(
         raise refuse(op, "v_cache", f"caches {(pages, page_size, kv_heads, size)}", v_cache)
     if block_table.ndim != 2 or len(block_table) != cache_seqlens.numel():
         raise refuse(op, "block_table", f"({cache_seqlens.numel()}, max_pages)", block_table)
-    table = (pages, page_size, _attention_span("block_table", block_table, torch.int32), block_table.shape[1])
+    table = (pages, page_size, _span(op, "block_table", block_table, torch.int32), block_table.shape[1])
     mask: tuple[tuple[int, int], int] = ((0, 0), 0)
     if mask_bits is not None:
         if mask_bits.ndim != 2 or mask_bits.shape[0] != rows or not mask_bits.shape[1]:
             raise refuse(op, "mask_bits", f"({rows}, W), W at least 1", mask_bits)
-        mask = (_attention_span("mask_bits", mask_bits, torch.int32), mask_bits.shape[1])
+        mask = (_span(op, "mask_bits", mask_bits, torch.int32), mask_bits.shape[1])
     gating: tuple[tuple[int, int], int, bool] = ((0, 0), 0, False)
     if gate is not None:
         if gate.shape not in ((rows, heads), (rows, heads, size)):
             raise refuse(op, "gate", f"({rows}, {heads}) or ({rows}, {heads}, {size})", gate)
-        gating = (_attention_span("gate", gate), ATTENTION_TYPE[gate.dtype], gate.ndim == 2)
+        gating = (_span(op, "gate", _attention_tensor("gate", gate), None), TYPE[gate.dtype], gate.ndim == 2)
     out = torch.empty((rows, heads, size), dtype=q.dtype)
     _cpu_ext.tree_attention(
         (rows, heads, kv_heads, size),
-        (q.data_ptr(), ATTENTION_TYPE[q.dtype]),
+        (q.data_ptr(), TYPE[q.dtype]),
         q.stride()[:2],
         (k_cache.data_ptr(), *k_cache.stride()[:3]),
         (v_cache.data_ptr(), *v_cache.stride()[:3]),
-        ATTENTION_TYPE[k_cache.dtype],
+        TYPE[k_cache.dtype],
         table,
-        _attention_span("cache_seqlens", cache_seqlens, torch.int32),
-        _attention_span("cu_seqlens_q", cu_seqlens_q, torch.int32),
+        _span(op, "cache_seqlens", cache_seqlens, torch.int32),
+        _span(op, "cu_seqlens_q", cu_seqlens_q, torch.int32),
         mask,
         gating,
         softmax_scale,
@@ -209,18 +202,6 @@ def tree_attention(
 
 
 # -- trees: tree_finalize, tree_commit, the drop-in set ---------------------------------------------------------------
-_LAWS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-
-
-def _span(op: str, name: str, tensor: Tensor | None, dtype: torch.dtype | None) -> tuple[int, int]:
-    """(address, elements) of a contiguous CPU tensor of the given dtype, if one is given; (0, 0) for None."""
-    if tensor is None:
-        return 0, 0
-    if (dtype is not None and tensor.dtype != dtype) or not tensor.is_cpu or not tensor.is_contiguous():
-        raise refuse(op, name, f"contiguous {str(dtype or 'memory').removeprefix('torch.')} on cpu", tensor)
-    return tensor.data_ptr(), tensor.numel()
-
-
 def _bytes(op: str, name: str, tensor: Tensor) -> tuple[int, int]:
     address, elements = _span(op, name, tensor, None)
     return address, elements * tensor.element_size()
@@ -368,10 +349,10 @@ def _laws(op: str, name: str, laws: Tensor | None, like: Tensor) -> tuple[int, i
     """(address, type, rows, stride of requests, stride of rows) of probabilities (B, rows, V)."""
     if laws is None:
         return 0, 0, 0, 0, 0
-    good = laws.ndim == 3 and laws.is_cpu and laws.dtype in _LAWS and _dense(laws)
+    good = laws.ndim == 3 and laws.is_cpu and laws.dtype in TYPE and _dense(laws)
     if not good or (laws.shape[0], laws.shape[2]) != (like.shape[0], like.shape[2]):
         raise refuse(op, name, f"({like.shape[0]}, N, {like.shape[2]}) with contiguous rows on cpu", laws)
-    return laws.data_ptr(), _LAWS[laws.dtype], laws.shape[1], laws.stride(0), laws.stride(1)
+    return laws.data_ptr(), TYPE[laws.dtype], laws.shape[1], laws.stride(0), laws.stride(1)
 
 
 def verify_tree_greedy(
