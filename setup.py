@@ -113,7 +113,9 @@ class NinjaBuild(build_ext):
         for name, built in modules.items():
             wanted = Path(self.get_ext_fullpath(name))
             wanted.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(built, wanted)
+            fresh = wanted.with_name(wanted.name + ".new")  # renamed: a process that has the old one mapped keeps it
+            shutil.copy2(built, fresh)
+            fresh.replace(wanted)
 
 
 def ninja_file(folder: Path, modules: dict[str, Path], sanitize: str) -> str:

@@ -1,4 +1,7 @@
-"""``python -m bench int4 | skinny | policy_loss | spec_decode | roofline | report``: measure; rows to a document."""
+"""``python -m bench FAMILY | engine | roofline | report``: measure; rows to a document.
+
+FAMILY: int4, skinny, policy_loss or spec_decode.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,8 @@ import sys
 from pathlib import Path
 
 from bench import (
+    engine,
+    engine_report,
     int4,
     policy_loss,
     policy_loss_report,
@@ -43,6 +48,14 @@ def shares(text: str) -> tuple[float, ...]:
 
 def words(text: str) -> tuple[str, ...]:
     return tuple(part.strip() for part in text.split(",") if part.strip())
+
+
+def pair(text: str) -> tuple[str, str]:
+    """NAME=PATH."""
+    name, _, path = text.partition("=")
+    if not name or not path:
+        raise argparse.ArgumentTypeError(f"want NAME=PATH; got {text!r}")
+    return name, path
 
 
 def parser() -> argparse.ArgumentParser:
@@ -101,6 +114,20 @@ def parser() -> argparse.ArgumentParser:
     trees.add_argument(
         "--out", type=Path, help=f"JSON lines to add to (default: {record.RESULTS.name}/spec_decode.jsonl)"
     )
+
+    whole = commands.add_parser("engine", help="tokens per second of our engine and of others")
+    whole.add_argument("--preset", choices=sorted(engine.PRESETS), help="default: acceptance")
+    whole.add_argument("--cases", type=words, help=f"of {', '.join(engine.CASES)}")
+    whole.add_argument("--arms", type=words, help=f"of {', '.join(engine.ENTRANTS)}")
+    whole.add_argument("--threads", type=numbers)
+    whole.add_argument("--seconds", type=float, help="for each case and thread count")
+    whole.add_argument("--rounds", type=int, help="at least this many")
+    whole.add_argument("--draft", help="folder of a draft model for the arms that speculate")
+    whole.add_argument("--model", type=pair, action="append", metavar="NAME=PATH", help="int4, onnx_int4, q4_0, ...")
+    whole.add_argument(
+        "--peer-python", type=pair, action="append", metavar="KIND=PATH", help="interpreter of vllm, onnx_genai, ..."
+    )
+    whole.add_argument("--out", type=Path, help=f"JSON lines to add to (default: {record.RESULTS.name}/engine.jsonl)")
 
     ceilings = commands.add_parser("roofline", help="what this machine can do at best")
     ceilings.add_argument("--threads", type=numbers, default=(1, 2))
@@ -251,6 +278,37 @@ def run_spec_decode(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def engine_plan(arguments: argparse.Namespace) -> engine.Plan:
+    """The preset, with what the command line says in place of its fields."""
+    plan = engine.PRESETS[arguments.preset or "acceptance"]
+    fields = {
+        "cases": arguments.cases,
+        "arms": arguments.arms,
+        "threads": arguments.threads,
+        "seconds": arguments.seconds,
+        "min_rounds": arguments.rounds,
+        "draft": arguments.draft,
+        "models": dict(arguments.model or ()),
+        "pythons": dict(arguments.peer_python or ()),
+    }
+    return dataclasses.replace(plan, **{name: value for name, value in fields.items() if value is not None})
+
+
+def run_engine(arguments: argparse.Namespace) -> int:
+    say = functools.partial(print, file=sys.stderr, flush=True)
+    out = arguments.out or record.RESULTS / "engine.jsonl"
+    found: list[record.EngineRow] = []
+    for case in engine.run(engine_plan(arguments), say):
+        record.append(out, case)
+        print(engine_report.tables(case), flush=True)
+        found += case
+    lines = engine_report.acceptance(found)
+    if arguments.preset and lines:
+        print(tables.acceptance_table(lines, "weights"))
+        return 0 if all(line.passed for line in lines) else 1
+    return 0
+
+
 def start_again(tunables: str) -> None:
     """This command once more, under settings of glibc's malloc, which are read when a process starts."""
     environment = {**os.environ, "GLIBC_TUNABLES": tunables}
@@ -273,6 +331,8 @@ def main() -> int:
         if not record.malloc_keeps():
             start_again(record.KEEPING_MALLOC)
         return run_spec_decode(arguments)
+    if arguments.command == "engine":
+        return run_engine(arguments)
     if arguments.command == "roofline":
         for threads in arguments.threads:
             print(roofline.describe(roofline.measured(threads, record.cpu_model())))

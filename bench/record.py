@@ -202,12 +202,38 @@ class SpecRow(Row):
         return (self.place, self.op, self.shape, self.device, self.case_threads, self.arm)
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EngineRow(Row):
+    """A whole model in an engine: times per token, of all sequences together."""
+
+    TIMED: ClassVar[tuple[str, ...]] = (*Row.TIMED, "tokens_s", "roofline_share", "tokens_per_step")
+
+    batch: int
+    depth: int  # tokens of every prompt
+    weights: str  # int4, fp32 or bf16
+    draft: bool  # speculates
+    versions: dict[str, str]  # of the engine's packages, in its own environment
+    new_tokens: int | None = None  # of a sequence in a visit, the first not timed
+    tokens_s: float | None = None
+    tokens_per_step: float | None = None  # of a sequence: more than 1 where drafts were accepted
+    weight_bytes: int | None = None  # that a step reads
+    step_bytes: int | None = None  # the same with the cache of all sequences
+    read_gbytes_s: float | None = None  # read bandwidth of the machine, measured between the arms
+    roofline_share: float | None = None  # reading step_bytes, over the time of a step
+    others_cpu: float | None = None  # CPU seconds per second that other processes took during the visits, median
+
+    @property
+    def key(self) -> tuple[object, ...]:
+        return (self.place, self.op, self.shape, self.device, self.case_threads, self.arm)
+
+
 KINDS: dict[str, type[Row]] = {  # by op
     "int4_gemm": GemmRow,
     "int4_moe": GemmRow,
     "int4_skinny": SkinnyRow,
     "linear_policy_loss": LossRow,
     **dict.fromkeys(("tree_verify", "tree_attention", "draft_topk", "tree_finalize", "tree_commit"), SpecRow),
+    **dict.fromkeys(("engine_decode", "engine_prefill"), EngineRow),
 }
 TRIPLES = ("units", "units_bf16", "growth")  # fields that JSON holds as lists
 

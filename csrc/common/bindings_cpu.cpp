@@ -44,6 +44,7 @@ void advise_huge_pages(uintptr_t address, uint64_t bytes) {
 
 PYBIND11_MODULE(_cpu_ext, m) {
   m.doc() = "Native CPU kernels of m3kernels. Arguments are addresses and sizes: call the public functions instead.";
+  m3::decoder::bind(m);
   m3::int4::bind(m);
   m3::policy_loss::bind(m);
   m3::spec_decode::bind(m);

@@ -33,6 +33,9 @@ inline void check_span(const char* op, const char* argument, const SpanTuple& sp
 }
 
 // What a family adds to the module.
+namespace decoder {
+void bind(pybind11::module_& module);
+}
 namespace int4 {
 void bind(pybind11::module_& module);
 }

@@ -17,6 +17,7 @@
 #include <vector>
 
 #include "common/check.h"
+#include "common/half.h"
 #include "common/isa.h"
 
 namespace m3::int4 {
@@ -58,45 +59,7 @@ class Scratch {
 float to_float(const void* data, Type type, int64_t i) {
   if (type == Type::kF32) return static_cast<const float*>(data)[i];
   const uint16_t h = static_cast<const uint16_t*>(data)[i];
-  float f;
-  if (type == Type::kBF16) {
-    const uint32_t bits = (uint32_t)h << 16;
-    std::memcpy(&f, &bits, 4);
-    return f;
-  }
-  const uint32_t sign = (uint32_t)(h & 0x8000) << 16, rest = h & 0x7FFF;
-  uint32_t bits = rest >= 0x7C00 ? 0x7F800000 | (rest & 0x3FF) << 13 : (rest << 13) + (112u << 23);
-  if (rest < 0x400) {  // zero and subnormal
-    f = (float)rest * 5.9604644775390625e-8f;
-    std::memcpy(&bits, &f, 4);
-  }
-  bits |= sign;
-  std::memcpy(&f, &bits, 4);
-  return f;
-}
-
-uint16_t to_bf16(float f) {
-  uint32_t bits;
-  std::memcpy(&bits, &f, 4);
-  if ((bits & 0x7FFFFFFF) > 0x7F800000) return (uint16_t)(bits >> 16 | 0x40);
-  return (uint16_t)((bits + 0x7FFF + (bits >> 16 & 1)) >> 16);
-}
-
-uint16_t to_f16(float f) {  // round to nearest even
-  uint32_t bits;
-  std::memcpy(&bits, &f, 4);
-  const uint16_t sign = (uint16_t)(bits >> 16 & 0x8000);
-  bits &= 0x7FFFFFFF;
-  if (bits >= 0x7F800000) return sign | (bits > 0x7F800000 ? 0x7E00 : 0x7C00);
-  if (bits >= 0x477FF000) return sign | 0x7C00;
-  if (bits < 0x38800000) {  // subnormal: let fp32 round at 2^-24
-    float magnitude;
-    std::memcpy(&magnitude, &bits, 4);
-    magnitude += 0.5f;
-    std::memcpy(&bits, &magnitude, 4);
-    return sign | (uint16_t)(bits - 0x3F000000);
-  }
-  return sign | (uint16_t)((bits - 0x38000000 + 0xFFF + (bits >> 13 & 1)) >> 13);
+  return type == Type::kBF16 ? bf16_to_float(h) : f16_to_float(h);
 }
 
 int64_t type_size(Type type) { return type == Type::kF32 ? 4 : 2; }
@@ -109,10 +72,7 @@ void read_row(const Rows& rows, const Weights& w, const int32_t* perm, int64_t r
   } else if (rows.x_type == Type::kF32) {
     std::memcpy(out, x, w.k * 4);
   } else if (rows.x_type == Type::kBF16) {
-    for (int64_t i = 0; i < w.k; i++) {
-      const uint32_t bits = (uint32_t)reinterpret_cast<const uint16_t*>(x)[i] << 16;
-      std::memcpy(out + i, &bits, 4);
-    }
+    for (int64_t i = 0; i < w.k; i++) out[i] = bf16_to_float(reinterpret_cast<const uint16_t*>(x)[i]);
   } else {
     for (int64_t i = 0; i < w.k; i++) out[i] = to_float(x, Type::kF16, i);
   }
@@ -129,9 +89,9 @@ void write_row(const Rows& rows, const float* values, int64_t row, int64_t n0, i
   if (rows.y_type == Type::kF32)
     std::memcpy(y, values, count * 4);
   else if (rows.y_type == Type::kBF16)
-    for (int64_t i = 0; i < count; i++) reinterpret_cast<uint16_t*>(y)[i] = to_bf16(values[i]);
+    for (int64_t i = 0; i < count; i++) reinterpret_cast<uint16_t*>(y)[i] = float_to_bf16(values[i]);
   else
-    for (int64_t i = 0; i < count; i++) reinterpret_cast<uint16_t*>(y)[i] = to_f16(values[i]);
+    for (int64_t i = 0; i < count; i++) reinterpret_cast<uint16_t*>(y)[i] = float_to_f16(values[i]);
 }
 
 std::vector<Block> blocks_of(const Weights& w) {
@@ -304,6 +264,8 @@ void gemm(const char* op, const Weights& w, const Rows& rows, Mode mode, int thr
   run(w, rows, blocks, mode, threads, nullptr, exact_rows);
   if (!exact_rows.empty()) run(w, rows, blocks, Mode::kExact, threads, &exact_rows, none);
 }
+
+void silu_mul(float* gate, const float* up, int64_t count) { kernels().silu_mul(gate, up, count); }
 
 void moe(const Weights& w13, const Weights& w2, const void* x, Type type, int64_t tokens, int64_t top_k,
          const int64_t* ids, const float* weights, void* y, Mode mode, int threads) {

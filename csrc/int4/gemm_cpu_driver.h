@@ -38,4 +38,7 @@ void gemm(const char* op, const Weights& weights, const Rows& rows, Mode mode, i
 void moe(const Weights& w13, const Weights& w2, const void* x, Type type, int64_t tokens, int64_t top_k,
          const int64_t* ids, const float* weights, void* y, Mode mode, int threads);
 
+// gate[i] = silu(gate[i]) * up[i]
+void silu_mul(float* gate, const float* up, int64_t count);
+
 }  // namespace m3::int4

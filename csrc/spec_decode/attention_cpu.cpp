@@ -50,6 +50,11 @@ int64_t bytes_of(Type type) { return type == Type::kFloat32 ? 4 : 2; }
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
+// Keys of request b after its prefix: those of the tree, or of the queries.
+int32_t tree_len(const Attention& a, int64_t b) {
+  return a.tree_lens ? a.tree_lens[b] : a.cu_seqlens_q[b + 1] - a.cu_seqlens_q[b];
+}
+
 // What each query attends to: logical positions begin .. end - 1.
 struct Extents {
   std::vector<int32_t> begin, end;  // (T,)
@@ -69,10 +74,10 @@ Extents extents_of(const Attention& a) {
   const int64_t rows = a.cu_seqlens_q[a.requests];
   Extents e{std::vector<int32_t>(rows), std::vector<int32_t>(rows)};
   for (int64_t b = 0; b < a.requests; b++) {
-    const int32_t start = a.cu_seqlens_q[b], stop = a.cu_seqlens_q[b + 1], queries = stop - start;
-    const int32_t prefix = a.cache_seqlens[b] - queries;
+    const int32_t start = a.cu_seqlens_q[b], stop = a.cu_seqlens_q[b + 1], tree = tree_len(a, b);
+    const int32_t prefix = a.cache_seqlens[b] - tree;
     for (int32_t t = start; t < stop; t++) {
-      e.end[t] = prefix + (a.mask_bits ? count_bits(a.mask_bits + t * a.mask_words, queries) : t - start + 1);
+      e.end[t] = prefix + (a.mask_bits ? count_bits(a.mask_bits + t * a.mask_words, tree) : t - start + 1);
       e.begin[t] = a.window && a.window < e.end[t] ? e.end[t] - (int32_t)a.window : 0;
     }
   }
@@ -122,9 +127,10 @@ Plan plan_of(const Attention& a, const Extents& e, int64_t threads) {
   const int64_t fair = threads > 1 ? std::max<int64_t>(1, all_runs * a.kv_heads / (4 * threads)) : a.kv_heads;
   Plan plan;
   for (int64_t b = 0; b < a.requests; b++) {
-    const int32_t from = a.cu_seqlens_q[b], to = a.cu_seqlens_q[b + 1], prefix = a.cache_seqlens[b] - (to - from);
+    const int32_t from = a.cu_seqlens_q[b], to = a.cu_seqlens_q[b + 1], tree = tree_len(a, b);
     if (from == to) continue;
-    if (a.mask_bits) plan.most_tail = std::max<int64_t>(plan.most_tail, prefix % kChunk + (to - from));
+    if (a.mask_bits)
+      plan.most_tail = std::max<int64_t>(plan.most_tail, (a.cache_seqlens[b] - tree) % kChunk + tree);
     const int64_t runs = ceil_div(to - from, queries), rows = ceil_div(to - from, runs) * group;
     const int64_t heads = std::min({a.kv_heads, fair, std::max<int64_t>(1, kMostRows / rows)});
     plan.most_rows = std::max(plan.most_rows, rows * heads);
@@ -222,17 +228,17 @@ class Worker {
     const Block& block = call_.plan.blocks[task.block];
     block_ = &block;
     only_ = task.split;
-    const int32_t from = call_.a.cu_seqlens_q[block.request], to = call_.a.cu_seqlens_q[block.request + 1];
-    prefix_ = call_.a.cache_seqlens[block.request] - (to - from);
+    const int32_t tree = tree_len(call_.a, block.request);
+    prefix_ = call_.a.cache_seqlens[block.request] - tree;
     load_queries();
     const int64_t shared = call_.a.mask_bits ? prefix_ / kChunk : ceil_div(block.end, kChunk);
     walk(block.start, block.stop, 0, shared, false);
     if (call_.a.mask_bits) {
       std::fill(tail_ready_.begin(), tail_ready_.end(), 0);
-      locate(shared * kChunk, prefix_ % kChunk + to - from, tail_at_[0].data(), tail_at_[1].data());
+      locate(shared * kChunk, prefix_ % kChunk + tree, tail_at_[0].data(), tail_at_[1].data());
       for (int32_t t = block.start; t < block.stop; t++) {
         if (call_.extents.end[t] <= shared * kChunk) continue;
-        list_slots(t, to - from);
+        list_slots(t, tree);
         walk(t, t + 1, shared, ceil_div(call_.extents.end[t], kChunk), true);
       }
     }
@@ -295,14 +301,14 @@ class Worker {
   }
 
   // slots_[r]: offset from the last shared chunk's end of the key of rank r, for the positions from there on.
-  void list_slots(int32_t t, int32_t queries) {
+  void list_slots(int32_t t, int32_t tree) {
     int64_t count = 0;
     const int64_t rest = prefix_ % kChunk;
     for (; count < rest; count++) slots_[count] = (int32_t)count;
     const int32_t* words = call_.a.mask_bits + t * call_.a.mask_words;
-    for (int64_t w = 0; w * 32 < queries; w++) {
+    for (int64_t w = 0; w * 32 < tree; w++) {
       uint32_t word = (uint32_t)words[w];
-      if (queries - w * 32 < 32) word &= (1u << (queries - w * 32)) - 1;
+      if (tree - w * 32 < 32) word &= (1u << (tree - w * 32)) - 1;
       for (; word; word &= word - 1) slots_[count++] = int32_t(rest + w * 32 + __builtin_ctz(word));
     }
   }
@@ -459,7 +465,8 @@ class Worker {
       std::memset(out, 0, a.size * bytes_of(a.type));
       return;
     }
-    const void* gate = a.gate ? a.gate + at * (a.gate_one ? 1 : a.size) * bytes_of(a.gate_type) : nullptr;
+    const int64_t gate_at = t * a.gate_row_stride + head * (a.gate_one ? 1 : a.size);
+    const void* gate = a.gate ? a.gate + gate_at * bytes_of(a.gate_type) : nullptr;
     call_.isa.finish({.size = a.size,
                       .total = state.total,
                       .weighted = state.weighted,

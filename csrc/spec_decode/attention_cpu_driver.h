@@ -25,8 +25,10 @@ struct Attention {
   const int32_t* cu_seqlens_q;   // (requests + 1,)
   const int32_t* mask_bits;      // (T, mask_words), null: causal
   int64_t mask_words;
-  const char* gate;  // (T, heads) or (T, heads, size), null: none
-  bool gate_one;     // one a head
+  const int32_t* tree_lens;  // (requests,): last keys of which mask_bits speak; null: as many as queries
+  const char* gate;          // (T, heads) or (T, heads, size), null: none
+  int64_t gate_row_stride;   // elements from row to row; a row is contiguous
+  bool gate_one;             // one a head
   Type gate_type;
   float softmax_scale;
   int64_t window;  // 0: none

@@ -17,8 +17,8 @@ using StridesTuple = std::tuple<int64_t, int64_t>;                    // rows, h
 using CacheTuple = std::tuple<uintptr_t, int64_t, int64_t, int64_t>;  // address; pages, slots, heads in elements
 using ShapeTuple = std::tuple<int64_t, int64_t, int64_t, int64_t>;    // rows, heads, kv heads, head size
 using PagesTuple = std::tuple<int64_t, int64_t, SpanTuple, int64_t>;  // pages, page size, block_table, max_pages
-using MaskTuple = std::tuple<SpanTuple, int64_t>;                     // mask_bits, words of a row
-using GateTuple = std::tuple<SpanTuple, int, bool>;                   // gate, dtype, one a head
+using MaskTuple = std::tuple<SpanTuple, int64_t, SpanTuple>;          // mask_bits, words of a row, tree_lens
+using GateTuple = std::tuple<uintptr_t, int, bool, int64_t>;          // address, dtype, one a head; rows in elements
 
 constexpr const char* kOp = "tree_attention";
 constexpr int64_t kMost = int64_t{1} << 31;
@@ -53,11 +53,16 @@ void check_lengths(const Attention& a, int64_t rows) {
   for (int64_t b = 0; b < a.requests; b++) {
     const int64_t queries = (int64_t)cu[b + 1] - cu[b], keys = a.cache_seqlens[b];
     check(queries >= 0, kOp, "cu_seqlens_q", "ascending values", queries);
-    check(keys >= queries, kOp, "cache_seqlens", "at least the queries of a request, " + std::to_string(queries), keys);
+    const int64_t tree = a.tree_lens ? a.tree_lens[b] : queries;
+    check(tree >= 0, kOp, "tree_lens", "values of at least 0", tree);
+    check(keys >= tree, kOp, "cache_seqlens",
+          std::string("at least the ") + (a.tree_lens ? "tree_lens" : "queries") + " of a request, " +
+              std::to_string(tree),
+          keys);
     if (!queries) continue;
     check((keys + a.page_size - 1) / a.page_size <= a.max_pages, kOp, "block_table",
           "pages for " + std::to_string(keys) + " keys", a.max_pages * a.page_size);
-    check(!a.mask_bits || a.mask_words * 32 >= queries, kOp, "mask_bits", std::to_string(queries) + " bits a row",
+    check(!a.mask_bits || a.mask_words * 32 >= tree, kOp, "mask_bits", std::to_string(tree) + " bits a row",
           a.mask_words * 32);
   }
 }
@@ -68,8 +73,8 @@ void tree_attention_of(const ShapeTuple& shape, const TypedTuple& q, const Strid
                        double softmax_scale, int64_t window, uintptr_t out, int threads) {
   Attention a{};
   const auto& [rows, heads, kv_heads, size] = shape;
-  const auto& [mask_span, mask_words] = mask;
-  const auto& [gate_span, gate_type, gate_one] = gate;
+  const auto& [mask_span, mask_words, tree_lens] = mask;
+  const auto& [gate_data, gate_type, gate_one, gate_row_stride] = gate;
   check_size("q", rows, 0), check_size("q", heads, 1), check_size("k_cache", kv_heads, 1), check_size("q", size, 1);
   check(heads % kv_heads == 0, kOp, "k_cache", "kv heads that divide " + std::to_string(heads), kv_heads);
   a.requests = std::get<1>(cache_seqlens);
@@ -88,13 +93,16 @@ void tree_attention_of(const ShapeTuple& shape, const TypedTuple& q, const Strid
   check_span(kOp, "cu_seqlens_q", cu_seqlens_q, a.requests + 1, false);
   check_span(kOp, "cache_seqlens", cache_seqlens, a.requests, false);
   check_size("mask_bits", mask_words, 0), check_span(kOp, "mask_bits", mask_span, rows * mask_words, true);
-  check_span(kOp, "gate", gate_span, rows * heads * (gate_one ? 1 : size), true);
+  check_span(kOp, "tree_lens", tree_lens, a.requests, true), check_stride("gate", gate_row_stride);
+  check(std::get<0>(mask_span) || !std::get<0>(tree_lens), kOp, "tree_lens", "none without mask_bits", "some");
   check(window >= 0, kOp, "window", "at least 0", window);
   check(threads >= 1 && threads <= 4096, kOp, "threads", "1..4096", threads);
   a.block_table = at<const int32_t>(table);
   a.cache_seqlens = at<const int32_t>(cache_seqlens), a.cu_seqlens_q = at<const int32_t>(cu_seqlens_q);
   a.mask_bits = at<const int32_t>(mask_span), a.mask_words = mask_words;
-  a.gate = at<const char>(gate_span), a.gate_type = type_of("gate", gate_type), a.gate_one = gate_one;
+  a.tree_lens = at<const int32_t>(tree_lens);
+  a.gate = at<const char>(gate_data), a.gate_type = type_of("gate", gate_type), a.gate_one = gate_one;
+  a.gate_row_stride = gate_row_stride;
   a.softmax_scale = (float)softmax_scale, a.window = window;
   a.out = at<char>(out);
   check((a.q && a.out) || !rows, kOp, "q", "memory", "none");

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from m3kernels import _cpu_ext
 from m3kernels.checks import refuse
+from m3kernels.spec_decode.arguments import gate_rows
 from m3kernels.spec_decode.reference import tree_budget as _tree_budget
 
 TYPE = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -160,6 +161,7 @@ def tree_attention(
     gate: Tensor | None,
     softmax_scale: float,
     window: int,
+    tree_lens: Tensor | None = None,
 ) -> Tensor:
     op = "tree_attention"
     rows, heads, size = _attention_tensor("q", q, ndim=3).shape
@@ -170,16 +172,18 @@ def tree_attention(
     if block_table.ndim != 2 or len(block_table) != cache_seqlens.numel():
         raise refuse(op, "block_table", f"({cache_seqlens.numel()}, max_pages)", block_table)
     table = (pages, page_size, _span(op, "block_table", block_table, torch.int32), block_table.shape[1])
-    mask: tuple[tuple[int, int], int] = ((0, 0), 0)
+    words = 0
     if mask_bits is not None:
         if mask_bits.ndim != 2 or mask_bits.shape[0] != rows or not mask_bits.shape[1]:
             raise refuse(op, "mask_bits", f"({rows}, W), W at least 1", mask_bits)
-        mask = (_span(op, "mask_bits", mask_bits, torch.int32), mask_bits.shape[1])
-    gating: tuple[tuple[int, int], int, bool] = ((0, 0), 0, False)
+        words = mask_bits.shape[1]
+    gating = (0, 0, False, 0)
     if gate is not None:
         if gate.shape not in ((rows, heads), (rows, heads, size)):
             raise refuse(op, "gate", f"({rows}, {heads}) or ({rows}, {heads}, {size})", gate)
-        gating = (_span(op, "gate", _attention_tensor("gate", gate), None), TYPE[gate.dtype], gate.ndim == 2)
+        if not gate_rows(_attention_tensor("gate", gate)):
+            raise refuse(op, "gate", "rows of contiguous elements", f"strides {gate.stride()}")
+        gating = (gate.data_ptr(), TYPE[gate.dtype], gate.ndim == 2, gate.stride(0))
     out = torch.empty((rows, heads, size), dtype=q.dtype)
     _cpu_ext.tree_attention(
         (rows, heads, kv_heads, size),
@@ -191,7 +195,7 @@ def tree_attention(
         table,
         _span(op, "cache_seqlens", cache_seqlens, torch.int32),
         _span(op, "cu_seqlens_q", cu_seqlens_q, torch.int32),
-        mask,
+        (_span(op, "mask_bits", mask_bits, torch.int32), words, _span(op, "tree_lens", tree_lens, torch.int32)),
         gating,
         softmax_scale,
         window,

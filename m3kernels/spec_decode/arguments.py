@@ -137,27 +137,48 @@ def with_rows(value: Tensor) -> Tensor:
     return value if value.stride(-1) == 1 or value.shape[-1] <= 1 else value.contiguous()
 
 
+def gate_rows(gate: Tensor) -> bool:
+    """Whether each row of a gate, (T, H) or (T, H, D), is contiguous; rows may have any distance."""
+    if gate.is_contiguous():
+        return True
+    shape, strides = gate.shape, gate.stride()
+    return (strides[-1] == 1 or shape[-1] <= 1) and (gate.ndim == 2 or strides[1] == shape[2] or shape[1] <= 1)
+
+
 def packed(value: Tensor | None) -> Tensor | None:
     return None if value is None else value.contiguous()
 
 
 def check_queries(
-    op: str, cu: Tensor, seqlens: Tensor, block_table: Tensor, rows: Tensor, page_size: int, mask_bits: Tensor | None
+    op: str,
+    cu: Tensor,
+    seqlens: Tensor,
+    block_table: Tensor,
+    rows: Tensor,
+    page_size: int,
+    mask_bits: Tensor | None,
+    tree_lens: Tensor | None,
 ) -> None:
     """Values of the small integer tensors, on CPU."""
-    if not readable(cu, seqlens):
+    if not readable(cu, seqlens) or (tree_lens is not None and not readable(tree_lens)):
         return
     bounds, lengths = cu.tolist(), seqlens.tolist()
     count = [stop - start for start, stop in itertools.pairwise(bounds)]
     if bounds[0] != 0 or bounds[-1] != len(rows) or min(count, default=0) < 0:
         raise refuse(op, "cu_seqlens_q", f"0 = cu[0] <= ... <= cu[-1] = {len(rows)}", f"{bounds[:8]}")
-    if any(length < queries for length, queries in zip(lengths, count, strict=True)):
-        raise refuse(op, "cache_seqlens", "at least the queries of each request", f"{lengths[:8]}")
+    trees = count if tree_lens is None else tree_lens.tolist()
+    if min(trees, default=0) < 0:
+        raise refuse(op, "tree_lens", "values of at least 0", f"{trees[:8]}")
+    if any(length < tree for length, tree in zip(lengths, trees, strict=True)):
+        wanted = "at least the queries of each request" if tree_lens is None else "at least tree_lens"
+        raise refuse(op, "cache_seqlens", wanted, f"{lengths[:8]}")
     longest = max((length for length, queries in zip(lengths, count, strict=True) if queries), default=0)
     if -(-longest // page_size) > block_table.shape[1]:
         raise refuse(op, "block_table", f"room for {-(-longest // page_size)} pages a request", block_table)
-    if mask_bits is not None and mask_bits.shape[-1] * BITS < max(count, default=0):
-        raise refuse(op, "mask_bits", f"at least {max(count)} bits a row", mask_bits)
+    if mask_bits is not None:
+        most = max((tree for tree, queries in zip(trees, count, strict=True) if queries), default=0)
+        if mask_bits.shape[-1] * BITS < most:
+            raise refuse(op, "mask_bits", f"at least {most} bits a row", mask_bits)
 
 
 def check_paths(op: str, accept_index: Tensor, accept_length: Tensor, seqlens: Tensor, most: int) -> None:

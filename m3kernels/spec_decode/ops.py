@@ -28,6 +28,7 @@ from m3kernels.spec_decode.arguments import (
     check_paths,
     check_queries,
     expect,
+    gate_rows,
     is_integer,
     is_number,
     logits_like,
@@ -142,6 +143,7 @@ def tree_attention(
     *,
     cu_seqlens_q: Tensor | None = None,
     mask_bits: Tensor | None = None,
+    tree_lens: Tensor | None = None,
     gate: Tensor | None = None,
     softmax_scale: float | None = None,
     window: int = 0,
@@ -150,10 +152,11 @@ def tree_attention(
 
         out[t] = sigmoid(gate[t]) * sum_j softmax_j(softmax_scale * q[t] . k_j) v_j
 
-    Query t of request b attends to every key before the request's own queries, and among those to the ones whose bit is
-    set (its ancestors and itself), or without mask_bits to itself and the ones before it. Bitwise, a row of the result
-    depends on its q, its gate and the keys and values it attends to, in order, and on nothing else: a node of a tree
-    gives what plain decoding of the same tokens gives.
+    Query t of request b attends to every key before the request's tree, and in the tree to the ones whose bit is set
+    (its ancestors and itself). The tree is the request's own queries, or its last tree_lens keys: then the queries may
+    be any nodes of it, which is how a tree is drafted step by step. Without mask_bits a query attends to itself and to
+    all keys before it. Bitwise, a row of the result depends on its q, its gate and the keys and values it attends to,
+    in order, and on nothing else: a node of a tree gives what plain decoding of the same tokens gives.
 
     Args:
         q: (T, H, D) with cu_seqlens_q, or (B, N, H, D): fp32, bf16 or fp16.
@@ -161,7 +164,10 @@ def tree_attention(
         block_table: (B, max_pages) int32 or int64. cache_seqlens: (B,) int32 or int64: keys of a request, those of the
             queries included.
         cu_seqlens_q: (B + 1,) int32 or int64, 0 = cu[0] <= ... <= cu[B] = T; with q (B, N, H, D): None.
-        mask_bits: (T, W) or (B, N, W) int32, 32 * W at least the queries of a request; None: causal.
+        mask_bits: (T, W) or (B, N, W) int32, bit j that of the tree's key j; 32 * W at least the keys of a tree; None:
+            causal.
+        tree_lens: (B,) int32 or int64, keys of each request's tree, 0..cache_seqlens; None: as many as queries. Only
+            with mask_bits.
         gate: logits of the gate, (..., H) one a head or (..., H, D), fp32 or q's dtype, leading sizes of q.
         softmax_scale: default D ** -0.5. window: number of last positions that are attended to; 0: all. A node's
             position is that of the prefix plus its depth.
@@ -198,6 +204,9 @@ def tree_attention(
         good = is_strided(mask_bits) and mask_bits.shape[:-1] == lead and mask_bits.ndim == len(lead) + 1
         if not (good and mask_bits.dtype == torch.int32 and near(mask_bits, q)):
             raise refuse(op, "mask_bits", f"({''.join(f'{size}, ' for size in lead)}W) int32{on(q)}", mask_bits)
+    if tree_lens is not None:
+        want(op, "tree_lens", "None without mask_bits", tree_lens, mask_bits is not None)
+        tree_lens = vector(op, "tree_lens", tree_lens, q, INTEGERS, torch.int32, requests)
     if gate is not None:
         shapes = (torch.Size((*lead, heads)), torch.Size((*lead, heads, size)))
         good = is_strided(gate) and gate.shape in shapes
@@ -211,7 +220,10 @@ def tree_attention(
     rows = q.flatten(0, -3) if batched else q
     if not rows.shape[0] or not heads or not size:
         return torch.empty_like(q)
-    check_queries(op, cu_seqlens_q, cache_seqlens, block_table, rows, k_cache.shape[1], mask_bits)
+    check_queries(op, cu_seqlens_q, cache_seqlens, block_table, rows, k_cache.shape[1], mask_bits, tree_lens)
+    if gate is not None:
+        gate = gate.reshape(len(rows), *gate.shape[len(lead) :]) if batched else gate
+        gate = gate if gate_rows(gate) else gate.contiguous()
     out = _tree_attention(
         with_rows(rows),
         with_rows(k_cache),
@@ -220,9 +232,10 @@ def tree_attention(
         cache_seqlens,
         cu_seqlens_q,
         None if mask_bits is None else mask_bits.flatten(0, -2).contiguous(),
-        None if gate is None else gate.reshape(len(rows), *gate.shape[len(lead) :]).contiguous(),
+        gate,
         float(scale),
         window,
+        tree_lens,
     )
     return out.view(q.shape)
 
@@ -468,7 +481,8 @@ _tree_finalize = define(
 _tree_attention = define(
     __package__,
     "tree_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor block_table, Tensor cache_seqlens, "
-    "Tensor cu_seqlens_q, Tensor? mask_bits, Tensor? gate, float softmax_scale, SymInt window) -> Tensor",
+    "Tensor cu_seqlens_q, Tensor? mask_bits, Tensor? gate, float softmax_scale, SymInt window, "
+    "Tensor? tree_lens=None) -> Tensor",
     fake=lambda q, *_: torch.empty(q.shape, dtype=q.dtype, device=q.device),
 )
 _tree_verify = define(

@@ -194,16 +194,18 @@ def tree_attention(
     gate: Tensor | None,
     softmax_scale: float,
     window: int,
+    tree_lens: Tensor | None = None,
 ) -> Tensor:
     out = torch.zeros(q.shape, dtype=torch.float64, device=q.device)
     page_size, group = k_cache.shape[1], q.shape[1] // k_cache.shape[2]
     for b, (start, stop) in enumerate(itertools.pairwise(cu_seqlens_q.tolist())):
-        prefix = int(cache_seqlens[b]) - (stop - start)
+        length = stop - start if tree_lens is None else int(tree_lens[b])
+        prefix = int(cache_seqlens[b]) - length
         if stop > start and int(cache_seqlens[b]) > block_table.shape[1] * page_size:
             want = f"room for the {int(cache_seqlens[b])} keys of request {b}"
             raise refuse("tree_attention", "block_table", want, block_table)
         for t in range(start, stop):
-            slots = torch.arange(stop - start, device=q.device)
+            slots = torch.arange(length, device=q.device)
             if mask_bits is None:
                 tree = slots[: t - start + 1]
             else:

@@ -90,19 +90,29 @@ def compute_dtype(q: torch.dtype, cache: torch.dtype) -> torch.dtype:
     return q if exact else torch.float32
 
 
+@triton.jit
+def _tree_of(cu_seqlens, tree_lens, b):
+    """Keys of request b after its prefix: those of its tree, or its queries."""
+    if tree_lens is None:
+        keys = tl.load(cu_seqlens + b + 1) - tl.load(cu_seqlens + b)
+    else:
+        keys = tl.load(tree_lens + b)
+    return keys
+
+
 # Grid: (rows of mask_bits). A program lists the tree slots that one row attends to, in order, and counts them.
 @triton.jit
-def _attended_kernel(mask_bits, cu_seqlens, slots, counts, requests, bits, BLOCK: tl.constexpr):
+def _attended_kernel(mask_bits, cu_seqlens, tree_lens, slots, counts, requests, bits, BLOCK: tl.constexpr):
     t = tl.program_id(0).to(tl.int64)
     b = request_of(cu_seqlens, tl.program_id(0), requests, 1)
-    queries = tl.load(cu_seqlens + b + 1) - tl.load(cu_seqlens + b)
+    tree = _tree_of(cu_seqlens, tree_lens, b)
     mask_bits += t * (bits // 32)
     slots += t * bits
     count = 0
     for start in range(0, bits, BLOCK):
         j = start + tl.arange(0, BLOCK)
         word = tl.load(mask_bits + j // 32, mask=j < bits, other=0)
-        taken = ((word >> (j % 32)) & 1) * (j < queries).to(tl.int32)
+        taken = ((word >> (j % 32)) & 1) * (j < tree).to(tl.int32)
         rank = count + tl.cumsum(taken, 0) - taken
         tl.store(slots + rank, j, mask=taken == 1)
         count += tl.sum(taken, 0)
@@ -255,6 +265,7 @@ def _attention_kernel(
     block_table,
     cache_seqlens,
     cu_seqlens,
+    tree_lens,
     slots,
     counts,
     gate,
@@ -306,8 +317,8 @@ def _attention_kernel(
     head_block = tl.program_id(1) % head_blocks
 
     length = tl.load(cache_seqlens + b)
-    prefix = length - queries
-    impossible = (prefix < 0) | (length > table_width * page_size)
+    prefix = length - _tree_of(cu_seqlens, tree_lens, b)
+    impossible = (prefix < 0) | (prefix > length) | (length > table_width * page_size)
     active = tl.minimum(queries - begin, QUERIES)
     row = tl.arange(0, BLOCK_M)
     query = row // HEADS
@@ -450,6 +461,7 @@ def _join_kernel(
     part_ml,
     cache_seqlens,
     cu_seqlens,
+    tree_lens,
     counts,
     gate,
     out,
@@ -469,10 +481,9 @@ def _join_kernel(
     t = tl.program_id(0).to(tl.int64)
     b = request_of(cu_seqlens, tl.program_id(0), requests, 1)
     first = tl.load(cu_seqlens + b)
-    queries = tl.load(cu_seqlens + b + 1) - first
     length = tl.load(cache_seqlens + b)
-    prefix = length - queries
-    impossible = (prefix < 0) | (length > table_width * page_size)
+    prefix = length - _tree_of(cu_seqlens, tree_lens, b)
+    impossible = (prefix < 0) | (prefix > length) | (length > table_width * page_size)
     end = prefix + (tl.load(counts + t) if TREE else tl.program_id(0) - first + 1)
     if impossible:
         end = 0
@@ -509,6 +520,7 @@ def tree_attention(
     gate: Tensor | None,
     softmax_scale: float,
     window: int,
+    tree_lens: Tensor | None = None,
 ) -> Tensor:
     tokens, heads, head_size = q.shape
     requests, table_width = block_table.shape
@@ -518,12 +530,13 @@ def tree_attention(
         return out
     slots = counts = None
     bits = 0
+    gate = None if gate is None else gate.contiguous()
     if mask_bits is not None:
         bits = mask_bits.shape[1] * 32
         slots = torch.empty(tokens, bits, dtype=torch.int32, device=q.device)
         counts = torch.empty(tokens, dtype=torch.int32, device=q.device)
         launch(
-            _attended_kernel, (tokens,), q, mask_bits, cu_seqlens_q, slots, counts, requests, bits,
+            _attended_kernel, (tokens,), q, mask_bits, cu_seqlens_q, tree_lens, slots, counts, requests, bits,
             BLOCK=block(bits, 1024), num_warps=1,
         )  # fmt: skip
     compute = compute_dtype(q.dtype, k_cache.dtype)
@@ -547,8 +560,8 @@ def tree_attention(
     launch(
         _attention_kernel,
         (blocks, kv_heads * triton.cdiv(group, rows), splits if partial else 1),
-        q, q, k_cache, v_cache, block_table, cache_seqlens, cu_seqlens_q, slots, counts, gate, out, part, part_ml,
-        requests, heads, group, head_size, page_size, pages, table_width, bits, window, splits, scale,
+        q, q, k_cache, v_cache, block_table, cache_seqlens, cu_seqlens_q, tree_lens, slots, counts, gate, out, part,
+        part_ml, requests, heads, group, head_size, page_size, pages, table_width, bits, window, splits, scale,
         q.stride(0), q.stride(1), *k_cache.stride()[:3], *v_cache.stride()[:3],
         GATE=gate_kind,
         KIND=kind.value,
@@ -568,7 +581,7 @@ def tree_attention(
         launch(
             _join_kernel,
             (tokens, triton.cdiv(heads, block_h)),
-            q, part, part_ml, cache_seqlens, cu_seqlens_q, counts, gate, out,
+            q, part, part_ml, cache_seqlens, cu_seqlens_q, tree_lens, counts, gate, out,
             requests, heads, head_size, page_size, table_width, window, splits,
             GATE=gate_kind,
             TREE=mask_bits is not None,

@@ -56,7 +56,7 @@ struct Inputs {
     a.values = {(const char*)v.data(), slot * kPageSize, slot, size * 4};
     a.num_pages = pages, a.page_size = kPageSize, a.block_table = table.data(), a.max_pages = pages;
     a.cache_seqlens = &length, a.cu_seqlens_q = cu;
-    a.gate = (const char*)(gate.data() + first * row);
+    a.gate = (const char*)(gate.data() + first * row), a.gate_row_stride = row;
     a.softmax_scale = 0.3f, a.out = (char*)out.data();
     tree_attention(a, threads);
     return out;

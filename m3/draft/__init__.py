@@ -1,0 +1,1 @@
+"""The draft model's life: prompts and self-generated data, teacher states, training, evaluation, checkpoint layouts."""

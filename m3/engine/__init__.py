@@ -1,0 +1,1 @@
+"""The embedded engine: paged cache, continuous batching, tree speculation, exact log-probabilities."""
