@@ -1,6 +1,6 @@
 """``python -m bench FAMILY | engine | roofline | report``: measure; rows to a document.
 
-FAMILY: int4, skinny, policy_loss or spec_decode.
+FAMILY: decoder, int4, skinny, policy_loss or spec_decode.
 """
 
 from __future__ import annotations
@@ -13,7 +13,9 @@ import sys
 from pathlib import Path
 
 from bench import (
+    decoder,
     engine,
+    engine_inputs,
     engine_report,
     int4,
     policy_loss,
@@ -117,7 +119,7 @@ def parser() -> argparse.ArgumentParser:
 
     whole = commands.add_parser("engine", help="tokens per second of our engine and of others")
     whole.add_argument("--preset", choices=sorted(engine.PRESETS), help="default: acceptance")
-    whole.add_argument("--cases", type=words, help=f"of {', '.join(engine.CASES)}")
+    whole.add_argument("--cases", type=words, help=f"of {', '.join(engine_inputs.CASES)}")
     whole.add_argument("--arms", type=words, help=f"of {', '.join(engine.ENTRANTS)}")
     whole.add_argument("--threads", type=numbers)
     whole.add_argument("--seconds", type=float, help="for each case and thread count")
@@ -128,6 +130,13 @@ def parser() -> argparse.ArgumentParser:
         "--peer-python", type=pair, action="append", metavar="KIND=PATH", help="interpreter of vllm, onnx_genai, ..."
     )
     whole.add_argument("--out", type=Path, help=f"JSON lines to add to (default: {record.RESULTS.name}/engine.jsonl)")
+
+    dense = commands.add_parser("decoder", help="dense products against torch, beside the roofline")
+    dense.add_argument("--shapes", type=words, help=f"of {', '.join(decoder.SHAPES)}")
+    dense.add_argument("--dtypes", type=words, help=f"of {', '.join(decoder.DTYPES)}")
+    dense.add_argument("--m", type=numbers, help="rows of x (default: 1,2,4,8,32,512)")
+    dense.add_argument("--threads", type=numbers)
+    dense.add_argument("--seconds", type=float, help="for each shape, dtype, M and thread count")
 
     ceilings = commands.add_parser("roofline", help="what this machine can do at best")
     ceilings.add_argument("--threads", type=numbers, default=(1, 2))
@@ -309,6 +318,20 @@ def run_engine(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def run_decoder(arguments: argparse.Namespace) -> int:
+    say = functools.partial(print, file=sys.stderr, flush=True)
+    fields = {
+        "shapes": arguments.shapes,
+        "dtypes": arguments.dtypes,
+        "ms": arguments.m,
+        "threads": arguments.threads,
+        "seconds": arguments.seconds,
+    }
+    plan = dataclasses.replace(decoder.Plan(), **{name: value for name, value in fields.items() if value is not None})
+    print(decoder.run(plan, say))
+    return 0
+
+
 def start_again(tunables: str) -> None:
     """This command once more, under settings of glibc's malloc, which are read when a process starts."""
     environment = {**os.environ, "GLIBC_TUNABLES": tunables}
@@ -333,6 +356,8 @@ def main() -> int:
         return run_spec_decode(arguments)
     if arguments.command == "engine":
         return run_engine(arguments)
+    if arguments.command == "decoder":
+        return run_decoder(arguments)
     if arguments.command == "roofline":
         for threads in arguments.threads:
             print(roofline.describe(roofline.measured(threads, record.cpu_model())))

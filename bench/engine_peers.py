@@ -68,6 +68,10 @@ class Engine:
         """The answer to a job."""
         raise NotImplementedError
 
+    def regret(self, prompts: Prompts, taken: Prompts) -> list[float]:
+        """The answer to a job {"prompts", "taken"}, of engines that judge others."""
+        raise NotImplementedError
+
 
 # -- llama.cpp --------------------------------------------------------------------------------------------------------
 class LlamaCpp(Engine):
@@ -176,16 +180,11 @@ class Transformers(Engine):
                 timeline.add(tokens.tolist())
         return timeline.answer()
 
-    def regret(self, prompts: Prompts, tokens: Prompts) -> list[float]:
-        """For each sequence, the mean of best log-probability minus that of the token taken, in nats."""
-        means = []
-        with self.torch.inference_mode():
-            for prompt, taken in zip(prompts, tokens, strict=True):
-                row = self.torch.tensor([prompt + taken[:-1]])
-                logits = self.model(row, logits_to_keep=len(taken)).logits[0].float()
-                lost = logits.amax(-1) - logits.gather(-1, self.torch.tensor(taken)[:, None])[:, 0]
-                means.append(float(lost.mean()))
-        return means
+    def logits(self, row: list[int], last: int) -> Any:
+        return self.model(self.torch.tensor([row]), logits_to_keep=last).logits[0]
+
+    def regret(self, prompts: Prompts, taken: Prompts) -> list[float]:
+        return regret(self, prompts, taken)
 
 
 class TorchDecoder(Engine):
@@ -211,6 +210,23 @@ class TorchDecoder(Engine):
                 tokens = self.model(tokens, cache, last_only=True)[:, -1].argmax(-1, keepdim=True)
                 timeline.add(tokens.tolist())
         return timeline.answer()
+
+    def logits(self, row: list[int], last: int) -> Any:
+        return self.model(self.torch.tensor([row]))[0, -last:]
+
+    def regret(self, prompts: Prompts, taken: Prompts) -> list[float]:
+        return regret(self, prompts, taken)
+
+
+def regret(judge: Transformers | TorchDecoder, prompts: Prompts, taken: Prompts) -> list[float]:
+    """For each sequence, the mean of best log-probability minus that of the token taken, in nats."""
+    means = []
+    with judge.torch.inference_mode():
+        for prompt, tokens in zip(prompts, taken, strict=True):
+            logits = judge.logits(prompt + tokens[:-1], len(tokens)).float()
+            lost = logits.amax(-1) - logits.gather(-1, judge.torch.tensor(tokens)[:, None])[:, 0]
+            means.append(float(lost.mean()))
+    return means
 
 
 # -- vLLM -------------------------------------------------------------------------------------------------------------
@@ -348,9 +364,12 @@ class Ours(Engine):
 
     def open_core(self) -> Any:
         """The core over the target and, if there is one, its draft."""
-        from m3.engine.core import EngineCore
+        import torch
 
+        from m3.draft.layouts import load_draft
         from m3.engine.config import EngineConfig
+        from m3.engine.core import Draft, EngineCore
+        from m3.models.loader import load_model
 
         context, batch = int(self.settings["max_context"]), int(self.settings["max_batch"])
         config = EngineConfig(
@@ -361,11 +380,19 @@ class Ours(Engine):
             kv_dtype=self.settings.get("kv_dtype", "fp32"),
             prefix_reuse=False,
         )
-        folder, draft = self.settings["model"], self.settings.get("draft")
-        return EngineCore.open(folder, config, dtype=self.settings["dtype"], draft=draft)
+        model = load_model(self.settings["model"], dtype=getattr(torch, self.settings["dtype"]))
+        draft = None
+        if self.settings.get("draft"):
+            draft_config, tensors = load_draft(self.settings["draft"], model.config)
+            draft = Draft(config=draft_config, tensors=tensors)
+        return EngineCore(model, config, draft=draft)
 
     def facts(self) -> dict[str, Any]:
-        return {key: int(getattr(self.core, key)) for key in ("weight_bytes", "kv_bytes") if hasattr(self.core, key)}
+        config, caches = self.core.model.config, {"fp32": 4, "bf16": 2, "fp16": 2, "int8": 1}
+        scale = 4 if self.core.config.kv_dtype == "int8" else 0  # fp32, a head and token
+        row = config.head_dim * caches[self.core.config.kv_dtype] + scale
+        kv = 2 * config.num_layers * config.num_kv_heads * row
+        return {"weight_bytes": weight_bytes(self.core.model), "kv_bytes": kv}
 
     def run(self, prompts: Prompts, count: int) -> dict[str, Any]:
         from m3.engine.request import Request, SamplingParams, Tokens
@@ -391,6 +418,16 @@ class Ours(Engine):
                     fresh[places[event.id]] += event.tokens
             timeline.add(fresh)
         return timeline.answer()
+
+
+def weight_bytes(model: Any) -> int:
+    """What a decode step of a Decoder reads of its weights: all but the embedding, which counts as a tied head."""
+    storages = {}
+    for module in (*model.blocks, model.norm, model.head):
+        for tensor in (*module.parameters(), *module.buffers()):
+            storage = tensor.untyped_storage()
+            storages[storage.data_ptr()] = storage.nbytes()
+    return sum(storages.values())
 
 
 KINDS: dict[str, type[Engine]] = {
@@ -421,7 +458,7 @@ def serve(kind: str) -> None:
     for line in sys.stdin:
         job = json.loads(line)
         if "taken" in job:
-            answer: Any = engine.regret(job["prompts"], job["taken"])  # type: ignore[attr-defined]
+            answer: Any = engine.regret(job["prompts"], job["taken"])
         else:
             answer = engine.run(job["prompts"], job["count"])
         print(json.dumps(answer), file=answers, flush=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from bench.record import EngineRow, Row
-from bench.tables import Line, acceptance_table, error_text, share, table, timed, why_untimed
+from bench.tables import Line, acceptance_table, share, table, timed, why_untimed
 
 OURS, PRECISIONS = "m3_int4", ("int4", "fp32", "bf16")
 LLAMA = ("llama_q4_0", "llama_q4_0_flash")  # the faster of them counts
@@ -27,7 +27,7 @@ def case_lines(rows: Sequence[EngineRow]) -> list[tuple[str, ...]]:
     lines = []
     for row in sorted(rows, key=lambda row: -(row.tokens_s or 0)):
         if row.tokens_s is None or row.p20_s is None or row.p80_s is None:
-            lines.append((row.arm, why_untimed(row), "", "", "", "", "", error_text(row.error) if row.error else ""))
+            lines.append((row.arm, why_untimed(row), "", "", "", "", "", regret_text(row.error), ""))
             continue
         ahead = (row.ratios or {}).get(OURS)
         lines.append(
@@ -39,10 +39,15 @@ def case_lines(rows: Sequence[EngineRow]) -> list[tuple[str, ...]]:
                 "" if row.step_bytes is None else f"{row.step_bytes / 1e6:.0f}",
                 share(row.roofline_share),
                 "" if row.others_cpu is None else f"{row.others_cpu:.2f}",
-                error_text(row.error),
+                regret_text(row.error),
+                regret_text(row.rounding),
             )
         )
     return lines
+
+
+def regret_text(nats: float | None) -> str:
+    return "" if nats is None else f"{nats:.4f}"
 
 
 def case_table(rows: Sequence[EngineRow]) -> str:
@@ -55,7 +60,7 @@ def case_table(rows: Sequence[EngineRow]) -> str:
         "of roofline",
         "others' CPU",
     )
-    return table((*header, "regret"), case_lines(rows))
+    return table((*header, "regret", "under fp32"), case_lines(rows))
 
 
 def tables(rows: Iterable[EngineRow]) -> str:

@@ -220,6 +220,7 @@ class EngineRow(Row):
     step_bytes: int | None = None  # the same with the cache of all sequences
     read_gbytes_s: float | None = None  # read bandwidth of the machine, measured between the arms
     roofline_share: float | None = None  # reading step_bytes, over the time of a step
+    rounding: float | None = None  # regret under the unquantised model, nats a token; ``error`` is that under its own
     others_cpu: float | None = None  # CPU seconds per second that other processes took during the visits, median
 
     @property

@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterable, Sequence
 from itertools import groupby
 from pathlib import Path
 
-from bench import policy_loss_report, record, skinny_report, spec_decode_report
-from bench.record import GemmRow, LossRow, Row, SkinnyRow, SpecRow
+from bench import engine_report, policy_loss_report, record, skinny_report, spec_decode_report
+from bench.record import EngineRow, GemmRow, LossRow, Row, SkinnyRow, SpecRow
 from bench.tables import Line, acceptance_table, error_text, save, share, table, time_text, timed, why_untimed
 
 OURS = ("m3_int8", "m3_int16", "m3_exact")
@@ -285,6 +285,7 @@ def machine_section(rows: Sequence[Row], out: Path) -> str:
     parts += skinny_report.sections([row for row in rows if isinstance(row, SkinnyRow)])
     parts += policy_loss_report.sections([row for row in rows if isinstance(row, LossRow)], slug, out)
     parts += spec_decode_report.sections([row for row in rows if isinstance(row, SpecRow)])
+    parts += engine_report.sections([row for row in rows if isinstance(row, EngineRow)])
     return "\n".join(parts)
 
 

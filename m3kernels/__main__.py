@@ -85,6 +85,14 @@ def spell(value: object) -> str:
 
 
 # -- which room serves what -------------------------------------------------------------------------------------------
+def decoder_examples() -> dict[str, Callable[[], object]]:
+    from m3kernels import decoder
+    from m3kernels.decoder.reference import make_inputs
+
+    inputs = make_inputs(2, 5, 7, bias=True)
+    return {"linear": lambda: decoder.linear(*inputs)}
+
+
 def int4_examples() -> dict[str, Callable[[], object]]:
     from m3kernels import int4
     from m3kernels.int4.reference import make_inputs
@@ -160,7 +168,12 @@ def spec_decode_examples() -> dict[str, Callable[[], object]]:
 
 
 # family -> op -> a small valid call of its public function
-EXAMPLES = {"int4": int4_examples, "policy_loss": policy_loss_examples, "spec_decode": spec_decode_examples}
+EXAMPLES = {
+    "decoder": decoder_examples,
+    "int4": int4_examples,
+    "policy_loss": policy_loss_examples,
+    "spec_decode": spec_decode_examples,
+}
 
 
 class Record(TorchDispatchMode):

@@ -15,6 +15,7 @@ from m3kernels import dispatch
 
 ROOT = Path(__file__).parent.parent
 OPS = [
+    "linear",
     "int4_dequantize", "int4_gemm", "int4_grouped_gemm", "int4_moe",
     "linear_distill_loss", "linear_logprobs", "linear_logprobs_backward", "linear_policy_loss",
     "build_tree_kernel_efficient", "chain_speculative_sampling", "draft_topk", "reconstruct_indices_from_tree_mask",

@@ -1,4 +1,4 @@
-// What the decoder family adds to the CPU module: dense products.
+// What the decoder family adds to the CPU module: dense products, and passes through layers.
 #include "common/border_cpu.h"
 
 namespace m3::decoder {
@@ -6,4 +6,7 @@ void bind_linear(pybind11::module_& module);
 void bind_program(pybind11::module_& module);
 }  // namespace m3::decoder
 
-void m3::decoder::bind(pybind11::module_& m) { bind_linear(m); }
+void m3::decoder::bind(pybind11::module_& m) {
+  bind_linear(m);
+  bind_program(m);
+}

@@ -16,10 +16,12 @@
 namespace m3::decoder {
 namespace {
 
-constexpr int64_t kSerialWork = 1 << 17;   // multiply-adds under which a second thread costs more than it brings
-constexpr int64_t kStreamRows = 24;        // the most rows that stay in L2 beside a strip of the weight
-constexpr int64_t kStreamBytes = 1 << 16;  // of weights in a task of few rows
-constexpr int64_t kBlockRows = 192;        // the most rows of a task of many
+constexpr int64_t kSerialWork = 1 << 17;    // multiply-adds under which a second thread costs more than it brings
+constexpr int64_t kStreamFloats = 1 << 16;  // of x that stay in L2 beside a strip of the weight
+constexpr int64_t kStreamBytes = 1 << 16;   // of weights in a task of few rows
+constexpr int64_t kLeastTiles = 16;         // of a task of many rows
+constexpr int64_t kTasksPerThread = 4;
+constexpr int64_t kPackedFloats = 1 << 24;  // of x that are packed at a time
 
 struct Free {
   void operator()(void* p) const { std::free(p); }
@@ -70,34 +72,38 @@ int64_t piece_of(int64_t k) {
   return ceil_div(ceil_div(std::max<int64_t>(1, k), pieces), kPieceStep) * kPieceStep;
 }
 
-}  // namespace
-
-void linear(const Dense& w, const float* x, int64_t x_stride, float* y, int64_t y_stride, int64_t rows, int threads) {
-  if (rows <= 0 || w.n <= 0) return;
-  const Kernels& isa = kernels();
-  const int64_t size = w.type == Type::kF32 ? 4 : 2, bias_size = w.bias_type == Type::kF32 ? 4 : 2;
-  const bool few = rows <= kStreamRows;
-  const int64_t run =
-      few ? std::max<int64_t>(1, kStreamBytes / (kColumns * size * std::max<int64_t>(1, w.k))) * kColumns
-          : kPanelColumns;
-  const int64_t columns = few ? std::min(run, ceil_div(w.n, kColumns) * kColumns) : run;
-  const int64_t across = ceil_div(w.n, columns), down = few ? 1 : ceil_div(rows, kBlockRows), tasks = across * down;
+void multiply(const Kernels& isa, const Dense& w, const float* x, int64_t x_stride, float* y, int64_t y_stride,
+              int64_t rows, int threads) {
   if ((double)rows * (double)w.n * (double)w.k < (double)kSerialWork) threads = 1;
+  const int64_t size = w.type == Type::kF32 ? 4 : 2, bias_size = w.bias_type == Type::kF32 ? 4 : 2;
+  const int64_t piece = piece_of(w.k), padded_k = ceil_div(w.k, kPieceStep) * kPieceStep;
+  const int64_t tiles = ceil_div(rows, isa.tile_rows);
+  const bool few = tiles == 1 || rows * padded_k <= kStreamFloats;
+  const int64_t strips = few ? std::max<int64_t>(1, kStreamBytes / (kColumns * size * std::max<int64_t>(1, w.k)))
+                             : kPanelColumns / kColumns;
+  const int64_t columns = std::min(strips, ceil_div(w.n, kColumns)) * kColumns, across = ceil_div(w.n, columns);
+  const int64_t parts = ceil_div(kTasksPerThread * threads, across);  // rows are cut only where columns are too few
+  const int64_t down = few || threads == 1 ? 1 : std::min(parts, ceil_div(tiles, kLeastTiles)), tasks = across * down;
   threads = (int)std::min<int64_t>(threads, tasks);
-  const int64_t own = kPanelFloats + columns;
-  thread_local Scratch memory;
-  float* scratch = memory.get(own * threads);
-  const auto multiply = [&](int64_t task, float* mine) {
+  const int64_t own = kPanelFloats + columns, packed_floats = tiles > 1 ? rows * padded_k : 0;
+  thread_local Scratch memory, packed_memory;
+  float *scratch = memory.get(own * threads), *packed = packed_floats ? packed_memory.get(packed_floats) : nullptr;
+  const auto pack = [&](int64_t tile) {
+    const int64_t row = rows * tile / tiles, count = rows * (tile + 1) / tiles - row;
+    for (int64_t k = 0; k < w.k; k += piece)
+      isa.pack(x + row * x_stride + k, x_stride, (int)count, std::min(piece, w.k - k),
+               packed + row * padded_k + k * count);
+  };
+  const auto run = [&](int64_t task, float* mine) {
     const int64_t n = task / down * columns, part = task % down;
-    const int64_t row = rows * part / down, stop = rows * (part + 1) / down;
     Product p;
     p.weight = static_cast<const char*>(w.weight) + n * w.k * size;
     p.type = w.type;
-    p.weight_stride = p.k = w.k;
-    p.columns = std::min(columns, w.n - n);
-    p.piece = piece_of(w.k);
-    p.x = x + row * x_stride, p.x_stride = x_stride, p.rows = stop - row;
-    p.y = y + row * y_stride + n, p.y_stride = y_stride;
+    p.columns = std::min(columns, w.n - n), p.k = w.k, p.piece = piece;
+    p.x = x, p.x_stride = x_stride, p.rows = rows;
+    p.packed = packed, p.padded_k = padded_k, p.tiles = tiles;
+    p.first_tile = tiles * part / down, p.last_tile = tiles * (part + 1) / down;
+    p.y = y + n, p.y_stride = y_stride;
     p.panel = mine;
     p.bias = nullptr;
     if (w.bias) {
@@ -108,15 +114,31 @@ void linear(const Dense& w, const float* x, int64_t x_stride, float* y, int64_t 
     few ? isa.stream(p) : isa.block(p);
   };
   if (threads == 1) {
-    for (int64_t task = 0; task < tasks; task++) multiply(task, scratch);
+    if (packed)
+      for (int64_t tile = 0; tile < tiles; tile++) pack(tile);
+    for (int64_t task = 0; task < tasks; task++) run(task, scratch);
     return;
   }
-  std::atomic<int64_t> next_task{0}, next_slot{0};
+  std::atomic<int64_t> next_tile{0}, next_task{0}, next_slot{0};
 #pragma omp parallel num_threads(threads)
   {
     float* mine = scratch + next_slot.fetch_add(1) * own;
-    for (int64_t task; (task = next_task.fetch_add(1)) < tasks;) multiply(task, mine);
+    if (packed) {
+      for (int64_t tile; (tile = next_tile.fetch_add(1)) < tiles;) pack(tile);
+#pragma omp barrier
+    }
+    for (int64_t task; (task = next_task.fetch_add(1)) < tasks;) run(task, mine);
   }
+}
+
+}  // namespace
+
+void linear(const Dense& w, const float* x, int64_t x_stride, float* y, int64_t y_stride, int64_t rows, int threads) {
+  if (rows <= 0 || w.n <= 0) return;
+  const Kernels& isa = kernels();
+  const int64_t most = std::max<int64_t>(kLeastTiles * isa.tile_rows, kPackedFloats / std::max<int64_t>(1, w.k));
+  for (int64_t row = 0; row < rows; row += most)
+    multiply(isa, w, x + row * x_stride, x_stride, y + row * y_stride, y_stride, std::min(most, rows - row), threads);
 }
 
 }  // namespace m3::decoder

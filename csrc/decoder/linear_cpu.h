@@ -17,13 +17,16 @@ constexpr int kColumns = 4;           // outputs of a tile, its "strip": rows of
 constexpr int64_t kMostPiece = 1024;  // columns of K: 4 rows of a weight and 6 of x share L1
 constexpr int64_t kPieceStep = 16;    // a piece has a multiple of this: the lanes of the widest vector
 
-// y (rows, columns) = x (rows, k) W^T (+ bias) for some columns of the weight. Strides in elements.
+// y = x W^T (+ bias) for some columns of the weight. Strides in elements.
 struct Product {
   const void* weight;  // (columns, k)
   Type type;
-  int64_t weight_stride, columns, k, piece;
-  const float* x;
+  int64_t columns, k, piece;
+  const float* x;  // (rows, k); read where `packed` is null: then there is one tile
   int64_t x_stride, rows;
+  const float* packed;  // x tile by tile: tile i starts at row rows * i / tiles, its rows take padded_k floats each
+  int64_t padded_k, tiles;
+  int64_t first_tile, last_tile;  // those that `block` computes
   float* y;
   int64_t y_stride;
   const float* bias;  // (columns,) or null
@@ -34,10 +37,13 @@ constexpr int64_t kPanelColumns = 128;
 constexpr int64_t kPanelFloats = kPanelColumns * kMostPiece;
 
 struct Kernels {
+  int64_t tile_rows;  // rows of a tile at most
   // Few rows: the weight is read once, strip by strip, at the speed of memory.
   void (*stream)(const Product& product);
-  // Many rows, at most kPanelColumns columns: a piece of the weight stays in L2, six rows of x in L1.
+  // Many rows, at most kPanelColumns columns: a piece of the weight stays in L2, a tile of x in L1.
   void (*block)(const Product& product);
+  // One piece of one tile of x as `packed` wants it
+  void (*pack)(const float* x, int64_t x_stride, int rows, int64_t k, float* to);
   // to = from, as floats
   void (*widen)(const void* from, Type type, int64_t count, float* to);
 };

@@ -2,6 +2,7 @@
 #include <immintrin.h>
 
 #include <cstring>
+#include <type_traits>
 
 #include "decoder/linear_cpu.h"
 
@@ -41,6 +42,6 @@ struct Avx2 {
 
 }  // namespace
 
-extern const Kernels kAvx2Linear = {stream<Avx2>, block<Avx2>, widen<Avx2>};
+extern const Kernels kAvx2Linear = {Avx2::kRows, stream<Avx2>, block<Avx2>, pack<Avx2>, widen<Avx2>};
 
 }  // namespace m3::decoder

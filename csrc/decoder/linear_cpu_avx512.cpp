@@ -2,6 +2,7 @@
 #include <immintrin.h>
 
 #include <cstring>
+#include <type_traits>
 
 #include "decoder/linear_cpu.h"
 
@@ -46,6 +47,6 @@ struct Avx512 {
 
 }  // namespace
 
-extern const Kernels kAvx512Linear = {stream<Avx512>, block<Avx512>, widen<Avx512>};
+extern const Kernels kAvx512Linear = {Avx512::kRows, stream<Avx512>, block<Avx512>, pack<Avx512>, widen<Avx512>};
 
 }  // namespace m3::decoder

@@ -2,8 +2,9 @@
 // namespace.
 //
 // A tile is up to S::kRows rows of x against a strip of kColumns rows of the weight: one vector of sums for each of its
-// outputs, kept in registers along a piece of K, then added up by a transposing tree. A weight of 16 bits is widened on
-// the way to the registers, or where many rows read it, once into a panel of floats: the same numbers.
+// outputs, kept in registers along a piece of K, then added up by a transposing tree. Few rows read the weight where it
+// lies, widening 16 bits on the way to the registers. Where several tiles of rows read a strip, it and x are first
+// packed as the tile reads them, step by step: [step][row][lane] and [step][column][lane], the last step filled with 0.
 //
 // A trait offers F (a vector of kLanes floats), its arithmetic, and
 //   load(p), load_part(p, count)   for const float*, Bf16 and Fp16 pointers; lanes behind `count` are 0
@@ -13,8 +14,6 @@
 //                                  [a0 + a1, a2 + a3, b0 + b1, b2 + b3]
 
 #define M3_INLINE static inline __attribute__((always_inline))
-
-constexpr int64_t kTilesForPanel = 3;  // tiles of rows from which widening a strip once is faster than in each
 
 struct Bf16 {
   uint16_t bits;
@@ -26,7 +25,7 @@ struct Fp16 {
 // One tile along one piece of K, and where its sums go.
 struct Tile {
   const void* weight;  // of the strip's first row
-  const void* next;    // of the strip that is read after this one: fetched meanwhile
+  uintptr_t next;      // address of what is read after this strip: fetched meanwhile
   int64_t weight_stride;
   int columns;  // 1 .. kColumns
   int64_t k;    // of the piece
@@ -75,10 +74,33 @@ M3_INLINE void store_sums(const Tile& t, const typename S::F (&sums)[kRowCount][
   }
 }
 
+template <class S, int kRowCount, class LoadX, class LoadW>
+M3_INLINE void add_products(typename S::F (&sums)[kRowCount][kColumns], LoadX load_x, LoadW load_w) {
+  typename S::F a[kRowCount];
+#pragma GCC unroll 8
+  for (int r = 0; r < kRowCount; r++) a[r] = load_x(r);
+#pragma GCC unroll 4
+  for (int c = 0; c < kColumns; c++) {
+    const typename S::F b = load_w(c);
+#pragma GCC unroll 8
+    for (int r = 0; r < kRowCount; r++) sums[r][c] = S::fma(a[r], b, sums[r][c]);
+  }
+}
+
+#define M3_LOAD [&](int i) __attribute__((always_inline))
+
+template <class S, int kRowCount>
+M3_INLINE void clear(typename S::F (&sums)[kRowCount][kColumns]) {
+#pragma GCC unroll 8
+  for (int r = 0; r < kRowCount; r++)
+#pragma GCC unroll 4
+    for (int c = 0; c < kColumns; c++) sums[r][c] = S::zero();
+}
+
+// x and the weight where they lie.
 template <class S, class W, int kRowCount>
-static __attribute__((noinline)) void tile(const Tile& t) {
-  using F = typename S::F;
-  F sums[kRowCount][kColumns];
+static __attribute__((noinline)) void direct_tile(const Tile& t) {
+  typename S::F sums[kRowCount][kColumns];
   const float* x[kRowCount];
   const W* w[kColumns];
   uintptr_t next[kColumns];
@@ -88,69 +110,70 @@ static __attribute__((noinline)) void tile(const Tile& t) {
   for (int c = 0; c < kColumns; c++) {  // columns beyond the strip repeat its last one and are not stored
     const int64_t offset = (c < t.columns ? c : t.columns - 1) * t.weight_stride;
     w[c] = static_cast<const W*>(t.weight) + offset;
-    next[c] = (uintptr_t)t.next + offset * sizeof(W);
+    next[c] = t.next + offset * sizeof(W);
   }
-#pragma GCC unroll 8
-  for (int r = 0; r < kRowCount; r++)
-#pragma GCC unroll 4
-    for (int c = 0; c < kColumns; c++) sums[r][c] = S::zero();
-  const auto step = [&](const auto& load_x, const auto& load_w) __attribute__((always_inline)) {
-    F a[kRowCount];
-#pragma GCC unroll 8
-    for (int r = 0; r < kRowCount; r++) a[r] = load_x(x[r]);
-#pragma GCC unroll 4
-    for (int c = 0; c < kColumns; c++) {
-      const F b = load_w(w[c]);
-#pragma GCC unroll 8
-      for (int r = 0; r < kRowCount; r++) sums[r][c] = S::fma(a[r], b, sums[r][c]);
-    }
-  };
+  clear<S, kRowCount>(sums);
   int64_t k = 0;
   for (; k + S::kLanes <= t.k; k += S::kLanes) {
 #pragma GCC unroll 4
     for (int c = 0; c < kColumns; c++) __builtin_prefetch((const void*)(next[c] + k * sizeof(W)));
-    step([&](const float* p) __attribute__((always_inline)) { return S::load(p + k); },
-         [&](const W* p) __attribute__((always_inline)) { return S::load(p + k); });
+    add_products<S, kRowCount>(sums, M3_LOAD { return S::load(x[i] + k); }, M3_LOAD { return S::load(w[i] + k); });
   }
   if (k < t.k) {
     const int count = int(t.k - k);
-    step([&](const float* p) __attribute__((always_inline)) { return S::load_part(p + k, count); },
-         [&](const W* p) __attribute__((always_inline)) { return S::load_part(p + k, count); });
+    add_products<S, kRowCount>(
+        sums, M3_LOAD { return S::load_part(x[i] + k, count); }, M3_LOAD { return S::load_part(w[i] + k, count); });
   }
   store_sums<S, kRowCount>(t, sums);
 }
 
-template <class S, class W>
-M3_INLINE void tile_of(int rows, const Tile& t) {
+// x and the weight packed. kFetch: t.next is a strip of W's that lies unpacked, fetched meanwhile.
+template <class S, class W, int kRowCount, bool kFetch>
+static __attribute__((noinline)) void packed_tile(const Tile& t) {
+  typename S::F sums[kRowCount][kColumns];
+  const float *x = t.x, *w = static_cast<const float*>(t.weight);
+  uintptr_t next = t.next;
+  const uintptr_t row = t.weight_stride * sizeof(W);
+  clear<S, kRowCount>(sums);
+  for (int64_t k = 0; k < t.k; k += S::kLanes) {
+    if constexpr (kFetch) {
+#pragma GCC unroll 4
+      for (int c = 0; c < kColumns; c++) __builtin_prefetch((const void*)(next + c * row));
+      next += S::kLanes * sizeof(W);
+    }
+    add_products<S, kRowCount>(
+        sums, M3_LOAD { return S::load(x + i * S::kLanes); }, M3_LOAD { return S::load(w + i * S::kLanes); });
+    x += kRowCount * S::kLanes, w += kColumns * S::kLanes;
+  }
+  store_sums<S, kRowCount>(t, sums);
+}
+
+// visit(std::integral_constant of `rows`)
+template <class S, class Visit>
+M3_INLINE void with_rows(int rows, Visit visit) {
   switch (rows) {
     case 1:
-      return tile<S, W, 1>(t);
+      return visit(std::integral_constant<int, 1>());
     case 2:
-      return tile<S, W, 2>(t);
+      return visit(std::integral_constant<int, 2>());
     case 3:
-      if constexpr (S::kRows >= 3) return tile<S, W, 3>(t);
+      if constexpr (S::kRows >= 3) return visit(std::integral_constant<int, 3>());
       break;
     case 4:
-      if constexpr (S::kRows >= 4) return tile<S, W, 4>(t);
+      if constexpr (S::kRows >= 4) return visit(std::integral_constant<int, 4>());
       break;
     case 5:
-      if constexpr (S::kRows >= 5) return tile<S, W, 5>(t);
+      if constexpr (S::kRows >= 5) return visit(std::integral_constant<int, 5>());
       break;
     case 6:
-      if constexpr (S::kRows >= 6) return tile<S, W, 6>(t);
+      if constexpr (S::kRows >= 6) return visit(std::integral_constant<int, 6>());
       break;
   }
 }
 
-// Rows are cut into tiles of nearly one size: tile i of `tiles` starts here.
-template <class S>
-M3_INLINE int64_t tiles_of(int64_t rows) {
-  return (rows + S::kRows - 1) / S::kRows;
-}
-M3_INLINE int64_t tile_start(int64_t rows, int64_t tiles, int64_t i) { return rows * i / tiles; }
-
+// -- packing ----------------------------------------------------------------------------------------------------------
 template <class S, class W>
-static void widen_rows(const W* from, int64_t count, float* to) {
+static void widen_run(const W* from, int64_t count, float* to) {
   int64_t i = 0;
   for (; i + S::kLanes <= count; i += S::kLanes) S::store(to + i, S::load(from + i));
   if (i < count) {
@@ -162,49 +185,71 @@ static void widen_rows(const W* from, int64_t count, float* to) {
 
 template <class S>
 static void widen(const void* from, Type type, int64_t count, float* to) {
-  if (type == Type::kF32) return std::memcpy(to, from, count * sizeof(float)), void();
-  if (type == Type::kBF16) return widen_rows<S>(static_cast<const Bf16*>(from), count, to);
-  widen_rows<S>(static_cast<const Fp16*>(from), count, to);
+  if (type == Type::kF32) return widen_run<S>(static_cast<const float*>(from), count, to);
+  if (type == Type::kBF16) return widen_run<S>(static_cast<const Bf16*>(from), count, to);
+  widen_run<S>(static_cast<const Fp16*>(from), count, to);
 }
+
+// `count` runs of k values, `stride` apart, into [step][of][lane]; runs from `count` on are 0.
+template <class S, class W>
+static void interleave(const W* from, int64_t stride, int count, int of, int64_t k, float* to) {
+  for (int i = 0; i < of; i++) {
+    float* out = to + i * S::kLanes;
+    if (i >= count) {
+      for (int64_t j = 0; j < k; j += S::kLanes, out += of * S::kLanes) S::store(out, S::zero());
+      continue;
+    }
+    const W* run = from + i * stride;
+    int64_t j = 0;
+    for (; j + S::kLanes <= k; j += S::kLanes, out += of * S::kLanes) S::store(out, S::load(run + j));
+    if (j < k) S::store(out, S::load_part(run + j, int(k - j)));
+  }
+}
+
+template <class S>
+static void pack(const float* x, int64_t stride, int rows, int64_t k, float* to) {
+  interleave<S>(x, stride, rows, rows, k, to);
+}
+
+// -- products ---------------------------------------------------------------------------------------------------------
+// Rows are cut into tiles of nearly one size, of which i starts here.
+M3_INLINE int64_t tile_start(const Product& p, int64_t i) { return p.rows * i / p.tiles; }
 
 template <class S, class W>
 static void stream_typed(const Product& p) {
-  const int64_t tiles = tiles_of<S>(p.rows);
-  const bool through_panel = sizeof(W) < 4 && tiles >= kTilesForPanel;
   const W* weight = static_cast<const W*>(p.weight);
+  Tile t;
+  t.weight_stride = p.k;
+  t.y_stride = p.y_stride;
   for (int64_t n = 0; n < p.columns; n += kColumns) {
-    const int columns = int(p.columns - n < kColumns ? p.columns - n : kColumns);
-    const W* strip = weight + n * p.weight_stride;
+    const W* strip = weight + n * p.k;
+    t.columns = int(p.columns - n < kColumns ? p.columns - n : kColumns);
     int64_t k = 0;
     do {
-      const int64_t width = p.k - k < p.piece ? p.k - k : p.piece;
-      const bool last = k + width == p.k;
-      Tile t;
-      t.weight = strip + k;
-      t.next = last ? (const void*)((uintptr_t)strip + kColumns * p.weight_stride * sizeof(W)) : strip + k + width;
-      t.weight_stride = p.weight_stride;
-      t.columns = columns;
-      t.k = width;
-      t.x_stride = p.x_stride, t.y_stride = p.y_stride;
+      t.k = p.k - k < p.piece ? p.k - k : p.piece;
+      const bool last = k + t.k == p.k;
+      t.next = (uintptr_t)strip + (last ? kColumns * p.k : k + t.k) * sizeof(W);
       t.first = k == 0;
       t.bias = last && p.bias ? p.bias + n : nullptr;
-      if (through_panel) {
-        for (int c = 0; c < columns; c++)
-          widen_rows<S>(strip + c * p.weight_stride + k, width, p.panel + c * kMostPiece);
-        t.weight = p.panel, t.weight_stride = kMostPiece;
+      t.y = p.y + n;
+      if (!p.packed) {
+        t.weight = strip + k;
+        t.x = p.x + k, t.x_stride = p.x_stride;
+        with_rows<S>(int(p.rows), [&](auto rows) { direct_tile<S, W, decltype(rows)::value>(t); });
+      } else {
+        interleave<S>(strip + k, p.k, t.columns, kColumns, t.k, p.panel);
+        t.weight = p.panel;
+        for (int64_t i = 0; i < p.tiles; i++) {
+          const int64_t row = tile_start(p, i), count = tile_start(p, i + 1) - row;
+          t.x = p.packed + row * p.padded_k + k * count;
+          t.y = p.y + row * p.y_stride + n;
+          if (i == 0)
+            with_rows<S>(int(count), [&](auto rows) { packed_tile<S, W, decltype(rows)::value, true>(t); });
+          else
+            with_rows<S>(int(count), [&](auto rows) { packed_tile<S, float, decltype(rows)::value, false>(t); });
+        }
       }
-      for (int64_t i = 0; i < tiles; i++) {
-        const int64_t row = tile_start(p.rows, tiles, i);
-        const int rows = int(tile_start(p.rows, tiles, i + 1) - row);
-        t.x = p.x + row * p.x_stride + k;
-        t.y = p.y + row * p.y_stride + n;
-        if (through_panel)
-          tile_of<S, float>(rows, t);
-        else
-          tile_of<S, W>(rows, t);
-        t.next = t.weight;
-      }
-      k += width;
+      k += t.k;
     } while (k < p.k);
   }
 }
@@ -216,39 +261,38 @@ static void stream(const Product& p) {
   stream_typed<S, Fp16>(p);
 }
 
-template <class S>
-static void block(const Product& p) {
-  const int64_t tiles = tiles_of<S>(p.rows), size = p.type == Type::kF32 ? 4 : 2;
+template <class S, class W>
+static void block_typed(const Product& p) {
+  const W* weight = static_cast<const W*>(p.weight);
+  Tile t;
+  t.y_stride = p.y_stride;
   int64_t k = 0;
   do {
-    const int64_t width = p.k - k < p.piece ? p.k - k : p.piece;
-    const float* weight = static_cast<const float*>(p.weight) + k;
-    int64_t stride = p.weight_stride;
-    if (p.type != Type::kF32) {
-      for (int64_t n = 0; n < p.columns; n++)
-        widen<S>(static_cast<const char*>(p.weight) + (n * p.weight_stride + k) * size, p.type, width,
-                 p.panel + n * kMostPiece);
-      weight = p.panel, stride = kMostPiece;
-    }
-    Tile t;
-    t.weight_stride = stride;
-    t.k = width;
-    t.x_stride = p.x_stride, t.y_stride = p.y_stride;
+    t.k = p.k - k < p.piece ? p.k - k : p.piece;
     t.first = k == 0;
-    for (int64_t i = 0; i < tiles; i++) {
-      const int64_t row = tile_start(p.rows, tiles, i);
-      const int rows = int(tile_start(p.rows, tiles, i + 1) - row);
-      t.x = p.x + row * p.x_stride + k;
+    const int64_t strip = kColumns * ((t.k + S::kLanes - 1) / S::kLanes * S::kLanes);
+    for (int64_t n = 0; n < p.columns; n += kColumns) {
+      const int columns = int(p.columns - n < kColumns ? p.columns - n : kColumns);
+      interleave<S>(weight + n * p.k + k, p.k, columns, kColumns, t.k, p.panel + n / kColumns * strip);
+    }
+    for (int64_t i = p.first_tile; i < p.last_tile; i++) {
+      const int64_t row = tile_start(p, i), count = tile_start(p, i + 1) - row;
+      t.x = p.packed + row * p.padded_k + k * count;
       for (int64_t n = 0; n < p.columns; n += kColumns) {
-        const bool more = n + kColumns < p.columns;
-        t.columns = int(more ? kColumns : p.columns - n);
-        t.weight = weight + n * stride;
-        t.next = more ? weight + (n + kColumns) * stride : weight;
+        t.columns = int(p.columns - n < kColumns ? p.columns - n : kColumns);
+        t.weight = p.panel + n / kColumns * strip;
         t.y = p.y + row * p.y_stride + n;
-        t.bias = p.bias && k + width == p.k ? p.bias + n : nullptr;
-        tile_of<S, float>(rows, t);
+        t.bias = p.bias && k + t.k == p.k ? p.bias + n : nullptr;
+        with_rows<S>(int(count), [&](auto rows) { packed_tile<S, float, decltype(rows)::value, false>(t); });
       }
     }
-    k += width;
+    k += t.k;
   } while (k < p.k);
+}
+
+template <class S>
+static void block(const Product& p) {
+  if (p.type == Type::kF32) return block_typed<S, float>(p);
+  if (p.type == Type::kBF16) return block_typed<S, Bf16>(p);
+  block_typed<S, Fp16>(p);
 }

@@ -2,6 +2,7 @@
 #include <arm_neon.h>
 
 #include <cstring>
+#include <type_traits>
 
 #include "decoder/linear_cpu.h"
 
@@ -35,6 +36,6 @@ struct Neon {
 
 }  // namespace
 
-extern const Kernels kNeonLinear = {stream<Neon>, block<Neon>, widen<Neon>};
+extern const Kernels kNeonLinear = {Neon::kRows, stream<Neon>, block<Neon>, pack<Neon>, widen<Neon>};
 
 }  // namespace m3::decoder

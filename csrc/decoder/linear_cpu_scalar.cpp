@@ -1,5 +1,6 @@
 // Portable linear: vectors of four as the compiler's own vector type. The baseline of every build.
 #include <cstring>
+#include <type_traits>
 
 #include "common/half.h"
 #include "decoder/linear_cpu.h"
@@ -39,6 +40,6 @@ struct Scalar {
 
 }  // namespace
 
-extern const Kernels kScalarLinear = {stream<Scalar>, block<Scalar>, widen<Scalar>};
+extern const Kernels kScalarLinear = {Scalar::kRows, stream<Scalar>, block<Scalar>, pack<Scalar>, widen<Scalar>};
 
 }  // namespace m3::decoder

@@ -408,13 +408,17 @@ void Program::attend(const Instruction& in, const Pass& pass) {
     a.block_table = pass.block_table + first * pass.max_pages, a.max_pages = pass.max_pages;
     a.cache_seqlens = pass.cache_seqlens + first;
     a.cu_seqlens_q = cu.data();
-    if (!causal) a.mask_bits = pass.mask_bits, a.mask_words = pass.mask_words;
-    std::vector<float> gate;
+    if (!causal) {
+      a.mask_bits = pass.mask_bits, a.mask_words = pass.mask_words;
+      a.tree_lens = pass.tree_lens + first;
+    }
+    if (cache.type == KvType::kInt8) {
+      a.k_scale = {cache.k_scale, cache.page_size * cache.kv_heads, cache.kv_heads, 1};
+      a.v_scale = {cache.v_scale, cache.page_size * cache.kv_heads, cache.kv_heads, 1};
+    }
     if (in.gate.buffer >= 0) {
-      gate.resize(count * in.gate.width);
-      for (int64_t i = 0; i < count; i++)
-        std::memcpy(gate.data() + i * in.gate.width, at(in.gate) + (row + i) * stride(in.gate), in.gate.width * 4);
-      a.gate = reinterpret_cast<const char*>(gate.data());
+      a.gate = reinterpret_cast<const char*>(at(in.gate) + row * stride(in.gate));
+      a.gate_row_stride = stride(in.gate);
       a.gate_one = in.gate.width == in.heads;
       a.gate_type = spec_decode::Type::kFloat32;
     }

@@ -24,7 +24,7 @@ namespace {
 
 constexpr int64_t kMostRows = 128;        // of a task: their sums stay in L2
 constexpr int64_t kDirectRows = 24;       // up to here keys are read where they lie, beyond they are copied to L1 first
-constexpr int64_t kHalfRows = 3;          // the same for keys in half precision, which each row has to widen
+constexpr int64_t kHalfRows = 3;          // the same for keys of 16 or 8 bits, which each row has to widen
 constexpr int64_t kThreadWork = 1 << 19;  // multiplications that are worth waking another thread
 constexpr int64_t kSplit = kChunk * kSplitChunks;
 
@@ -46,7 +46,7 @@ const Kernels& kernels() {
   }
 }
 
-int64_t bytes_of(Type type) { return type == Type::kFloat32 ? 4 : 2; }
+int64_t bytes_of(Type type) { return type == Type::kFloat32 ? 4 : type == Type::kInt8 ? 1 : 2; }
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -129,8 +129,7 @@ Plan plan_of(const Attention& a, const Extents& e, int64_t threads) {
   for (int64_t b = 0; b < a.requests; b++) {
     const int32_t from = a.cu_seqlens_q[b], to = a.cu_seqlens_q[b + 1], tree = tree_len(a, b);
     if (from == to) continue;
-    if (a.mask_bits)
-      plan.most_tail = std::max<int64_t>(plan.most_tail, (a.cache_seqlens[b] - tree) % kChunk + tree);
+    if (a.mask_bits) plan.most_tail = std::max<int64_t>(plan.most_tail, (a.cache_seqlens[b] - tree) % kChunk + tree);
     const int64_t runs = ceil_div(to - from, queries), rows = ceil_div(to - from, runs) * group;
     const int64_t heads = std::min({a.kv_heads, fair, std::max<int64_t>(1, kMostRows / rows)});
     plan.most_rows = std::max(plan.most_rows, rows * heads);
@@ -190,7 +189,7 @@ struct Call {
   const Plan& plan;
   const Kernels& isa;
   int64_t group, stride;       // rows of a query; head size, padded
-  bool direct, wide;           // keys may be read where they lie; they are fp32
+  bool direct, wide, scaled;   // keys may be read where they lie; they are fp32; they are int8
   float* states;               // of plan.states rows
   std::atomic<int64_t>* open;  // tasks of each block that have not ended
 };
@@ -221,7 +220,8 @@ class Worker {
         begin_(rows_),
         end_(rows_),
         slots_(call.plan.most_tail),
-        tail_at_{std::vector<const void*>(call.plan.most_tail), std::vector<const void*>(call.plan.most_tail)},
+        tail_at_{call.plan.most_tail, call.scaled},
+        here_{kChunk, call.scaled},
         tail_ready_(call.plan.most_tail * call.plan.most_heads) {}
 
   void run(const Task& task) {
@@ -235,7 +235,7 @@ class Worker {
     walk(block.start, block.stop, 0, shared, false);
     if (call_.a.mask_bits) {
       std::fill(tail_ready_.begin(), tail_ready_.end(), 0);
-      locate(shared * kChunk, prefix_ % kChunk + tree, tail_at_[0].data(), tail_at_[1].data());
+      locate(shared * kChunk, prefix_ % kChunk + tree, 0, tail_at_);
       for (int32_t t = block.start; t < block.stop; t++) {
         if (call_.extents.end[t] <= shared * kChunk) continue;
         list_slots(t, tree);
@@ -281,23 +281,42 @@ class Worker {
     });
   }
 
-  // Where the keys and the values of the block's first kv head lie, slots first .. first + count - 1. One division for
-  // all. A slot before every window may have any block id: its address is never used.
-  void locate(int64_t first, int64_t count, const void** keys, const void** values) const {
+  // Where keys, values and their scales of some slots lie, for the block's first kv head.
+  struct Places {
+    std::vector<const void*> keys, values;
+    std::vector<const float*> key_scales, value_scales;
+
+    Places(int64_t count, bool scaled)
+        : keys(count), values(count), key_scales(scaled ? count : 0), value_scales(scaled ? count : 0) {}
+  };
+
+  // Slots first .. first + count - 1, into to's from `at` on. One division for all. A slot before every window may have
+  // any block id: its address is never used.
+  void locate(int64_t first, int64_t count, int64_t at, Places& to) const {
     const Attention& a = call_.a;
     const int32_t* table = a.block_table + block_->request * a.max_pages;
     int64_t page = first / a.page_size, slot = first % a.page_size;
-    for (int64_t j = 0; j < count; page++, slot = 0) {
-      const int64_t stop = std::min(count, j + a.page_size - slot);
-      uintptr_t key = address(a.keys, table[page], slot), value = address(a.values, table[page], slot);
+    for (int64_t j = at; j < at + count; page++, slot = 0) {
+      const int64_t from = j, stop = std::min(at + count, j + a.page_size - slot);
+      uintptr_t key = address(a.keys.data, a.keys, table[page], slot, 1);
+      uintptr_t value = address(a.values.data, a.values, table[page], slot, 1);
       for (; j < stop; j++, key += a.keys.slot_stride, value += a.values.slot_stride)
-        keys[j] = (const void*)key, values[j] = (const void*)value;
+        to.keys[j] = (const void*)key, to.values[j] = (const void*)value;
+      if (!call_.scaled) continue;
+      key = address(a.k_scale.data, a.k_scale, table[page], slot, sizeof(float));
+      value = address(a.v_scale.data, a.v_scale, table[page], slot, sizeof(float));
+      for (int64_t i = from; i < stop; i++) {
+        to.key_scales[i] = (const float*)key, to.value_scales[i] = (const float*)value;
+        key += a.k_scale.slot_stride * sizeof(float), value += a.v_scale.slot_stride * sizeof(float);
+      }
     }
   }
 
-  uintptr_t address(const Cache& cache, int32_t page, int64_t slot) const {
-    return (uintptr_t)cache.data + (uintptr_t)page * (uintptr_t)cache.page_stride +
-           (uintptr_t)(slot * cache.slot_stride + block_->kv_head * cache.head_stride);
+  template <class Strides>
+  uintptr_t address(const void* data, const Strides& of, int32_t page, int64_t slot, uintptr_t bytes) const {
+    return (uintptr_t)data + ((uintptr_t)page * (uintptr_t)of.page_stride +
+                              (uintptr_t)(slot * of.slot_stride + block_->kv_head * of.head_stride)) *
+                                 bytes;
   }
 
   // slots_[r]: offset from the last shared chunk's end of the key of rank r, for the positions from there on.
@@ -318,9 +337,11 @@ class Worker {
   void fetch_shared(int64_t g, int first, int last, int64_t rows) {
     const void *keys[kChunk], *values[kChunk];
     for (int j = first; j < last; j++) {
-      keys[j] = (const char*)here_[0][j] + g * call_.a.keys.head_stride;
-      values[j] = (const char*)here_[1][j] + g * call_.a.values.head_stride;
+      keys[j] = (const char*)here_.keys[j] + g * call_.a.keys.head_stride;
+      values[j] = (const char*)here_.values[j] + g * call_.a.values.head_stride;
     }
+    if (call_.scaled)
+      for (int j = first; j < last; j++) fetch_scales(g, here_, j, j);
     const bool few = call_.direct && rows <= kDirectRows;
     const int64_t stride = call_.stride;
     if (few && (call_.wide || rows <= kHalfRows)) {
@@ -344,6 +365,11 @@ class Worker {
     }
   }
 
+  void fetch_scales(int64_t g, const Places& places, int64_t from, int to) {
+    key_scales_[to] = places.key_scales[from][g * call_.a.k_scale.head_stride];
+    value_scales_[to] = places.value_scales[from][g * call_.a.v_scale.head_stride];
+  }
+
   void copy(const void* const* from, int64_t count, float* to) const {
     call_.isa.widen(from, call_.a.cache_type, count, call_.a.size, 1.0f, to, call_.stride);
   }
@@ -354,8 +380,9 @@ class Worker {
     const int64_t tail = prefix_ / kChunk * kChunk;
     for (int j = first; j < last; j++) {
       const int64_t slot = slots_[chunk * kChunk + j - tail];
-      const void* key = (const char*)tail_at_[0][slot] + g * a.keys.head_stride;
-      const void* value = (const char*)tail_at_[1][slot] + g * a.values.head_stride;
+      const void* key = (const char*)tail_at_.keys[slot] + g * a.keys.head_stride;
+      const void* value = (const char*)tail_at_.values[slot] + g * a.values.head_stride;
+      if (call_.scaled) fetch_scales(g, tail_at_, slot, j);
       if (call_.direct && call_.wide) {
         key_at_[j] = key, value_at_[j] = value;
         continue;
@@ -390,7 +417,7 @@ class Worker {
         low = std::min(low, t), high = t + 1;
       }
       if (low >= high) continue;
-      if (!listed) locate(chunk * kChunk + first, last - first, here_[0] + first, here_[1] + first);
+      if (!listed) locate(chunk * kChunk + first, last - first, first, here_);
       for (int64_t g = 0; g < block_->kv_heads; g++) attend(g, chunk, first, last, low, high, listed);
       for (int32_t t = low; t < high; t++)
         if (begin_of(t) < (chunk + 1) * kChunk && end_of(t) > chunk * kChunk &&
@@ -403,6 +430,10 @@ class Worker {
     const int64_t row = row_of(g, low), rows = (high - low) * call_.group;
     tiles_ = nullptr;
     key_type_ = value_type_ = Type::kFloat32;
+    if (call_.scaled) {  // of keys that no row counts
+      std::fill_n(key_scales_, kChunk, 0.0f);
+      std::fill_n(value_scales_, kChunk, 0.0f);
+    }
     if (listed)
       fetch_listed(g, chunk, first, last);
     else
@@ -414,6 +445,8 @@ class Worker {
                       .values = value_at_,
                       .key_type = key_type_,
                       .value_type = value_type_,
+                      .key_scales = call_.scaled ? key_scales_ : nullptr,
+                      .value_scales = call_.scaled ? value_scales_ : nullptr,
                       .begin = begin_.data() + row_of(0, low),
                       .end = end_.data() + row_of(0, low),
                       .rows = rows,
@@ -483,11 +516,11 @@ class Worker {
   const States split_, whole_;
   std::vector<int> begin_, end_;
   std::vector<int32_t> slots_;
-  std::vector<const void*> tail_at_[2];  // keys and values from the last shared chunk's end on
+  Places tail_at_, here_;  // from the last shared chunk's end on; of the chunk
   std::vector<char> tail_ready_;
   const void *key_at_[kChunk], *value_at_[kChunk];
+  float key_scales_[kChunk], value_scales_[kChunk];
   Type key_type_ = Type::kFloat32, value_type_ = Type::kFloat32;
-  const void* here_[2][kChunk];  // keys and values
   const float* tiles_ = nullptr;
   const Block* block_ = nullptr;
   int64_t only_ = -1, prefix_ = 0;
@@ -519,6 +552,7 @@ void tree_attention(const Attention& a, int most_threads) {
                   stride,
                   a.size == stride,
                   a.cache_type == Type::kFloat32,
+                  a.cache_type == Type::kInt8,
                   states.get(),
                   open.data()};
 

@@ -11,7 +11,7 @@
 
 namespace m3::spec_decode {
 
-enum class Type : int { kFloat32 = 0, kBfloat16 = 1, kFloat16 = 2 };
+enum class Type : int { kFloat32 = 0, kBfloat16 = 1, kFloat16 = 2, kInt8 = 3 };  // int8: of caches only
 
 constexpr int kChunk = 64;       // keys
 constexpr int kSplitChunks = 8;  // chunks of a split
@@ -24,13 +24,15 @@ struct State {
   float* weighted;  // (rows, stride): sum of exp2(score - maximum) * value
 };
 
-// Rows of queries against the keys of one chunk. Key j of row i counts iff begin[i] <= j < end[i].
+// Rows of queries against the keys of one chunk. Key j of row i counts iff begin[i] <= j < end[i]. Integers enter as
+// they are: a key's scale multiplies its score, a value's the weight of the value.
 struct Chunk {
   const void* const* keys;    // (kChunk,) addresses of `stride` elements; all can be read, whether they count or not
   const float* tiles;         // the same keys as `tile` leaves them, then `keys` is not looked at; or null
   const void* const* values;  // (kChunk,); those that count for no row are not read
   Type key_type, value_type;
-  const int *begin, *end;  // (rows,), within 0 .. kChunk
+  const float *key_scales, *value_scales;  // (kChunk,), those of keys and values that were int8; null: none
+  const int *begin, *end;                  // (rows,), within 0 .. kChunk
   int64_t rows;
   const float* queries;   // (rows, stride), scaled by softmax_scale * log2(e)
   int64_t stride;         // head size, padded

@@ -23,6 +23,9 @@ struct Avx2 {
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p)), 16));
   }
   static inline F load_fp16(const uint16_t* p) { return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p)); }
+  static inline F load_int8(const int8_t* p) {
+    return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)p)));
+  }
   static inline void store(float* p, F a) { _mm256_storeu_ps(p, a); }
   static inline void store_part(float* p, int count, F a) { _mm256_maskstore_ps(p, part(count), a); }
   static inline void store_bf16(uint16_t* p, F a) {  // to nearest even; nan becomes the quiet one

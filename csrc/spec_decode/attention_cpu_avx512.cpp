@@ -21,6 +21,9 @@ struct Avx512 {
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16));
   }
   static inline F load_fp16(const uint16_t* p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p)); }
+  static inline F load_int8(const int8_t* p) {
+    return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p)));
+  }
   static inline void store(float* p, F a) { _mm512_storeu_ps(p, a); }
   static inline void store_part(float* p, int count, F a) { _mm512_mask_storeu_ps(p, part(count), a); }
   static inline void store_bf16(uint16_t* p, F a) {  // to nearest even; nan becomes the quiet one

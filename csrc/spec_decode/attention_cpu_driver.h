@@ -11,6 +11,12 @@ struct Cache {
   int64_t page_stride, slot_stride, head_stride;  // bytes
 };
 
+// One of each row of an int8 cache: the row is integers * scale.
+struct Scales {
+  const float* data;                              // null: none
+  int64_t page_stride, slot_stride, head_stride;  // elements
+};
+
 struct Attention {
   int64_t requests, heads, kv_heads, size;
   const char* q;
@@ -18,6 +24,7 @@ struct Attention {
   Type type;                            // of q and out
   Cache keys, values;
   Type cache_type;
+  Scales k_scale, v_scale;  // with int8 caches
   int64_t num_pages, page_size;
   const int32_t* block_table;  // (requests, max_pages)
   int64_t max_pages;

@@ -59,19 +59,29 @@ M3_INLINE float shift_of(float maximum) { return maximum == kLowest ? 0.0f : max
 M3_INLINE float larger(float a, float b) { return a > b || a != a ? a : b; }
 
 // -- memory -----------------------------------------------------------------------------------------------------------
+template <Type kType>
+struct Word {
+  using T = uint16_t;
+};
+template <>
+struct Word<Type::kInt8> {
+  using T = int8_t;
+};
+
 template <class S, Type kType>
 M3_INLINE typename S::F load_as(const void* row, int64_t i) {
   if constexpr (kType == Type::kFloat32) return S::load((const float*)row + i);
   if constexpr (kType == Type::kBfloat16) return S::load_bf16((const uint16_t*)row + i);
+  if constexpr (kType == Type::kInt8) return S::load_int8((const int8_t*)row + i);
   return S::load_fp16((const uint16_t*)row + i);
 }
 
 template <class S, Type kType>
 M3_INLINE typename S::F load_part_as(const void* row, int64_t i, int count) {
   if constexpr (kType == Type::kFloat32) return S::load_part((const float*)row + i, count);
-  uint16_t half[S::kLanes] = {};
-  for (int j = 0; j < count; j++) half[j] = ((const uint16_t*)row)[i + j];
-  return load_as<S, kType>(half, 0);
+  typename Word<kType>::T part[S::kLanes] = {};
+  for (int j = 0; j < count; j++) part[j] = ((const typename Word<kType>::T*)row)[i + j];
+  return load_as<S, kType>(part, 0);
 }
 
 template <class S, Type kType, bool kScaled>
@@ -105,6 +115,8 @@ void widen(const void* const* from, Type type, int64_t count, int64_t size, floa
     widen_type<S, Type::kFloat32>(from, count, size, factor, to, stride);
   else if (type == Type::kBfloat16)
     widen_type<S, Type::kBfloat16>(from, count, size, factor, to, stride);
+  else if (type == Type::kInt8)
+    widen_type<S, Type::kInt8>(from, count, size, factor, to, stride);
   else
     widen_type<S, Type::kFloat16>(from, count, size, factor, to, stride);
 }
@@ -171,6 +183,8 @@ void tile(const void* const* from, Type type, int64_t size, float* to, int64_t s
     tile_as<S, Type::kFloat32>(from, size, to, stride);
   else if (type == Type::kBfloat16)
     tile_as<S, Type::kBfloat16>(from, size, to, stride);
+  else if (type == Type::kInt8)
+    tile_as<S, Type::kInt8>(from, size, to, stride);
   else
     tile_as<S, Type::kFloat16>(from, size, to, stride);
 }
@@ -252,6 +266,13 @@ M3_INLINE float weigh(float* scores, int begin, int end, float& maximum, float* 
   for (int v = 0; v < kTotals; v++)
     S::store(total + v * S::kLanes, S::fma(S::load(total + v * S::kLanes), down, sums[v]));
   return S::first(down);
+}
+
+// scores[j] *= scales[j] in the vectors that hold begin .. end - 1
+template <class S>
+M3_INLINE void multiply(float* scores, const float* scales, int begin, int end) {
+  for (int j = begin / S::kLanes * S::kLanes; j < end; j += S::kLanes)
+    S::store(scores + j, S::mul(S::load(scores + j), S::load(scales + j)));
 }
 
 // -- values -----------------------------------------------------------------------------------------------------------
@@ -366,13 +387,18 @@ M3_INLINE void weigh_rows(const Chunk& c) {
       score_rows<S, Type::kFloat32, kSteps>(c);
     else if (c.key_type == Type::kBfloat16)
       score_rows<S, Type::kBfloat16, kSteps>(c);
+    else if (c.key_type == Type::kInt8)
+      score_rows<S, Type::kInt8, kSteps>(c);
     else
       score_rows<S, Type::kFloat16, kSteps>(c);
   }
   for (int64_t i = 0; i < c.rows; i++) {
     c.scale[i] = 1.0f;
-    if (c.begin[i] < c.end[i])
-      c.scale[i] = weigh<S>(c.scores + i * kChunk, c.begin[i], c.end[i], c.state.maximum[i], c.state.total + i * kPad);
+    if (c.begin[i] >= c.end[i]) continue;
+    float* scores = c.scores + i * kChunk;
+    if (c.key_scales) multiply<S>(scores, c.key_scales, c.begin[i], c.end[i]);
+    c.scale[i] = weigh<S>(scores, c.begin[i], c.end[i], c.state.maximum[i], c.state.total + i * kPad);
+    if (c.value_scales) multiply<S>(scores, c.value_scales, c.begin[i], c.end[i]);
   }
 }
 
@@ -388,6 +414,8 @@ void attend(const Chunk& c) {
     accumulate_all<S, Type::kFloat32>(c);
   else if (c.value_type == Type::kBfloat16)
     accumulate_all<S, Type::kBfloat16>(c);
+  else if (c.value_type == Type::kInt8)
+    accumulate_all<S, Type::kInt8>(c);
   else
     accumulate_all<S, Type::kFloat16>(c);
 }

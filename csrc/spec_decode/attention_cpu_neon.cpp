@@ -24,6 +24,11 @@ struct Neon {
   }
   static inline F load_bf16(const uint16_t* p) { return bits(vshll_n_u16(vld1_u16(p), 16)); }
   static inline F load_fp16(const uint16_t* p) { return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(p))); }
+  static inline F load_int8(const int8_t* p) {
+    int32_t four;
+    __builtin_memcpy(&four, p, sizeof four);
+    return vcvtq_f32_s32(vmovl_s16(vget_low_s16(vmovl_s8(vreinterpret_s8_s32(vdup_n_s32(four))))));
+  }
   static inline void store(float* p, F a) { vst1q_f32(p, a); }
   static inline void store_part(float* p, int count, F a) {
     float lanes[kLanes];

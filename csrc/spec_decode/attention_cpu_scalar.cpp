@@ -32,6 +32,7 @@ struct Scalar {
     const I huge = (size << 13) | 0x7F800000;           // infinity and nan
     return (F)((I)choose(size < 0x7C00, value, (F)huge) | ((half & 0x8000) << 16));
   }
+  static inline F load_int8(const int8_t* p) { return F{(float)p[0], (float)p[1], (float)p[2], (float)p[3]}; }
   static inline void store(float* p, F a) { std::memcpy(p, &a, sizeof a); }
   static inline void store_part(float* p, int count, F a) {
     for (int i = 0; i < count; i++) p[i] = a[i];

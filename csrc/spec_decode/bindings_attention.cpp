@@ -23,12 +23,17 @@ using GateTuple = std::tuple<uintptr_t, int, bool, int64_t>;          // address
 constexpr const char* kOp = "tree_attention";
 constexpr int64_t kMost = int64_t{1} << 31;
 
+int64_t size_of(Type type) { return type == Type::kFloat32 ? 4 : type == Type::kInt8 ? 1 : 2; }
+
 Type type_of(const char* argument, int type) {
   check(type >= 0 && type <= 2, kOp, argument, "dtype 0 (float32), 1 (bfloat16) or 2 (float16)", type);
   return Type(type);
 }
 
-int64_t size_of(Type type) { return type == Type::kFloat32 ? 4 : 2; }
+Type cache_type_of(int type) {
+  check(type >= 0 && type <= 3, kOp, "k_cache", "dtype 0 (float32), 1 (bfloat16), 2 (float16) or 3 (int8)", type);
+  return Type(type);
+}
 
 void check_size(const char* argument, int64_t size, int64_t least) {
   check(size >= least && size < kMost, kOp, argument, "sizes in " + std::to_string(least) + " .. 2**31 - 1", size);
@@ -43,6 +48,15 @@ Cache cache_of(const char* argument, const CacheTuple& tuple, int64_t bytes) {
   const auto& [address, page, slot, head] = tuple;
   for (int64_t stride : {page, slot, head}) check_stride(argument, stride);
   return {at<const char>(address), page * bytes, slot * bytes, head * bytes};
+}
+
+Scales scales_of(const char* argument, const CacheTuple& tuple, const Attention& a) {
+  const auto& [address, page, slot, head] = tuple;
+  for (int64_t stride : {page, slot, head}) check_stride(argument, stride);
+  const bool scaled = a.cache_type == Type::kInt8;
+  check(scaled ? address || !a.num_pages : !address, kOp, argument, scaled ? "scales of int8 caches" : "none",
+        address ? "some" : "none");
+  return {at<const float>(address), page, slot, head};
 }
 
 // The small integer tensors decide what is read: they are checked whole.
@@ -68,9 +82,10 @@ void check_lengths(const Attention& a, int64_t rows) {
 }
 
 void tree_attention_of(const ShapeTuple& shape, const TypedTuple& q, const StridesTuple& q_strides,
-                       const CacheTuple& k_cache, const CacheTuple& v_cache, int cache_type, const PagesTuple& pages,
-                       SpanTuple cache_seqlens, SpanTuple cu_seqlens_q, const MaskTuple& mask, const GateTuple& gate,
-                       double softmax_scale, int64_t window, uintptr_t out, int threads) {
+                       const CacheTuple& k_cache, const CacheTuple& v_cache, int cache_type, const CacheTuple& k_scale,
+                       const CacheTuple& v_scale, const PagesTuple& pages, SpanTuple cache_seqlens,
+                       SpanTuple cu_seqlens_q, const MaskTuple& mask, const GateTuple& gate, double softmax_scale,
+                       int64_t window, uintptr_t out, int threads) {
   Attention a{};
   const auto& [rows, heads, kv_heads, size] = shape;
   const auto& [mask_span, mask_words, tree_lens] = mask;
@@ -79,7 +94,7 @@ void tree_attention_of(const ShapeTuple& shape, const TypedTuple& q, const Strid
   check(heads % kv_heads == 0, kOp, "k_cache", "kv heads that divide " + std::to_string(heads), kv_heads);
   a.requests = std::get<1>(cache_seqlens);
   a.heads = heads, a.kv_heads = kv_heads, a.size = size;
-  a.type = type_of("q", std::get<1>(q)), a.cache_type = type_of("k_cache", cache_type);
+  a.type = type_of("q", std::get<1>(q)), a.cache_type = cache_type_of(cache_type);
   a.q = at<const char>(std::get<0>(q));
   for (int64_t stride : {std::get<0>(q_strides), std::get<1>(q_strides)}) check_stride("q", stride);
   a.q_row_stride = std::get<0>(q_strides) * size_of(a.type), a.q_head_stride = std::get<1>(q_strides) * size_of(a.type);
@@ -87,6 +102,7 @@ void tree_attention_of(const ShapeTuple& shape, const TypedTuple& q, const Strid
   a.values = cache_of("v_cache", v_cache, size_of(a.cache_type));
   SpanTuple table;
   std::tie(a.num_pages, a.page_size, table, a.max_pages) = pages;
+  a.k_scale = scales_of("k_scale", k_scale, a), a.v_scale = scales_of("v_scale", v_scale, a);
   check_size("k_cache", a.num_pages, 0), check_size("k_cache", a.page_size, 1);
   check_size("block_table", a.max_pages, 0), check_size("cache_seqlens", a.requests, 0);
   check_span(kOp, "block_table", table, a.requests * a.max_pages, false);

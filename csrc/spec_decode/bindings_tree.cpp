@@ -16,7 +16,7 @@ namespace {
 
 using namespace m3::spec_decode;
 
-using CacheTuple = std::tuple<uintptr_t, int64_t, int64_t, int64_t>;  // address; strides of page, slot, head in bytes
+using CacheTuple = std::tuple<uintptr_t, int64_t, int64_t, int64_t, int64_t>;  // address; strides, a row in bytes
 using LawsTuple = std::tuple<uintptr_t, int, int64_t, int64_t, int64_t>;  // address, type, rows, strides in elements
 using HiddenTuple = std::tuple<uintptr_t, int64_t, int64_t, int64_t, int64_t>;  // address, N, strides, C in bytes
 using Spans = std::vector<SpanTuple>;
@@ -68,9 +68,9 @@ void finalize_of(const Spans& in, int64_t batch, int64_t candidates, int64_t lis
   tree_finalize(a, threads);
 }
 
-// shape: pages, page_size, heads, bytes of a head's row; hidden: address 0 for none.
+// shape: pages, page_size, heads; hidden: address 0 for none.
 void commit_of(SpanTuple accept_index, SpanTuple accept_length, int64_t batch, int64_t slots, SpanTuple block_table,
-               int64_t table_width, SpanTuple cache_seqlens, std::tuple<int64_t, int64_t, int64_t, int64_t> shape,
+               int64_t table_width, SpanTuple cache_seqlens, std::tuple<int64_t, int64_t, int64_t> shape,
                const std::vector<CacheTuple>& caches, HiddenTuple hidden, SpanTuple accepted_hidden,
                SpanTuple new_seqlens, int threads) {
   const char* op = "tree_commit";
@@ -83,10 +83,9 @@ void commit_of(SpanTuple accept_index, SpanTuple accept_length, int64_t batch, i
   check_span(op, "block_table", block_table, batch * table_width, false);
   check_span(op, "cache_seqlens", cache_seqlens, batch, false);
   check_span(op, "out", new_seqlens, batch, false);
-  const auto& [pages, page_size, heads, row_bytes] = shape;
+  const auto& [pages, page_size, heads] = shape;
   const auto& [hidden_data, hidden_nodes, request_stride, node_stride, hidden_bytes] = hidden;
-  for (int64_t size : {pages, heads, row_bytes, hidden_nodes, hidden_bytes})
-    check_size(op, "k_caches", 0, INT32_MAX, size);
+  for (int64_t size : {pages, heads, hidden_nodes, hidden_bytes}) check_size(op, "k_caches", 0, INT32_MAX, size);
   check_size(op, "k_caches", 1, INT32_MAX, page_size);
   Commit a{.accept_index = at<int32_t>(accept_index),
            .accept_length = at<int32_t>(accept_length),
@@ -106,7 +105,8 @@ void commit_of(SpanTuple accept_index, SpanTuple accept_length, int64_t batch, i
            .accepted_hidden = at<uint8_t>(accepted_hidden),
            .new_seqlens = at<int32_t>(new_seqlens)};
   if (a.hidden) check_span(op, "hidden", accepted_hidden, batch * slots * hidden_bytes, false);
-  for (const auto& [address, page_stride, slot_stride, head_stride] : caches) {
+  for (const auto& [address, page_stride, slot_stride, head_stride, row_bytes] : caches) {
+    check_size(op, "k_caches", 0, INT32_MAX, row_bytes);
     check(address || !pages || !heads || !row_bytes, op, "k_caches", "memory", "none");
     a.caches.push_back({at<uint8_t>(address), page_stride, slot_stride, head_stride, heads, row_bytes});
   }

@@ -101,6 +101,7 @@ def acceptance(walk: Walk, shape: Shape, progress: Progress = lambda done, total
     return Acceptance(shape=shape, rounds=sum(rounds), tokens=total, by_response=tuple(by_response))
 
 
+@torch.no_grad()
 def draft_tree(walk: Walk, rows: Tensor, at: Tensor, bonus: Tensor, shape: Shape) -> Tree:
     """Trees after the tokens ``bonus`` at positions ``at`` of the responses ``rows``."""
     draft, topk = walk.draft, shape.topk

@@ -404,7 +404,7 @@ def save_draft(
     for name, shape in shapes.items():
         if tuple(state[name].shape) != shape:
             raise refuse(op, f"state: {name}", f"{shape}", state[name])
-    tensors.differences(state[tensors.D2T], state[tensors.T2D].bool(), config.vocab_size, "difference")
+    tensors.differences(state[tensors.D2T].cpu(), state[tensors.T2D].bool().cpu(), config.vocab_size, "difference")
     written = _stock_config(config, str(state[tensors.FC].dtype).removeprefix("torch."))
     if layout == "speculators":
         written = _speculators_config(config, written, bool(needs), verifier)

@@ -25,7 +25,7 @@ from m3.draft.distill import Learned, distill_head
 from m3.draft.hidden import StateCache
 from m3.draft.store import Response
 from m3.models.decoder import Decoder
-from m3.models.gated_eagle3 import GatedEagle3, GatedEagle3Config
+from m3.models.gated_eagle3 import GATES, GatedEagle3, GatedEagle3Config
 from m3kernels.checks import refuse
 
 RUN, METRICS, CHECKPOINT = "run.json", "metrics.jsonl", "checkpoint.pt"
@@ -59,6 +59,8 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         op = "TrainConfig"
+        if self.gate not in GATES:
+            raise refuse(op, "gate", " or ".join(GATES), repr(self.gate))
         if (self.steps is None) == (self.minutes is None):
             raise refuse(op, "steps", "steps or minutes, one of them", f"{self.steps} and {self.minutes}")
         for name in ("steps", "minutes", "ttt", "draft_vocab", "lr", "batch_tokens", "log_every", "step_decay"):
@@ -183,7 +185,7 @@ class Trainer:
         """Train to the end; the draft."""
         config = self.config
         tokens, counted, losses, hits, lessons = 0, self.seconds, [], [], 0
-        line = ""
+        line, begun_at = "", self.step
         for epoch, responses in self.order.following(self.step):
             if self.share >= 1:
                 break
@@ -214,7 +216,8 @@ class Trainer:
             progress(min(self.share, 1.0), line)
             if time.monotonic() - self._checkpointed > config.checkpoint_seconds:
                 self.checkpoint()
-        self.checkpoint()
+        if self.step > begun_at:
+            self.checkpoint()
         return self.draft
 
     def _evaluations(self) -> int:

@@ -436,14 +436,13 @@ class AsyncEngine:
     def _close(self, stream: _Stream) -> None:
         """Whatever ended it: count it, wake its caller."""
         assembly = stream.assembly
-        if self._named.get(assembly.request_id) is stream:
-            del self._named[assembly.request_id]
-            if assembly.finish_reason is not None:
-                usage = assembly.usage
-                self._finished[assembly.finish_reason] += 1
-                self._used.update(
-                    prompt=usage.prompt_tokens, completion=usage.completion_tokens, cached=usage.cached_tokens
-                )
+        del self._named[assembly.request_id]
+        if assembly.finish_reason is not None:
+            usage = assembly.usage
+            self._finished[assembly.finish_reason] += 1
+            self._used.update(
+                prompt=usage.prompt_tokens, completion=usage.completion_tokens, cached=usage.cached_tokens
+            )
         if stream.timer is not None:
             stream.timer.cancel()
         stream.wake()

@@ -14,6 +14,8 @@ from m3kernels.spec_decode.arguments import gate_rows
 from m3kernels.spec_decode.reference import tree_budget as _tree_budget
 
 TYPE = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+CACHE_TYPE = {**TYPE, torch.int8: 3}
+NO_SCALES = ((0, 0, 0, 0),) * 2
 
 
 def unsupported(op: str, first: Tensor, *args: Any) -> str:
@@ -150,6 +152,18 @@ def _attention_tensor(name: str, tensor: Tensor, dtype: torch.dtype | None = Non
     return tensor
 
 
+def _scales(name: str, scales: Tensor | None, cache: Tensor) -> tuple[int, int, int, int]:
+    """(address, elements from page to page, slot to slot, head to head) of an int8 cache's scales; zeros for none."""
+    if cache.dtype != torch.int8 and scales is None:
+        return 0, 0, 0, 0
+    if cache.dtype != torch.int8:
+        raise refuse("tree_attention", name, f"None with {cache.dtype} caches", scales)
+    if scales is None or scales.shape != cache.shape[:3] or scales.dtype != torch.float32 or not scales.is_cpu:
+        wanted = f"{tuple(cache.shape[:3])} float32 in CPU memory, with int8 caches"
+        raise refuse("tree_attention", name, wanted, scales)
+    return scales.data_ptr(), *scales.stride()  # type: ignore[return-value]
+
+
 def tree_attention(
     q: Tensor,
     k_cache: Tensor,
@@ -162,10 +176,13 @@ def tree_attention(
     softmax_scale: float,
     window: int,
     tree_lens: Tensor | None = None,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
 ) -> Tensor:
     op = "tree_attention"
     rows, heads, size = _attention_tensor("q", q, ndim=3).shape
-    pages, page_size, kv_heads, _ = _attention_tensor("k_cache", k_cache, ndim=4).shape
+    int8 = k_cache.dtype == torch.int8
+    pages, page_size, kv_heads, _ = _attention_tensor("k_cache", k_cache, torch.int8 if int8 else None, 4).shape
     _attention_tensor("v_cache", v_cache, k_cache.dtype, ndim=4)
     if k_cache.shape[3] != size or v_cache.shape != k_cache.shape:
         raise refuse(op, "v_cache", f"caches {(pages, page_size, kv_heads, size)}", v_cache)
@@ -184,6 +201,9 @@ def tree_attention(
         if not gate_rows(_attention_tensor("gate", gate)):
             raise refuse(op, "gate", "rows of contiguous elements", f"strides {gate.stride()}")
         gating = (gate.data_ptr(), TYPE[gate.dtype], gate.ndim == 2, gate.stride(0))
+    scales = NO_SCALES
+    if int8 or k_scale is not None or v_scale is not None:
+        scales = (_scales("k_scale", k_scale, k_cache), _scales("v_scale", v_scale, k_cache))
     out = torch.empty((rows, heads, size), dtype=q.dtype)
     _cpu_ext.tree_attention(
         (rows, heads, kv_heads, size),
@@ -191,7 +211,8 @@ def tree_attention(
         q.stride()[:2],
         (k_cache.data_ptr(), *k_cache.stride()[:3]),
         (v_cache.data_ptr(), *v_cache.stride()[:3]),
-        TYPE[k_cache.dtype],
+        CACHE_TYPE[k_cache.dtype],
+        *scales,
         table,
         _span(op, "cache_seqlens", cache_seqlens, torch.int32),
         _span(op, "cu_seqlens_q", cu_seqlens_q, torch.int32),
@@ -261,15 +282,14 @@ def tree_commit(
         row, column = hidden.stride(0) * size, hidden.stride(1) * size
         source = (hidden.data_ptr(), hidden.shape[1], row, column, hidden.shape[2] * size)
     tensors, caches = [*k_caches, *v_caches], []
-    shape = tensors[0].shape if tensors else torch.Size((0, 1, 0, 0))
-    dtype = tensors[0].dtype if tensors else torch.float32
-    size = dtype.itemsize
+    shape = tensors[0].shape[:3] if tensors else torch.Size((0, 1, 0))
     for cache in tensors:
-        strides = cache.stride()
-        good = len(shape) == 4 and cache.shape == shape and cache.dtype == dtype and cache.is_cpu
-        if not good or (strides[3] != 1 and shape[3] > 1):
-            raise refuse(op, "k_caches", "caches (P, page_size, G, D) of one shape, contiguous rows, on cpu", cache)
-        caches.append((cache.data_ptr(), strides[0] * size, strides[1] * size, strides[2] * size))
+        strides, size = cache.stride(), cache.element_size()
+        good = len(strides) == 4 and len(shape) == 3 and cache.shape[:3] == shape and cache.is_cpu
+        if not good or not _dense(cache):
+            raise refuse(op, "k_caches", "caches (P, page_size, G, any) of one shape, contiguous rows, on cpu", cache)
+        row = cache.shape[3] * size
+        caches.append((cache.data_ptr(), strides[0] * size, strides[1] * size, strides[2] * size, row))
     _cpu_ext.spec_decode_tree_commit(
         _span(op, "accept_index", accept_index, torch.int32),
         _span(op, "accept_length", accept_length, torch.int32),
@@ -277,7 +297,7 @@ def tree_commit(
         _span(op, "block_table", block_table, torch.int32),
         block_table.shape[1],
         _span(op, "cache_seqlens", cache_seqlens, torch.int32),
-        *((*shape[:3], shape[3] * size), caches, source),
+        *(tuple(shape), caches, source),
         (accepted.data_ptr(), accepted.numel() * accepted.element_size()),
         (new_seqlens.data_ptr(), new_seqlens.numel()),
         torch.get_num_threads(),

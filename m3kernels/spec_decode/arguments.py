@@ -13,6 +13,7 @@ from m3kernels.spec_decode.types import BITS, COLDEST
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 DTYPE_NAMES = "float32, bfloat16 or float16"
+CACHE_DTYPES = (*DTYPES, torch.int8)
 INTEGERS = (torch.int32, torch.int64)
 MOST = 2**31 - 1  # of integers that kernels take as int32
 
@@ -109,8 +110,8 @@ def check_caches(op: str, k_caches: Sequence[Tensor], v_caches: Sequence[Tensor]
 
 
 def _check_cache(op: str, name: str, cache: Tensor, one: Tensor, first: Tensor, written: bool) -> None:
-    if not (logits_like(cache, 4) and cache.device == first.device):
-        raise refuse(op, name, f"(P, page_size, G, D) {DTYPE_NAMES}{on(first)}", cache)
+    if not (is_strided(cache) and cache.ndim == 4 and cache.dtype in CACHE_DTYPES and cache.device == first.device):
+        raise refuse(op, name, f"(P, page_size, G, D) float32, bfloat16, float16 or int8{on(first)}", cache)
     if cache.shape != one.shape or cache.dtype != one.dtype or cache.shape[1] < 1:
         raise refuse(op, name, f"{tuple(one.shape)} {one.dtype}, page_size at least 1, like the first", cache)
     if cache.requires_grad:
@@ -121,6 +122,30 @@ def _check_cache(op: str, name: str, cache: Tensor, one: Tensor, first: Tensor, 
         raise refuse(op, name, "elements that do not share memory", "an expanded tensor")
     if cache.stride(-1) != 1 and cache.shape[-1] > 1:
         raise refuse(op, name, "a last dimension that is contiguous", f"strides {cache.stride()}")
+
+
+def check_scale(op: str, name: str, scale: object, cache: Tensor) -> None:
+    """That scale is the one of each row of an int8 cache; None of any other."""
+    if cache.dtype != torch.int8:
+        if scale is not None:
+            raise refuse(op, name, f"None with {str(cache.dtype).removeprefix('torch.')} caches", scale)
+        return
+    good = is_strided(scale) and scale.shape == cache.shape[:3] and scale.dtype == torch.float32 and near(scale, cache)
+    if not (is_strided(scale) and good):
+        raise refuse(op, name, f"{tuple(cache.shape[:3])} float32{on(cache)} with int8 caches", scale)
+    if scale.requires_grad:
+        check_constant(op, **{name: scale})
+
+
+def check_scales(op: str, name: str, scales: Sequence[Tensor], caches: Sequence[Tensor]) -> None:
+    """That scales are those of the caches of all layers, if these are int8, and can be written."""
+    want(op, name, "a list or tuple of tensors", scales, isinstance(scales, (list, tuple)))
+    count = len(caches) if len(caches) and caches[0].dtype == torch.int8 else 0
+    want(op, name, f"{count} tensors, one of each int8 cache", f"{len(scales)}", len(scales) == count)
+    for scale, cache in zip(scales, caches, strict=False):
+        check_scale(op, name, scale, cache)
+        if any(step == 0 and size > 1 for step, size in zip(scale.stride(), scale.shape, strict=True)):
+            raise refuse(op, name, "elements that do not share memory", "an expanded tensor")
 
 
 def check_block_table(op: str, block_table: object, first: Tensor, requests: int | None = None) -> int:
@@ -167,7 +192,7 @@ def check_queries(
     if bounds[0] != 0 or bounds[-1] != len(rows) or min(count, default=0) < 0:
         raise refuse(op, "cu_seqlens_q", f"0 = cu[0] <= ... <= cu[-1] = {len(rows)}", f"{bounds[:8]}")
     trees = count if tree_lens is None else tree_lens.tolist()
-    if min(trees, default=0) < 0:
+    if tree_lens is not None and min(trees, default=0) < 0:
         raise refuse(op, "tree_lens", "values of at least 0", f"{trees[:8]}")
     if any(length < tree for length, tree in zip(lengths, trees, strict=True)):
         wanted = "at least the queries of each request" if tree_lens is None else "at least tree_lens"

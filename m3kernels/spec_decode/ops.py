@@ -27,6 +27,8 @@ from m3kernels.spec_decode.arguments import (
     check_constant,
     check_paths,
     check_queries,
+    check_scale,
+    check_scales,
     expect,
     gate_rows,
     is_integer,
@@ -145,6 +147,8 @@ def tree_attention(
     mask_bits: Tensor | None = None,
     tree_lens: Tensor | None = None,
     gate: Tensor | None = None,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
     softmax_scale: float | None = None,
     window: int = 0,
 ) -> Tensor:
@@ -160,7 +164,7 @@ def tree_attention(
 
     Args:
         q: (T, H, D) with cu_seqlens_q, or (B, N, H, D): fp32, bf16 or fp16.
-        k_cache, v_cache: (P, page_size, G, D), H a multiple of G, one dtype of the same three; any page size.
+        k_cache, v_cache: (P, page_size, G, D), H a multiple of G, one dtype of the same three or int8; any page size.
         block_table: (B, max_pages) int32 or int64. cache_seqlens: (B,) int32 or int64: keys of a request, those of the
             queries included.
         cu_seqlens_q: (B + 1,) int32 or int64, 0 = cu[0] <= ... <= cu[B] = T; with q (B, N, H, D): None.
@@ -169,6 +173,8 @@ def tree_attention(
         tree_lens: (B,) int32 or int64, keys of each request's tree, 0..cache_seqlens; None: as many as queries. Only
             with mask_bits.
         gate: logits of the gate, (..., H) one a head or (..., H, D), fp32 or q's dtype, leading sizes of q.
+        k_scale, v_scale: (P, page_size, G) fp32, with int8 caches: a key is its row of k_cache times its k_scale, a
+            value likewise.
         softmax_scale: default D ** -0.5. window: number of last positions that are attended to; 0: all. A node's
             position is that of the prefix plus its depth.
     Returns:
@@ -182,6 +188,9 @@ def tree_attention(
     batched = is_strided(q) and q.ndim == 4
     want(op, "q", f"(T, H, D) or (B, N, H, D) {DTYPE_NAMES}", q, logits_like(q, 4 if batched else 3))
     check_caches(op, [k_cache], [v_cache], q)
+    if k_cache.dtype == torch.int8 or k_scale is not None or v_scale is not None:
+        check_scale(op, "k_scale", k_scale, k_cache)
+        check_scale(op, "v_scale", v_scale, v_cache)
     heads, size = q.shape[-2:]
     kv_heads = k_cache.shape[2]
     if k_cache.shape[3] != size:
@@ -236,6 +245,8 @@ def tree_attention(
         float(scale),
         window,
         tree_lens,
+        k_scale,
+        v_scale,
     )
     return out.view(q.shape)
 
@@ -360,6 +371,9 @@ def tree_commit(
     block_table: Tensor,
     cache_seqlens: Tensor,
     hidden: Tensor | None = None,
+    *,
+    k_scales: Sequence[Tensor] = (),
+    v_scales: Sequence[Tensor] = (),
 ) -> Committed:
     """Move keys and values of the accepted path, in all layers, to the slots that plain decoding would have filled.
 
@@ -370,6 +384,7 @@ def tree_commit(
         k_caches, v_caches: (P, page_size, G, D) of every layer, changed in place; one shape and dtype, D contiguous.
         block_table: (B, max_pages) int32 or int64. cache_seqlens: (B,) int32 or int64: keys before the tree.
         hidden: (B, N, C) fp32, bf16 or fp16 hidden states of the nodes, to gather along the path; None.
+        k_scales, v_scales: (P, page_size, G) fp32 of every layer whose caches are int8: they move with the rows.
     Returns:
         Committed: cache_seqlens + accept_length + 1, and hidden (B, S, C), zeros after the path.
     Raises: as tree_attention.
@@ -380,6 +395,8 @@ def tree_commit(
     requests = len(accept_index)
     accept_length = vector(op, "accept_length", accept_length, accept_index, (torch.int32,), torch.int32)
     check_caches(op, k_caches, v_caches, accept_index)
+    check_scales(op, "k_scales", k_scales, k_caches)
+    check_scales(op, "v_scales", v_scales, v_caches)
     check_block_table(op, block_table, accept_index, requests)
     cache_seqlens = vector(op, "cache_seqlens", cache_seqlens, accept_index, INTEGERS, torch.int32)
     if hidden is not None:
@@ -387,7 +404,10 @@ def tree_commit(
         want(op, "hidden", f"({requests}, N, C) {DTYPE_NAMES}{on(accept_index)}", hidden, good)
         check_constant(op, hidden=hidden)
     check_paths(op, accept_index, accept_length, cache_seqlens, MAX_NODES if hidden is None else hidden.shape[1])
-    args = (accept_index.contiguous(), accept_length, list(k_caches), list(v_caches), as_int32(block_table))
+    # A scale is the row of one element of a cache beside the caches.
+    keys = [*k_caches, *(scale.unsqueeze(-1) for scale in k_scales)]
+    values = [*v_caches, *(scale.unsqueeze(-1) for scale in v_scales)]
+    args = (accept_index.contiguous(), accept_length, keys, values, as_int32(block_table))
     seqlens, accepted = _tree_commit(*args, cache_seqlens, None if hidden is None else hidden.contiguous())
     return Committed(seqlens, None if hidden is None else accepted)
 
@@ -482,7 +502,7 @@ _tree_attention = define(
     __package__,
     "tree_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor block_table, Tensor cache_seqlens, "
     "Tensor cu_seqlens_q, Tensor? mask_bits, Tensor? gate, float softmax_scale, SymInt window, "
-    "Tensor? tree_lens=None) -> Tensor",
+    "Tensor? tree_lens=None, Tensor? k_scale=None, Tensor? v_scale=None) -> Tensor",
     fake=lambda q, *_: torch.empty(q.shape, dtype=q.dtype, device=q.device),
 )
 _tree_verify = define(

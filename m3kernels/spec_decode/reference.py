@@ -2,7 +2,8 @@
 
     draft_topk       l = log_softmax(row); best k of each row, best k of all F * k path scores
     tree_finalize    the best N - 1 of all candidates and the root; parents, ancestors, positions, links
-    tree_attention   out = sigmoid(gate) * sum_j softmax_j(scale * q . k_j) v_j over the prefix and the ancestors
+    tree_attention   out = sigmoid(gate) * sum_j softmax_j(scale * q . k_j) v_j over the prefix and the ancestors;
+                     k_j = k_cache_j * k_scale_j, v_j = v_cache_j * v_scale_j where the caches are int8
     tree_verify      the walk: at each node draw the next token by the target's law, follow it if it is a child
     tree_commit      keys and values of the accepted path move to the slots that plain decoding would have filled
     tree_budget      how many nodes are worth their cost
@@ -195,6 +196,8 @@ def tree_attention(
     softmax_scale: float,
     window: int,
     tree_lens: Tensor | None = None,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
 ) -> Tensor:
     out = torch.zeros(q.shape, dtype=torch.float64, device=q.device)
     page_size, group = k_cache.shape[1], q.shape[1] // k_cache.shape[2]
@@ -204,6 +207,8 @@ def tree_attention(
         if stop > start and int(cache_seqlens[b]) > block_table.shape[1] * page_size:
             want = f"room for the {int(cache_seqlens[b])} keys of request {b}"
             raise refuse("tree_attention", "block_table", want, block_table)
+        if stop > start and not 0 <= length <= int(cache_seqlens[b]):
+            raise refuse("tree_attention", "tree_lens", f"values in 0..{int(cache_seqlens[b])}", f"{length}")
         for t in range(start, stop):
             slots = torch.arange(length, device=q.device)
             if mask_bits is None:
@@ -219,7 +224,11 @@ def tree_attention(
             if not 0 <= int(pages.min()) <= int(pages.max()) < len(k_cache):
                 want = f"block ids in 0..{len(k_cache) - 1} for the keys of request {b}"
                 raise refuse("tree_attention", "block_table", want, f"{int(pages.min())}..{int(pages.max())}")
-            found = (cache[pages, attended % page_size].double() for cache in (k_cache, v_cache))
+            at = (pages, attended % page_size)
+            found = (
+                cache[at].double() if scale is None else cache[at].double() * scale[at].double()[..., None]
+                for cache, scale in ((k_cache, k_scale), (v_cache, v_scale))
+            )
             k, v = (each.repeat_interleave(group, 1) for each in found)
             weights = (torch.einsum("hd,jhd->hj", q[t].double(), k) * softmax_scale).softmax(-1)
             out[t] = torch.einsum("hj,jhd->hd", weights, v)

@@ -13,6 +13,10 @@ row follow from its own q, gate and keys:
     finite) or the slots differ (tree slots), the rows of one query go through the chunk on their own;
   - a row that has no key in a chunk or split keeps its state untouched.
 A block id outside the cache makes the row nan and is not followed.
+
+Rows of int8 caches are integers with one scale. The integers of keys enter the product as they are, which 16 bits hold
+exactly, and the scale multiplies the score; the scale of a value multiplies its weight, where operands have the range
+of fp32, and the value where they are fp16, which is rounded to fp16.
 """
 # In kernels, `if TREE:` decides at compile time and the next `if` at run time; a tuple grows by +.
 # ruff: noqa: SIM102, SIM108, RUF005
@@ -66,14 +70,21 @@ TILES = {
     "sm_100": {64: Tile(64, 64, 64, 8, 1), 128: Tile(64, 64, 64, 8, 1), 256: Tile(64, 64, 64, 8, 1)},
     "gfx942": {64: Tile(32, 32, 64, 4, 1), 128: Tile(32, 32, 64, 4, 1), 256: Tile(16, 32, 64, 4, 1)},
 }
+INT8_TILES = {  # where scales and conversions need registers
+    "sm_80": {256: Tile(32, 16, 64, 8, 1)},
+    "sm_90": {64: Tile(64, 32, 64, 8, 3), 128: Tile(64, 32, 64, 8, 1)},
+    "sm_100": {256: Tile(64, 32, 64, 8, 1)},
+    "gfx942": {},
+}
 EXACT_TILE = Tile(16, 16, 64, 8, 1)  # fp32 products, without matrix units
 
 
-def tile(head_size: int, compute: torch.dtype, target: str) -> Tile:
-    """A function of the head, the dtype and the GPU only: never of the call."""
+def tile(head_size: int, compute: torch.dtype, int8: bool, target: str) -> Tile:
+    """A function of the head, the dtypes and the GPU only: never of the call."""
     if compute == torch.float32:
         return EXACT_TILE
-    return TILES[target][64 if head_size <= 64 else 128 if head_size <= 128 else 256]
+    size = 64 if head_size <= 64 else 128 if head_size <= 128 else 256
+    return INT8_TILES[target].get(size, TILES[target][size]) if int8 else TILES[target][size]
 
 
 @functools.cache
@@ -86,7 +97,7 @@ def target_of(device: torch.device) -> str:
 
 def compute_dtype(q: torch.dtype, cache: torch.dtype) -> torch.dtype:
     """Dtype of the operands of the matrix products: 16 bits only where nothing is rounded."""
-    exact = q == cache and not (INTERPRET and q == torch.bfloat16)
+    exact = cache in (q, torch.int8) and not (INTERPRET and q == torch.bfloat16)
     return q if exact else torch.float32
 
 
@@ -174,6 +185,27 @@ def _slot_offsets(slot, wanted, block_table, page_size, pages, page_stride, slot
 
 
 @triton.jit
+def _value_scales(slot, wanted, block_table, v_scale, page_size, pages, v_scale_page, v_scale_slot):
+    """Scales of int8 values of slots, None of others."""
+    scales = None
+    if v_scale is not None:
+        at, good = _slot_offsets(slot, wanted, block_table, page_size, pages, v_scale_page, v_scale_slot)
+        scales = tl.load(v_scale + at, mask=good, other=0.0)
+    return scales
+
+
+@triton.jit
+def _values(v_cache, at, good, scales, column, head_size, COMPUTE: tl.constexpr):
+    """Columns of values as operands of a product, in fp16 with their scales: (slots, columns)."""
+    mask = good[:, None] & (column < head_size)[None, :]
+    v = tl.load(v_cache + at[:, None] + column[None, :], mask=mask, other=0)
+    if scales is not None:
+        if tl.float16 == COMPUTE:
+            v = v.to(tl.float32) * scales[:, None]
+    return v.to(COMPUTE)
+
+
+@triton.jit
 def _chunk(
     q,
     m,
@@ -186,12 +218,18 @@ def _chunk(
     block_table,
     k_cache,
     v_cache,
+    k_scale,
+    v_scale,
     page_size,
     pages,
     k_page,
     k_slot,
     v_page,
     v_slot,
+    k_scale_page,
+    k_scale_slot,
+    v_scale_page,
+    v_scale_slot,
     scale,
     head_size,
     SHARED: tl.constexpr,
@@ -205,10 +243,16 @@ def _chunk(
     for i in tl.static_range(PIECES):
         column = i * PIECE + tl.arange(0, PIECE)
         in_head = (column < head_size)[:, None]
-        k = tl.load(k_cache + at[None, :] + column[:, None], mask=good[None, :] & in_head, other=float("nan"))
-        k = tl.where(in_head, k, 0.0)  # (PIECE, CHUNK)
+        if k_scale is None:
+            k = tl.load(k_cache + at[None, :] + column[:, None], mask=good[None, :] & in_head, other=float("nan"))
+            k = tl.where(in_head, k, 0.0)  # (PIECE, CHUNK)
+        else:
+            k = tl.load(k_cache + at[None, :] + column[:, None], mask=good[None, :] & in_head, other=0)
         s = tl.dot(q[i], k.to(COMPUTE), s, input_precision="ieee")
     s = s * scale
+    if k_scale is not None:
+        at, good = _slot_offsets(slot, wanted, block_table, page_size, pages, k_scale_page, k_scale_slot)
+        s = s * tl.load(k_scale + at, mask=good, other=float("nan"))[None, :]
     if not SHARED:
         s = tl.where(valid, s, float("-inf"))
     top = tl.maximum(m, tl.max(s, 1))
@@ -218,12 +262,14 @@ def _chunk(
     alpha = tl.exp2(m - top)
     total = norm * alpha + tl.sum(p, 1)
     at, good = _slot_offsets(slot, wanted, block_table, page_size, pages, v_page, v_slot)
+    scales = _value_scales(slot, wanted, block_table, v_scale, page_size, pages, v_scale_page, v_scale_slot)
+    if scales is not None:
+        if tl.float16 != COMPUTE:
+            p = p * scales[None, :]
     joint = ()
     for i in tl.static_range(PIECES):
-        column = i * PIECE + tl.arange(0, PIECE)
-        mask = good[:, None] & (column < head_size)[None, :]
-        v = tl.load(v_cache + at[:, None] + column[None, :], mask=mask, other=0.0)  # (CHUNK, PIECE)
-        term = tl.dot(p.to(COMPUTE), v.to(COMPUTE), input_precision="ieee")
+        v = _values(v_cache, at, good, scales, i * PIECE + tl.arange(0, PIECE), head_size, COMPUTE)
+        term = tl.dot(p.to(COMPUTE), v, input_precision="ieee")
         term = tl.fma(acc[i], tl.broadcast_to(alpha[:, None], term.shape), term)
         if not SHARED:
             term = tl.where(tl.broadcast_to(rows[:, None], term.shape), term, acc[i])
@@ -236,16 +282,17 @@ def _chunk(
 
 @triton.jit
 def _finite_values(
-    slot, wanted, block_table, v_cache, page_size, pages, v_page, v_slot, head_size,
-    PIECES: tl.constexpr, PIECE: tl.constexpr,
+    slot, wanted, block_table, v_cache, v_scale, page_size, pages, v_page, v_slot, v_scale_page, v_scale_slot,
+    head_size, PIECES: tl.constexpr, PIECE: tl.constexpr, COMPUTE: tl.constexpr,
 ):  # fmt: skip
-    """Whether all values of a chunk are finite."""
+    """Whether all values of a chunk, and their scales, are finite."""
     at, good = _slot_offsets(slot, wanted, block_table, page_size, pages, v_page, v_slot)
+    scales = _value_scales(slot, wanted, block_table, v_scale, page_size, pages, v_scale_page, v_scale_slot)
     found = 0
-    for i in tl.static_range(PIECES):
-        column = i * PIECE + tl.arange(0, PIECE)
-        mask = good[:, None] & (column < head_size)[None, :]
-        v = tl.load(v_cache + at[:, None] + column[None, :], mask=mask, other=0.0)
+    if scales is not None:
+        found = tl.max(tl.where(tl.abs(scales) < float("inf"), 0, 1), 0)
+    for i in tl.static_range(PIECES if v_scale is None or tl.float16 == COMPUTE else 0):
+        v = _values(v_cache, at, good, scales, i * PIECE + tl.arange(0, PIECE), head_size, COMPUTE)
         infinite = tl.where(tl.abs(v.to(tl.float32)) < float("inf"), 0, 1)
         found += tl.max(tl.max(infinite, 1), 0)
     return found == 0
@@ -262,6 +309,8 @@ def _attention_kernel(
     q,
     k_cache,
     v_cache,
+    k_scale,
+    v_scale,
     block_table,
     cache_seqlens,
     cu_seqlens,
@@ -291,6 +340,12 @@ def _attention_kernel(
     v_page,
     v_slot,
     v_head,
+    k_scale_page,
+    k_scale_slot,
+    k_scale_head,
+    v_scale_page,
+    v_scale_slot,
+    v_scale_head,
     GATE: tl.constexpr,
     KIND: tl.constexpr,
     TREE: tl.constexpr,
@@ -341,6 +396,9 @@ def _attention_kernel(
     block_table += b.to(tl.int64) * table_width
     k_cache += kv_head.to(tl.int64) * k_head
     v_cache += kv_head.to(tl.int64) * v_head
+    if k_scale is not None:
+        k_scale += kv_head.to(tl.int64) * k_scale_head
+        v_scale += kv_head.to(tl.int64) * v_scale_head
 
     # Chunks [first_chunk, shared), [shared, own), [own, last): some rows and keys; all rows, all keys; some again.
     last_position = tl.max(end, 0)
@@ -376,7 +434,8 @@ def _attention_kernel(
                 position = chunk * CHUNK + tl.arange(0, CHUNK)
                 m, norm, acc = _chunk(
                     tile_q, m, norm, acc, real, real[:, None], position, position >= 0, block_table, k_cache, v_cache,
-                    page_size, pages, k_page, k_slot, v_page, v_slot, scale, head_size, True, PIECES, PIECE, COMPUTE,
+                    k_scale, v_scale, page_size, pages, k_page, k_slot, v_page, v_slot, k_scale_page, k_scale_slot,
+                    v_scale_page, v_scale_slot, scale, head_size, True, PIECES, PIECE, COMPUTE,
                 )  # fmt: skip
             from_chunk = tl.maximum(split_first, own) if side == 1 else split_first
             to_chunk = split_last if side == 1 else tl.minimum(split_last, shared)
@@ -388,18 +447,9 @@ def _attention_kernel(
                     together = (chunk + 1) * CHUNK <= prefix
                 if together:
                     together = _finite_values(
-                        position,
-                        present,
-                        block_table,
-                        v_cache,
-                        page_size,
-                        pages,
-                        v_page,
-                        v_slot,
-                        head_size,
-                        PIECES,
-                        PIECE,
-                    )
+                        position, present, block_table, v_cache, v_scale, page_size, pages, v_page, v_slot,
+                        v_scale_page, v_scale_slot, head_size, PIECES, PIECE, COMPUTE,
+                    )  # fmt: skip
                 for i in range(1 if together else active):
                     rows = real & (together | (query == i))
                     from_position = tl.min(tl.where(rows, start, NOWHERE), 0)
@@ -414,8 +464,8 @@ def _attention_kernel(
                     some = rows & (start < (chunk + 1) * CHUNK) & (end > chunk * CHUNK)
                     m, norm, acc = _chunk(
                         tile_q, m, norm, acc, some, valid, slot, wanted, block_table, k_cache, v_cache,
-                        page_size, pages, k_page, k_slot, v_page, v_slot, scale, head_size, False,
-                        PIECES, PIECE, COMPUTE,
+                        k_scale, v_scale, page_size, pages, k_page, k_slot, v_page, v_slot, k_scale_page, k_scale_slot,
+                        v_scale_page, v_scale_slot, scale, head_size, False, PIECES, PIECE, COMPUTE,
                     )  # fmt: skip
         if KIND == SERIAL:
             out_row, own_rows = _rows_again(
@@ -521,6 +571,8 @@ def tree_attention(
     softmax_scale: float,
     window: int,
     tree_lens: Tensor | None = None,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
 ) -> Tensor:
     tokens, heads, head_size = q.shape
     requests, table_width = block_table.shape
@@ -541,7 +593,7 @@ def tree_attention(
         )  # fmt: skip
     compute = compute_dtype(q.dtype, k_cache.dtype)
     group = heads // kv_heads
-    plan = tile(head_size, compute, target_of(q.device))
+    plan = tile(head_size, compute, k_scale is not None, target_of(q.device))
     rows = min(triton.next_power_of_2(group), plan.block_m)  # heads of a query in a program
     queries = plan.block_m // rows
     splits = triton.cdiv(table_width * page_size, SPLIT)
@@ -560,9 +612,11 @@ def tree_attention(
     launch(
         _attention_kernel,
         (blocks, kv_heads * triton.cdiv(group, rows), splits if partial else 1),
-        q, q, k_cache, v_cache, block_table, cache_seqlens, cu_seqlens_q, tree_lens, slots, counts, gate, out, part,
-        part_ml, requests, heads, group, head_size, page_size, pages, table_width, bits, window, splits, scale,
+        q, q, k_cache, v_cache, k_scale, v_scale, block_table, cache_seqlens, cu_seqlens_q, tree_lens, slots, counts,
+        gate, out, part, part_ml, requests, heads, group, head_size, page_size, pages, table_width, bits, window,
+        splits, scale,
         q.stride(0), q.stride(1), *k_cache.stride()[:3], *v_cache.stride()[:3],
+        *(x for scales in (k_scale, v_scale) for x in ((None,) * 3 if scales is None else scales.stride())),
         GATE=gate_kind,
         KIND=kind.value,
         TREE=mask_bits is not None,
@@ -603,11 +657,16 @@ def cases(target: str) -> list[CompileCase]:
         attention_case(target, "bf16", "bf16", 256, 8, kind=SERIAL, tree=True, gate=2),
         attention_case(target, "fp32", "fp32", 64, 4, kind=PARTIAL, tree=True, gate=2),
         attention_case(target, "fp32", "bf16", 256, 4, kind=SERIAL, tree=True, gate=2),
+        attention_case(target, "bf16", "i8", 128, 4, kind=PARTIAL, tree=True, gate=2),
+        attention_case(target, "fp16", "i8", 64, 3, kind=SERIAL, tree=False, gate=0),
+        attention_case(target, "bf16", "i8", 256, 8, kind=SERIAL, tree=True, gate=2),
+        attention_case(target, "fp32", "i8", 64, 4, kind=PARTIAL, tree=True, gate=2),
         join_case("bf16", 128, tree=True, gate=2),
         join_case("fp32", 64, tree=False, gate=0),
         case(
             "attended", _attended_kernel,
-            "mask_bits *i32, cu_seqlens *i32, slots *i32, counts *i32, requests i32, bits i32", 1, BLOCK=64,
+            "mask_bits *i32, cu_seqlens *i32, tree_lens *i32, slots *i32, counts *i32, requests i32, bits i32", 1,
+            BLOCK=64,
         ),
     ]  # fmt: skip
 
@@ -616,19 +675,22 @@ def attention_case(
     target: str, q: str, cache: str, head_size: int, group: int, *, kind: tl.constexpr, tree: bool, gate: int
 ) -> CompileCase:
     names = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-    exact = names[q] if q == cache else torch.float32
-    plan = tile(head_size, exact, target)
-    extra = "slots *i32, counts *i32, " if tree else ""
+    exact = names[q] if cache in (q, "i8") else torch.float32
+    plan = tile(head_size, exact, cache == "i8", target)
+    extra = "tree_lens *i32, slots *i32, counts *i32, " if tree else ""
+    extra += "k_scale *fp32, v_scale *fp32, " if cache == "i8" else ""
     extra += f"gate *{q}, " if gate else ""
     extra += "part *fp32, " if kind != SINGLE else ""
     extra += "part_ml *fp32, " if kind == PARTIAL else ""
+    names_of = [f"{x}_scale_{stride}" for x in "kv" for stride in ("page", "slot", "head")] if cache == "i8" else []
+    scale_strides = "".join(f", {name} i32" for name in names_of)
     made = case(
         f"attention_{q}_{cache}_{head_size}{'_tree' if tree else ''}_{('single', 'partial', 'serial')[kind.value]}",
         _attention_kernel,
         f"q *{q}, k_cache *{cache}, v_cache *{cache}, block_table *i32, cache_seqlens *i32, cu_seqlens *i32, {extra}"
         f"out *{q}, requests i32, heads i32, group i32, head_size i32:16, page_size i32:16, pages i32, "
         "table_width i32, bits i32:16, window i32, splits i32, scale fp32, q_token i32:16, q_head i32:16, "
-        "k_page i32:16, k_slot i32:16, k_head i32:16, v_page i32:16, v_slot i32:16, v_head i32:16",
+        "k_page i32:16, k_slot i32:16, k_head i32:16, v_page i32:16, v_slot i32:16, v_head i32:16" + scale_strides,
         plan.num_warps,
         plan.num_stages,
         GATE=gate,
@@ -649,7 +711,8 @@ def join_case(dtype: str, head_size: int, *, tree: bool, gate: int) -> CompileCa
     return case(
         f"join_{dtype}_{head_size}",
         _join_kernel,
-        f"part *fp32, part_ml *fp32, cache_seqlens *i32, cu_seqlens *i32, {'counts *i32, ' if tree else ''}"
+        f"part *fp32, part_ml *fp32, cache_seqlens *i32, cu_seqlens *i32, "
+        f"{'tree_lens *i32, counts *i32, ' if tree else ''}"
         f"{f'gate *{dtype}, ' if gate else ''}out *{dtype}, requests i32, heads i32, head_size i32:16, "
         "page_size i32:16, table_width i32, window i32, splits i32",
         GATE=gate,

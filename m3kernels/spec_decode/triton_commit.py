@@ -1,8 +1,9 @@
 """Commit of an accepted path: keys and values of all layers move in one launch, hidden states are gathered in another.
 
-The caches of a model are named by their addresses, in an int64 tensor that is made once per list of caches; those of
-one shape and stride share a launch. A path ascends, so node accept_index[j] >= j: in ascending order of j no slot is
-read after it was written, and a program owns its columns of every slot, so that no other program can disturb it.
+The caches of a model, and the scales of int8 ones, which come as caches of rows of one element, are named by their
+addresses, in an int64 tensor that is made once per list of caches; those of one shape and stride share a launch. A path
+ascends, so node accept_index[j] >= j: in ascending order of j no slot is read after it was written, and a program owns
+its columns of every slot, so that no other program can disturb it.
 """
 # The arguments of a Triton kernel have no Python type.
 # mypy: disallow-untyped-defs=False
@@ -23,7 +24,7 @@ from m3kernels.triton_compile import CompileCase
 COLUMNS = 1024  # elements of a slot per program
 
 WORD = {2: torch.int16, 4: torch.int32}  # elements are copied as bits
-TL_WORD = {2: tl.int16, 4: tl.int32}
+TL_WORD = {1: tl.int8, 2: tl.int16, 4: tl.int32}
 
 
 @functools.lru_cache(maxsize=64)
@@ -148,7 +149,8 @@ def tree_commit(
 
 # -- what is compiled without a GPU -----------------------------------------------------------------------------------
 def cases(target: str) -> list[CompileCase]:
-    return [move_case(2, aligned=True), move_case(2, aligned=False), move_case(4, aligned=True), hidden_case()]
+    moves = [move_case(2, aligned=True), move_case(2, aligned=False), move_case(4, aligned=True)]
+    return [*moves, move_case(1, aligned=True), hidden_case()]
 
 
 def move_case(size: int, *, aligned: bool) -> CompileCase:

@@ -24,11 +24,13 @@ constexpr int64_t kGroup = 3, kKvHeads = 2, kHeads = kGroup * kKvHeads, kPageSiz
 
 struct Inputs {
   int64_t keys, queries, size, pages;
-  std::vector<float> q, k, v, gate;
+  bool int8;
+  std::vector<float> q, k, v, gate, k_scale, v_scale;
+  std::vector<int8_t> k_int8, v_int8;
   std::vector<int32_t> table;
 
-  Inputs(int64_t keys, int64_t queries, int64_t size, unsigned seed)
-      : keys(keys), queries(queries), size(size), pages((keys + kPageSize - 1) / kPageSize) {
+  Inputs(int64_t keys, int64_t queries, int64_t size, unsigned seed, bool int8)
+      : keys(keys), queries(queries), size(size), pages((keys + kPageSize - 1) / kPageSize), int8(int8) {
     std::mt19937 random(seed);
     std::normal_distribution<float> normal;
     const auto fill = [&](std::vector<float>& values, int64_t count) {
@@ -38,6 +40,17 @@ struct Inputs {
     fill(q, queries * kHeads * size), fill(gate, queries * kHeads * size);
     fill(k, pages * kPageSize * kKvHeads * size), fill(v, pages * kPageSize * kKvHeads * size);
     for (int64_t p = 0; p < pages; p++) table.push_back((int32_t)(pages - 1 - p));
+    quantize(k, k_int8, k_scale), quantize(v, v_int8, v_scale);
+  }
+
+  // Rows of a cache as integers and scales; where the case is of int8 the floats become what those stand for.
+  void quantize(std::vector<float>& values, std::vector<int8_t>& integers, std::vector<float>& scales) const {
+    integers.resize(values.size()), scales.resize(values.size() / size);
+    for (size_t i = 0; i < values.size(); i++) {
+      scales[i / size] = 0.01f + 0.001f * float(i / size % 29);
+      integers[i] = (int8_t)std::lrint(std::fmax(-128.0f, std::fmin(127.0f, values[i] / scales[i / size])));
+      if (int8) values[i] = (float)integers[i] * scales[i / size];
+    }
   }
 
   int64_t at(int64_t slot, int64_t head) const {
@@ -48,12 +61,17 @@ struct Inputs {
   std::vector<float> run(int64_t first, int64_t count, int threads) const {
     std::vector<float> out(count * kHeads * size);
     const int32_t length = int32_t(keys - queries + first + count), cu[2] = {0, (int32_t)count};
-    const int64_t row = kHeads * size, slot = kKvHeads * size * 4;
+    const int64_t row = kHeads * size, head = size * (int8 ? 1 : 4), slot = kKvHeads * head;
     Attention a{};
     a.requests = 1, a.heads = kHeads, a.kv_heads = kKvHeads, a.size = size;
     a.q = (const char*)(q.data() + first * row), a.q_row_stride = row * 4, a.q_head_stride = size * 4;
-    a.keys = {(const char*)k.data(), slot * kPageSize, slot, size * 4};
-    a.values = {(const char*)v.data(), slot * kPageSize, slot, size * 4};
+    a.keys = {int8 ? (const char*)k_int8.data() : (const char*)k.data(), slot * kPageSize, slot, head};
+    a.values = {int8 ? (const char*)v_int8.data() : (const char*)v.data(), slot * kPageSize, slot, head};
+    if (int8) {
+      a.cache_type = Type::kInt8;
+      a.k_scale = {k_scale.data(), kPageSize * kKvHeads, kKvHeads, 1};
+      a.v_scale = {v_scale.data(), kPageSize * kKvHeads, kKvHeads, 1};
+    }
     a.num_pages = pages, a.page_size = kPageSize, a.block_table = table.data(), a.max_pages = pages;
     a.cache_seqlens = &length, a.cu_seqlens_q = cu;
     a.gate = (const char*)(gate.data() + first * row), a.gate_row_stride = row;
@@ -89,15 +107,15 @@ void check(const std::string& isa, const Inputs& in) {
         largest = std::fmax(largest, std::fabs(wanted));
       }
   if (!(error <= kBound * largest)) {
-    std::printf("%s keys %ld size %ld: error %.2e of %.2e\n", isa.c_str(), (long)in.keys, (long)in.size, error,
-                largest);
+    std::printf("%s keys %ld size %ld int8 %d: error %.2e of %.2e\n", isa.c_str(), (long)in.keys, (long)in.size,
+                in.int8, error, largest);
     failures++;
   }
   for (int64_t t : {int64_t{0}, in.queries / 2, in.queries - 1}) {
     const std::vector<float> alone = in.run(t, 1, 1);
     if (!std::memcmp(alone.data(), rows.data() + t * kHeads * in.size, alone.size() * 4)) continue;
-    std::printf("%s keys %ld size %ld: row %ld depends on others\n", isa.c_str(), (long)in.keys, (long)in.size,
-                (long)t);
+    std::printf("%s keys %ld size %ld int8 %d: row %ld depends on others\n", isa.c_str(), (long)in.keys, (long)in.size,
+                in.int8, (long)t);
     failures++;
   }
 }
@@ -108,10 +126,12 @@ int main(int argc, char** argv) {
   const auto seed = (unsigned)std::strtoul(argc > 1 ? argv[1] : "0", nullptr, 10);
   for (const std::string& isa : isas()) {
     set_isa(isa);
-    check(isa, Inputs(1, 1, 1, seed));
-    check(isa, Inputs(70, 9, 37, seed));
-    check(isa, Inputs(600, 17, 64, seed));
-    check(isa, Inputs(130, 4, 128, seed));
+    for (const bool int8 : {false, true}) {
+      check(isa, Inputs(1, 1, 1, seed, int8));
+      check(isa, Inputs(70, 9, 37, seed, int8));
+      check(isa, Inputs(600, 17, 64, seed, int8));
+      check(isa, Inputs(130, 4, 128, seed, int8));
+    }
   }
   return failures > 0;
 }

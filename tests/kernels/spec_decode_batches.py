@@ -109,8 +109,16 @@ def candidates(nodes: int, *, steps: int = 3, budget: Tensor | None = None) -> B
 PAGE, PAGES, HEADS, KV_HEADS, SIZE = 5, 40, 4, 2, 24
 
 
-def attention(*, masked: bool, gate: bool = True, window: int = 0, dtype: torch.dtype = torch.float32) -> Batch:
-    """Trees of N nodes, or N queries in a row, behind prefixes of different length."""
+def attention(
+    *,
+    masked: bool,
+    gate: bool = True,
+    window: int = 0,
+    dtype: torch.dtype = torch.float32,
+    some: bool = False,
+    int8: bool = False,
+) -> Batch:
+    """Trees of N nodes, or N queries in a row, behind prefixes of different length. some: trees of more or fewer."""
     generator = _generator(3)
 
     def normal(*shape: int) -> Tensor:
@@ -124,6 +132,12 @@ def attention(*, masked: bool, gate: bool = True, window: int = 0, dtype: torch.
     if gate:
         rows["gate"] = normal(B, N, HEADS, SIZE)
     caches = dict(k_cache=normal(PAGES, PAGE, KV_HEADS, SIZE), v_cache=normal(PAGES, PAGE, KV_HEADS, SIZE))
+    if some:
+        rows["tree_lens"] = torch.tensor([N, 20, 12, 3], dtype=torch.int32)
+    if int8:
+        for name in ("k", "v"):
+            caches[f"{name}_cache"] = (caches[f"{name}_cache"] * 30).clamp(-128, 127).to(torch.int8)
+            caches[f"{name}_scale"] = torch.rand(PAGES, PAGE, KV_HEADS, generator=generator) / 20
     return Batch(op=tree_attention, rows=rows, shared=dict(**caches, window=window))
 
 
@@ -191,6 +205,8 @@ BATCHES: dict[str, Batch] = {
     "attention_tree": attention(masked=True),
     "attention_window": attention(masked=True, window=9),
     "attention_half": attention(masked=True, gate=False, dtype=torch.float16),
+    "attention_some": attention(masked=True, some=True, window=9),
+    "attention_int8": attention(masked=True, int8=True),
     "coupled": verification("coupled"),
     "coupled_short": verification("coupled", width=2),
     "target_only": verification("target_only", noise=False),

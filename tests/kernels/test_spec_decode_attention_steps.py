@@ -13,10 +13,11 @@ from m3kernels.spec_decode import tree_attention
 from m3kernels.spec_decode.reference import TOLERANCE
 from m3kernels.testing import bitwise_equal, check_error, surrounded_by_nan, uninitialized_is_nan
 from tests.kernels.spec_decode_attention_cases import Paged, Request, dense, make_request
-from tests.kernels.spec_decode_batches import IN_TRITON
+from tests.kernels.spec_decode_batches import IN_TRITON, SLOWLY_IN_TRITON
 
 each_room = pytest.mark.parametrize("backend", ("reference", "cpu", IN_TRITON), indirect=True)
 each_kernel = pytest.mark.parametrize("backend", ("cpu", IN_TRITON), indirect=True)
+slowly_each_kernel = pytest.mark.parametrize("backend", ("cpu", SLOWLY_IN_TRITON), indirect=True)
 plain_rooms = pytest.mark.parametrize("backend", ("reference", "cpu"), indirect=True)
 
 # (prefix, nodes) of each tree, and what makes the case.
@@ -147,7 +148,7 @@ def test_rows_do_not_depend_on_threads(backend: str, threads: int) -> None:
 # -- hostile memory ---------------------------------------------------------------------------------------------------
 @each_kernel
 def test_bits_beyond_the_tree_do_not_matter(backend: str) -> None:
-    trees, paged, _ = trees_of("small")
+    _, paged, _ = trees_of("small")
     call = some(paged, [[3, 5], [1, 8]])
     expected = tree_attention(**call)
     sizes = torch.tensor([6, 6, 9, 9])[:, None]
@@ -156,7 +157,7 @@ def test_bits_beyond_the_tree_do_not_matter(backend: str) -> None:
     assert bitwise_equal(tree_attention(**call), expected)
 
 
-@each_kernel
+@slowly_each_kernel
 def test_results_are_written_whole_and_nothing_beside_them(backend: str) -> None:
     _, paged, _ = trees_of("small")
     call = some(paged, [[3, 5], []])
@@ -167,7 +168,7 @@ def test_results_are_written_whole_and_nothing_beside_them(backend: str) -> None
 
 
 # -- gates ------------------------------------------------------------------------------------------------------------
-@each_kernel
+@slowly_each_kernel
 @pytest.mark.parametrize("dtype", (torch.float32, torch.float16), ids=str)
 @pytest.mark.parametrize("kind", ("head", "element"))
 def test_a_gate_may_be_a_part_of_a_larger_product(backend: str, kind: str, dtype: torch.dtype) -> None:
@@ -245,7 +246,7 @@ def lengths_that_are_no_tensor(flat: list[Any]) -> list[Tensor]:
 def test_the_border_checks_the_lengths_themselves(backend: str, index: int) -> None:
     call = call_of_errors()
     flat = [*(call[key] for key in FLAT), 0.25, 0, call["tree_lens"]]
-    with pytest.raises(ValueError, match="^tree_attention: tree_lens: want "):
+    with pytest.raises(ValueError, match=r"^tree_attention: tree_lens: want "):
         torch.ops.m3kernels.tree_attention.default(*flat[:-1], lengths_that_are_no_tensor(flat)[index])
 
 

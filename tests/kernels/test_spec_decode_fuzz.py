@@ -69,11 +69,23 @@ ATTENTION: Arguments = dict(
     cache_seqlens=SEQLENS, cu_seqlens_q=torch.tensor([0, 2, 5]), mask_bits=EAGER["mask_bits"],
     gate=EAGER["gate"].view(5, 4), softmax_scale=0.3, window=6,
 )  # fmt: skip
+INT8 = CACHE.mul(127).round().to(torch.int8)
+SCALE = torch.linspace(1e-3, 2e-2, 6 * 4 * 2).view(6, 4, 2)
+ATTENTION_INT8: Arguments = {
+    **ATTENTION, "k_cache": INT8, "v_cache": INT8.neg(), "k_scale": SCALE, "v_scale": SCALE.flip(0),
+    "tree_lens": torch.tensor([4, 3], dtype=torch.int32),
+}  # fmt: skip
 COMMIT: Arguments = dict(
     accept_index=torch.tensor([[0, 2, 4], [0, 3, -1]], dtype=torch.int32),
     accept_length=torch.tensor([2, 1], dtype=torch.int32), k_caches=[CACHE, CACHE + 1], v_caches=[CACHE + 2, CACHE],
     block_table=TABLE, cache_seqlens=SEQLENS - 4, hidden=torch.linspace(0, 1, 2 * N * 3).view(2, N, 3),
 )  # fmt: skip
+
+
+COMMIT_INT8: Arguments = {
+    **COMMIT, "k_caches": [INT8, INT8.flip(0)], "v_caches": [INT8.neg(), INT8],
+    "k_scales": [SCALE, SCALE + 1], "v_scales": [SCALE + 2, SCALE],
+}  # fmt: skip
 
 
 def copied(value: Any) -> Any:
@@ -87,7 +99,8 @@ def committed(**arguments: Any) -> tuple[Tensor, ...]:
     """A commit to copies of the caches: what it returns, and the caches."""
     arguments = {key: copied(value) for key, value in arguments.items()}
     seqlens, hidden = tree_commit(**arguments)
-    return seqlens, *([] if hidden is None else [hidden]), *arguments["k_caches"], *arguments["v_caches"]
+    written = (arguments.get(name, ()) for name in ("k_caches", "v_caches", "k_scales", "v_scales"))
+    return seqlens, *([] if hidden is None else [hidden]), *(tensor for tensors in written for tensor in tensors)
 
 
 CALLS: dict[str, tuple[Callable[..., Any], Arguments]] = {
@@ -95,6 +108,7 @@ CALLS: dict[str, tuple[Callable[..., Any], Arguments]] = {
     "draft_first": (draft_topk, dict(logits=TREES["logits"][:, :1].bfloat16(), scores=torch.zeros(2, 1), k=5, step=0)),
     "finalize": (tree_finalize, FINALIZE),
     "attention": (lambda **a: (tree_attention(**a),), ATTENTION),
+    "attention_int8": (lambda **a: (tree_attention(**a),), ATTENTION_INT8),
     "attention_batched": (
         lambda **a: (tree_attention(**a),),
         dict(q=ATTENTION["q"][:4].view(2, 2, 4, 8).half(), k_cache=CACHE.bfloat16(), v_cache=CACHE.bfloat16(),
@@ -113,6 +127,7 @@ CALLS: dict[str, tuple[Callable[..., Any], Arguments]] = {
     ),
     "greedy": (tree_verify, dict(logits=TREES["logits"].bfloat16(), **LINKS, mode="greedy", logprobs="raw")),
     "commit": (committed, COMMIT),
+    "commit_int8": (committed, COMMIT_INT8),
     "budget": (
         lambda **a: (tree_budget(**a),),
         dict(scores=CANDIDATES["scores"], cost_table=torch.linspace(1, 2, 20), num_experts=8, topk_experts=2,
@@ -190,7 +205,8 @@ def check_budget(a: Arguments, found: Any) -> None:
 
 CHECKS = {
     "draft": check_drafts, "draft_first": check_drafts, "finalize": check_tree, "attention": check_attended,
-    "attention_batched": check_attended, "commit": check_committed, "budget": check_budget,
+    "attention_batched": check_attended, "attention_int8": check_attended, "commit": check_committed,
+    "commit_int8": check_committed, "budget": check_budget,
 }  # fmt: skip
 
 
@@ -369,6 +385,7 @@ FLAT: dict[str, Arguments] = {
     "draft_topk": DRAFT,
     "tree_finalize": {**FINALIZE, "budget": FINALIZE["budget"].int()},
     "tree_attention": {**ATTENTION, "cu_seqlens_q": ATTENTION["cu_seqlens_q"].int()},
+    "tree_attention int8": {**ATTENTION_INT8, "cu_seqlens_q": ATTENTION["cu_seqlens_q"].int()},
     "tree_verify": dict(
         logits=TREES["logits"], **LINKS, **PARAMETERS, coins=COINS["coins"].double(), draft_probs=TREES["logits"],
         final_coins=COINS["final_coins"].double(), mode="target_only", width=4, logprobs="raw",
@@ -385,7 +402,7 @@ PYTHONIC = (
 @pytest.mark.parametrize("backend", ROOMS, indirect=True)
 @pytest.mark.parametrize("name", FLAT)
 def test_malformed_calls_of_registered_ops(backend: str, name: str) -> None:
-    op, arguments = getattr(torch.ops.m3kernels, name).default, FLAT[name]
+    op, arguments = getattr(torch.ops.m3kernels, name.partition(" ")[0]).default, FLAT[name]
     r = random.Random(name)
     raised = 0
     for _ in range(CASES):

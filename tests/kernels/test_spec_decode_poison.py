@@ -214,9 +214,12 @@ def test_rows_off_the_path_are_not_read(backend: str, mode: str, dtype: torch.dt
 def attended(batch: Batch, b: int) -> set[int]:
     """Slots of request b that any of its queries attends to."""
     length, window = int(batch.rows["cache_seqlens"][b]), batch.shared["window"]
-    prefix, slots = length - N, set()
+    tree = int(batch.rows["tree_lens"][b]) if "tree_lens" in batch.rows else N
+    prefix, slots = length - tree, set()
     for i in range(N):
-        own = [j for j in range(N) if "mask_bits" not in batch.rows or int(batch.rows["mask_bits"][b, i, 0]) >> j & 1]
+        own = [
+            j for j in range(tree) if "mask_bits" not in batch.rows or int(batch.rows["mask_bits"][b, i, 0]) >> j & 1
+        ]
         own = own if "mask_bits" in batch.rows else list(range(i + 1))
         row = [*range(prefix), *(prefix + j for j in own)]
         slots |= set(row[-window:] if window else row)
@@ -224,12 +227,16 @@ def attended(batch: Batch, b: int) -> set[int]:
 
 
 def with_poisoned_keys(batch: Batch, poison: float) -> Batch:
-    """The batch with poison in every slot of the caches that no query attends to."""
+    """The batch with poison in every slot of the caches (int8 ones: of their scales) that no query attends to."""
     needed = torch.zeros(batch.shared["k_cache"].shape[:2], dtype=torch.bool)
     for b in range(len(batch.rows["q"])):
         for slot in attended(batch, b):
             needed[batch.rows["block_table"][b, slot // PAGE], slot % PAGE] = True
-    caches = {key: batch.shared[key].masked_fill(~needed[..., None, None], poison) for key in ("k_cache", "v_cache")}
+    unused = ~needed[..., None]
+    if "k_scale" in batch.shared:
+        caches = {key: batch.shared[key].masked_fill(unused, poison) for key in ("k_scale", "v_scale")}
+    else:
+        caches = {key: batch.shared[key].masked_fill(unused[..., None], poison) for key in ("k_cache", "v_cache")}
     assert not bool(needed.all())
     return Batch(op=batch.op, rows=batch.rows, shared={**batch.shared, **caches})
 

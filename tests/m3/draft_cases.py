@@ -32,7 +32,9 @@ def random_prompts(count: int, vocabulary: int, seed: int = 0) -> list[list[int]
     return [torch.randint(vocabulary, (length,), generator=generator).tolist() for length in lengths]
 
 
-def make_material(model: Decoder, folder: Path, *, train: int = 12, held_out: int = 5, max_tokens: int = 20) -> Material:
+def make_material(
+    model: Decoder, folder: Path, *, train: int = 12, held_out: int = 5, max_tokens: int = 20
+) -> Material:
     """Greedy responses of the target to random prompts, with their states in ``folder``."""
     hidden_size = model.config.hidden_size
     cache = StateCache(folder, fingerprint=MARK, aux_layers=AUX_LAYERS, hidden_size=hidden_size)
@@ -42,9 +44,7 @@ def make_material(model: Decoder, folder: Path, *, train: int = 12, held_out: in
     for number, tokens in generator.generate([Request(prompt, 0.0, 0, max_tokens) for prompt in prompts]):
         group, index = (TRAIN, number) if number < train else (HELD_OUT, number - train)
         prompt, response = tuple(prompts[number]), tuple(tokens)
-        found[number] = Response(
-            group=group, index=index, prompt=prompt, response=response, temperature=0.0, seed=0
-        )
+        found[number] = Response(group=group, index=index, prompt=prompt, response=response, temperature=0.0, seed=0)
         states = generator.states()
         assert states is not None
         cache.append(group, index, *states)

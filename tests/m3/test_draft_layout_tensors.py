@@ -72,6 +72,13 @@ def test_a_gate_of_any_name_loads_once_it_is_pointed_at(tmp_path, kind):
     is_gated(folder, kind, gate_key="layers.0.output_gate.weight")
 
 
+def test_a_gate_that_the_config_names_and_the_loader_knows_not_is_pointed_out(tmp_path):
+    folder = write(
+        tmp_path, {**stock_config(), "attn_output_gate": "headwise"}, layers__0__g__weight=gate_of("headwise")
+    )
+    refused(folder, "model.safetensors: layers.0.g.weight: want .* give gate_key=")
+
+
 def test_a_gate_key_that_is_no_tensor_is_refused(tmp_path):
     refused(write(tmp_path), "gate_key: want the name of a tensor of the file; got 'gate'", gate_key="gate")
 

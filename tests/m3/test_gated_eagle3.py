@@ -166,7 +166,7 @@ def test_rollout_is_the_drafting_loop_at_every_position(changes):
     close(torch.cat([logits[0, : len(rows)] for logits, rows in zip(got, want, strict=True)]), torch.cat(want))
 
 
-@pytest.mark.parametrize("length", [2, 3, 33])
+@pytest.mark.parametrize("length", [2, 3, 19])
 def test_rollout_at_other_lengths(length):
     draft = make_draft()
     tokens, aux = make_inputs(draft, 1, length)

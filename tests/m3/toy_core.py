@@ -1,20 +1,25 @@
-"""A core without a model, for the races of the engines, and a tokenizer whose tokens cut characters anywhere."""
+"""A core without a model for the races of the engines, its callers, and a tokenizer that cuts characters anywhere."""
 
 from __future__ import annotations
 
+import asyncio
 import json
 import random
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
 from tokenizers import Tokenizer as FastTokenizer
 
-from m3.engine.request import Event, Finished, PromptLogprobs, Request, SamplingParams, Tokens
-from m3.engine.scheduler import QueueFull
+from m3.engine.config import EngineConfig
+from m3.engine.engine import AsyncEngine, Output
+from m3.engine.kv_cache import PagePool
+from m3.engine.request import Event, Finished, PromptLogprobs, Reason, Request, SamplingParams, Tokens
+from m3.engine.scheduler import QueueFull, Scheduler
 from m3.models.tokenizer import Tokenizer
 
 # -- a tokenizer -------------------------------------------------------------------------------------------------------
@@ -61,7 +66,7 @@ def make_tokenizer(folder: Path) -> Tokenizer:
 
 # -- a core ------------------------------------------------------------------------------------------------------------
 VOCAB = len(PIECES)
-MAX_PROMPT = 64
+MAX_PROMPT = 64  # tokens of the longest prompt that the toy takes
 MAX_TOKENS_A_STEP = 4
 
 
@@ -78,6 +83,11 @@ def answer(prompt: list[int], params: SamplingParams, seed: int) -> list[int]:
     ):
         tokens.append(token)
     return tokens[len(prompt) :]
+
+
+def beginning(prompt: list[int], count: int, seed: int = 0) -> list[int]:
+    """The first tokens that the core draws for a request."""
+    return answer(prompt, SamplingParams(max_tokens=max(1, count)), seed)[:count]
 
 
 class ToyCore:
@@ -106,7 +116,7 @@ class ToyCore:
         self.version = 0
         self.weights: object = None
         self.steps = 0
-        self.added = 0
+        self.added: list[str] = []
         self.aborted: dict[str, str] = {}
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []
@@ -127,7 +137,7 @@ class ToyCore:
             if len(self.waiting) >= self.max_waiting:
                 raise QueueFull("core: full")
             assert request.id not in {one.id for one in [*self.waiting, *self.running]}
-            self.added += 1
+            self.added.append(request.id)
             self.waiting.append(request)
 
     def abort(self, id: str, reason: str = "abort") -> None:
@@ -208,6 +218,51 @@ class ToyCore:
         return _Alone(self._user)
 
 
+class ScheduledCore:
+    """The engine's own scheduler and pages under tokens without a model."""
+
+    def __init__(self, config: EngineConfig) -> None:
+        self.pool = PagePool(config.num_pages, config.page_size)
+        self.scheduler = Scheduler(config, self.pool)
+        self.steps = 0
+
+    def is_clean(self) -> bool:
+        self.scheduler.check()
+        return not self.scheduler.has_work() and self.pool.used == 0
+
+    def check(self, request: Request) -> None:
+        if len(request.prompt) >= self.scheduler.limit:
+            raise ValueError(f"core: prompt: want fewer than {self.scheduler.limit} tokens; got {len(request.prompt)}")
+
+    def add(self, request: Request) -> None:
+        self.scheduler.add(request)
+
+    def abort(self, id: str, reason: Reason = "abort") -> None:
+        self.scheduler.abort(id, reason)
+
+    def has_work(self) -> bool:
+        return self.scheduler.has_work()
+
+    def update_weights(self, update: object, version: int) -> None:
+        raise ValueError("core: weights: want a core with weights; got this one")
+
+    def step(self) -> list[Event]:
+        self.steps += 1
+        plan = self.scheduler.plan(time.monotonic())
+        events: list[Event] = list(plan.finished)
+        for request, _, stop in plan.prefills:
+            request.computed = stop
+        drawing = [request for request, _, stop in plan.prefills if stop == len(request.tokens)]
+        for request in [*plan.decodes, *drawing]:
+            token = next_token(request.tokens, request.seed)
+            request.computed = len(request.tokens)
+            request.tokens.append(token)
+            events.append(Tokens(id=request.id, tokens=[token], version=0))
+            if request.drawn == request.params.max_tokens:
+                events.append(self.scheduler.finish(request, "length"))
+        return events
+
+
 class _Alone:
     """Fails where two threads are in the core at once."""
 
@@ -219,3 +274,30 @@ class _Alone:
 
     def __exit__(self, *error: object) -> None:
         self._lock.release()
+
+
+# -- callers -----------------------------------------------------------------------------------------------------------
+PATIENCE = 30.0  # seconds after which a test calls it a deadlock
+LONG = SamplingParams(max_tokens=100_000, seed=0)
+SHORT = SamplingParams(max_tokens=12, seed=0)
+
+
+def run(main: Awaitable[Any]) -> Any:
+    async def patiently() -> Any:
+        async with asyncio.timeout(PATIENCE):
+            return await main
+
+    return asyncio.run(patiently())
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    while not condition():
+        await asyncio.sleep(0.001)
+
+
+async def collect(engine: AsyncEngine, prompt: list[int], params: SamplingParams, **options: Any) -> list[Output]:
+    return [output async for output in engine.generate(prompt, params, **options)]
+
+
+def tokens_of(outputs: list[Output]) -> list[int]:
+    return [token for output in outputs for token in output.tokens]
