@@ -17,6 +17,9 @@ from torch import Tensor
 from m3.draft.hidden import Probe, StateCache
 from m3.draft.prompts import PromptSet
 from m3.draft.store import HELD_OUT, OUT_OF_TEMPLATE, TRAIN, Response, Store
+from m3.engine.config import EngineConfig
+from m3.engine.core import EngineCore
+from m3.engine.request import Finished, SamplingParams, Tokens
 from m3.models.decoder import Decoder, KvCache
 from m3.models.tokenizer import Tokenizer
 from m3kernels.checks import refuse
@@ -57,6 +60,38 @@ class Plan:
     def __post_init__(self) -> None:
         if self.tokens < 1 or self.max_tokens < 1 or not self.temperatures:
             raise refuse("Plan", "tokens, max_tokens, temperatures", "at least one of each", f"{self}"[:200])
+
+
+class EngineGenerator:
+    """The embedded engine: continuous batching over a paged cache."""
+
+    def __init__(self, model: Decoder, *, batch: int = 64) -> None:
+        config = EngineConfig(max_running=batch, max_waiting=1 << 20, kv_dtype="fp32", memory_mb=2048)
+        self.core = EngineCore(model, config)
+        self.ends = frozenset(model.config.eos_token_ids)
+
+    def generate(self, requests: Sequence[Request]) -> Iterator[tuple[int, list[int]]]:
+        core = self.core
+        texts: dict[str, list[int]] = {}
+        for number, request in enumerate(requests):
+            params = SamplingParams(temperature=request.temperature, max_tokens=request.max_tokens, ignore_eos=True)
+            id = str(number)
+            core.add(core.new_request(id, request.prompt, params, request.seed))
+            texts[id] = []
+        while core.has_work():
+            for event in core.step():
+                if isinstance(event, Tokens):
+                    text = texts[event.id]
+                    ended = any(token in self.ends for token in text)
+                    text += [] if ended else event.tokens
+                    if not ended and any(token in self.ends for token in event.tokens):
+                        core.abort(event.id)  # the end token is part of what a draft learns
+                elif isinstance(event, Finished):
+                    if event.error:
+                        raise RuntimeError(f"generate: request {event.id}: {event.error}")
+                    text = texts.pop(event.id)
+                    stop = next((at for at, token in enumerate(text) if token in self.ends), len(text))
+                    yield int(event.id), text[: stop + 1]
 
 
 class DecoderGenerator:

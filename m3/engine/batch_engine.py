@@ -7,8 +7,10 @@ import signal
 import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
-from typing import Any
+from pathlib import Path
+from typing import Any, Self
 
+from m3.engine.config import EngineConfig
 from m3.engine.core_thread import Core
 from m3.engine.intake import GREEDY, EngineBusy, Intake, Message, Prompt, apply, core_failed
 from m3.engine.outputs import Assembly, Completion
@@ -33,6 +35,14 @@ class Engine:
         self.failure: BaseException | None = None
         self._intake = Intake(tokenizer, seed)
         self._in_use = threading.Lock()
+
+    @classmethod
+    def from_model(cls, name: str | Path, config: EngineConfig | None = None, **options: Any) -> Self:
+        """An engine over a model by name or folder; options as in m3.engine.open.open_core: weights, draft, ..."""
+        from m3.engine.open import open_core
+
+        core, tokenizer = open_core(name, config, **options)
+        return cls(core, tokenizer)
 
     def generate(
         self,

@@ -259,18 +259,14 @@ class EngineCore:
             self.drafter.catch_up([r for r in alive if r.id not in prefilled])
         return events
 
-    def _add_trees(
-        self, rows: RowBuilder, requests: list[Request], tree: Tree, draws: list[_Draw]
-    ) -> dict[str, Any]:
+    def _add_trees(self, rows: RowBuilder, requests: list[Request], tree: Tree, draws: list[_Draw]) -> dict[str, Any]:
         kept = (tree.candidates >= 0).sum(1).tolist()
         candidates, positions = tree.candidates.tolist(), tree.positions.tolist()
         causal = len(rows.requests)
         for b in sorted(range(len(requests)), key=kept.__getitem__):  # equal sizes side by side
             request, count = requests[b], kept[b]
             prefix = len(request.tokens) - 1
-            first = rows.add_nodes(
-                request, candidates[b][:count], positions[b][:count], prefix, prefix + count
-            )
+            first = rows.add_nodes(request, candidates[b][:count], positions[b][:count], prefix, prefix + count)
             draws.append(_Draw(request, first, count, tree=True))
         order = [requests.index(request) for request in rows.requests[causal:]]
         bits = torch.cat([tree.mask_bits[b, : kept[b]] for b in order])
@@ -278,16 +274,17 @@ class EngineCore:
         return {"tree_lens": [0] * causal + [kept[b] for b in order], "mask_bits": bits.contiguous()}
 
     # -- drawing ------------------------------------------------------------------------------------------------------
-    def _draw(
-        self, draws: list[_Draw], logits: Tensor, tree: Tree | None, hidden: Tensor | None
-    ) -> list[Event]:
+    def _draw(self, draws: list[_Draw], logits: Tensor, tree: Tree | None, hidden: Tensor | None) -> list[Event]:
         """Draws for groups of requests with equally many nodes; then appends, commits, ends."""
         events: list[Event] = []
         first = index = 0
         trees = sum(not draw.tree for draw in draws)
         while index < len(draws):
             stop = index
-            while stop < len(draws) and (draws[stop].nodes, draws[stop].tree) == (draws[index].nodes, draws[index].tree):
+            while stop < len(draws) and (draws[stop].nodes, draws[stop].tree) == (
+                draws[index].nodes,
+                draws[index].tree,
+            ):
                 stop += 1
             group, nodes = draws[index:stop], draws[index].nodes
             block = logits[first : first + len(group) * nodes].view(len(group), nodes, -1)
@@ -337,9 +334,7 @@ class EngineCore:
             self.stats.speculative_steps += 1
         return events
 
-    def _verify(
-        self, requests: list[Request], logits: Tensor, links: tuple[Tensor, ...], logprobs: str
-    ) -> Verified:
+    def _verify(self, requests: list[Request], logits: Tensor, links: tuple[Tensor, ...], logprobs: str) -> Verified:
         position = torch.tensor([len(request.tokens) for request in requests], device=self.device)
         return tree_verify(
             logits, *links, mode="coupled", position=position, logprobs=logprobs, **self._sampling.of(requests)
@@ -407,13 +402,11 @@ class EngineCore:
         self._forget(request.id)
         return self.scheduler.finish(request, reason, error)
 
-    # -- log-probabilities of prompts -----------------------------------------------------------------------------------
+    # -- log-probabilities of prompts ---------------------------------------------------------------------------------
     def _owes(self, request: Request) -> bool:
         return len(self._prompt_logprobs.get(request.id, ())) < len(request.prompt) - 1
 
-    def _prompt_events(
-        self, owed: list[tuple[Request, int, int, int]], logits: Tensor, first: int
-    ) -> list[Event]:
+    def _prompt_events(self, owed: list[tuple[Request, int, int, int]], logits: Tensor, first: int) -> list[Event]:
         events: list[Event] = []
         for request, start, stop, _ in owed:
             rows = logits[first : first + stop - start].float()

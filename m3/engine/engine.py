@@ -12,10 +12,12 @@ import contextlib
 import dataclasses
 from collections import Counter
 from collections.abc import AsyncGenerator, Callable, Sequence
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self, TypeVar
 
 from m3.engine.batch_engine import Engine
+from m3.engine.config import EngineConfig
 from m3.engine.core_thread import Answer, Core, CoreThread, Ended, Notice, Refused, Update
 from m3.engine.intake import (
     GREEDY,
@@ -141,6 +143,14 @@ class AsyncEngine:
         self._paused = False
         self._finished: Counter[str] = Counter()
         self._used: Counter[str] = Counter()
+
+    @classmethod
+    def from_model(cls, name: str | Path, config: EngineConfig | None = None, **options: Any) -> Self:
+        """An engine over a model by name or folder; options as in m3.engine.open.open_core: weights, draft, ..."""
+        from m3.engine.open import open_core
+
+        core, tokenizer = open_core(name, config, **options)
+        return cls(core, tokenizer, max_waiting=core.config.max_waiting)
 
     # -- life ---------------------------------------------------------------------------------------------------------
     async def start(self) -> None:

@@ -163,9 +163,7 @@ def _add_experts(program: Program, to: Columns, source: Columns, scores: Columns
     experts = mlp.experts
     if isinstance(experts, Int4Experts):
         w13, w2 = experts.w13.int4, experts.w2.int4
-        program.moe(
-            to, source, scores, w13, w2, top_k=mlp.k, rescale=mlp.rescale, activations=experts.activations
-        )
+        program.moe(to, source, scores, w13, w2, top_k=mlp.k, rescale=mlp.rescale, activations=experts.activations)
     elif isinstance(experts, Experts):
         pair = experts.w13.detach().contiguous(), experts.w2.detach().contiguous()
         program.moe(to, source, scores, *pair, top_k=mlp.k, rescale=mlp.rescale)

@@ -140,8 +140,10 @@ class Drafter:
         budget = None
         if costs is not None:
             table, expert_cost = costs
-            given = {"num_experts": experts[0], "topk_experts": experts[1], "expert_cost": expert_cost}
-            budget = tree_budget(lists[0], table.to(self.device), **given).clamp(max=shape.nodes)
+            table = table.to(self.device)
+            budget = tree_budget(
+                lists[0], table, num_experts=experts[0], topk_experts=experts[1], expert_cost=expert_cost
+            ).clamp(max=shape.nodes)
         return tree_finalize(*lists, bonus, seq_lens, topk=k, num_nodes=shape.nodes, budget=budget)
 
     def _cooled(self, logits: Tensor, count: int, noise: dict[str, Tensor]) -> Tensor:

@@ -48,7 +48,7 @@ def refresh_weights(model: Decoder, tensors: Mapping[str, Tensor]) -> None:
             writes.append((_packed_writer(target), value))
         else:
             _check(name, value, tuple(target.shape))
-            writes.append((target.copy_, value))
+            writes.append((_writer(target), value))
     with torch.no_grad():
         for write, value in writes:
             write(value.detach())
@@ -57,6 +57,13 @@ def refresh_weights(model: Decoder, tensors: Mapping[str, Tensor]) -> None:
 def _check(name: str, value: Tensor, shape: tuple[int, ...]) -> None:
     if not isinstance(value, Tensor) or tuple(value.shape) != shape or not value.is_floating_point():
         raise refuse(OP, name, f"{shape} of floating point", value)
+
+
+def _writer(target: Tensor) -> Write:
+    def write(value: Tensor) -> None:
+        target.copy_(value)
+
+    return write
 
 
 def _packed_writer(module: Int4Linear) -> Write:

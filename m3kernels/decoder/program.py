@@ -120,7 +120,7 @@ class Program:
         self.inputs: list[Columns] = []
         self._runner: Any = None
 
-    # -- building -------------------------------------------------------------------------------------------------------
+    # -- building -----------------------------------------------------------------------------------------------------
     def buffer(self, width: int, *, picked: bool = False) -> Columns:
         """A new buffer."""
         self.widths.append(width)
@@ -252,7 +252,7 @@ class Program:
         self.steps.append(step)
         self._runner = None
 
-    # -- running --------------------------------------------------------------------------------------------------------
+    # -- running ------------------------------------------------------------------------------------------------------
     @property
     def runner(self) -> Any:
         """What runs the instructions here; made at the first pass."""

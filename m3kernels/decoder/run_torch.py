@@ -53,7 +53,7 @@ class TorchPass:
     def experts_touched(self) -> tuple[int, int]:
         return self.touched
 
-    # -- instructions ---------------------------------------------------------------------------------------------------
+    # -- instructions -------------------------------------------------------------------------------------------------
     def _embed(self, step: Step) -> None:
         (table,) = step.tensors
         assert table is not None
@@ -171,9 +171,7 @@ class TorchPass:
         distinct, layers = self.touched
         self.touched = distinct + len(ids.unique()), layers + 1
         if step.weight is not None and step.weight2 is not None and self.dtype != torch.float64:
-            y = int4_moe(
-                x.contiguous(), step.weight, step.weight2, ids, weights.float(), activations=step.activations
-            )
+            y = int4_moe(x.contiguous(), step.weight, step.weight2, ids, weights.float(), activations=step.activations)
         else:
             y = self._dense_moe(step, x, ids, weights)
         self.at(step.to).copy_(y)
