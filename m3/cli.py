@@ -1,4 +1,4 @@
-"""The command line: ``m3 quickstart``, ``m3 quantize``, ``m3 generate``, ``m3 doctor``.
+"""The command line: ``m3 quickstart``, ``m3 quantize``, ``m3 generate``, ``m3 draft``, ``m3 doctor``.
 
 What a user can get wrong ends in one line on standard error and exit code 1; ``--debug`` shows the traceback instead.
 """
@@ -18,6 +18,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from m3.draft.cli import app as draft_app
+
 if TYPE_CHECKING:
     from m3.models.decoder import Decoder
     from m3.models.tokenizer import Tokenizer
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False, help=__doc__
 )
+app.add_typer(draft_app, name="draft")
 console = Console()
 errors = Console(stderr=True)
 
@@ -33,6 +36,7 @@ MODEL = "SmolLM2-135M-Instruct"
 QUESTION = "What are the warning signs of a heart attack, and what should I do if I notice them?"
 GROUP_SIZE = 128
 ANSWER_TOKENS = 160
+DRAFT_MINUTES = 2.0
 MB = 1e6
 
 
@@ -163,11 +167,16 @@ def quickstart(
     model: Annotated[str, typer.Option("--model", help="What to start with.")] = MODEL,
     question: Annotated[str, typer.Option("--question", help="What to ask.")] = QUESTION,
     group_size: GroupSize = GROUP_SIZE,
+    draft_minutes: Annotated[
+        float, typer.Option("--draft-minutes", min=0, help="Train a draft so long, and say whether it pays; 0: do not.")
+    ] = DRAFT_MINUTES,
     threads: Threads = None,
     debug: Debug = False,
 ) -> None:
-    """Fetch a small model, make it INT4, compare, and let it answer a clinical question."""
-    from m3.models.generate import Sampling, generate
+    """Fetch a small model, make it INT4, compare, let it answer a clinical question, and try to speed it up."""
+    from m3.engine.batch_engine import Engine
+    from m3.engine.core import EngineCore
+    from m3.engine.request import SamplingParams
     from m3.quantize.compare import compare
     from m3.quantize.round_to_nearest import RoundConfig
 
@@ -202,7 +211,14 @@ def quickstart(
     )
     console.print(f"\n[bold]{question}[/bold]\n", highlight=False)
     prompt = prompt_tokens(tokenizer, question, None, False)
-    say(tokenizer.stream(generate(int4[-1], prompt, Sampling(max_tokens=ANSWER_TOKENS))))
+    say(Engine(EngineCore(int4[-1]), tokenizer).stream(prompt, SamplingParams(max_tokens=ANSWER_TOKENS)))
+    if draft_minutes:
+        from m3.draft.trial import trial
+
+        with Bar("trying a draft") as bar:
+            tried = trial(full, int4[-1], tokenizer, minutes=draft_minutes, progress=bar.fetch)
+        console.print(tried.table())
+        console.print(tried.verdict(), highlight=False)
     console.print(
         f"\nThe answer of a very small model: a demonstration, not medical advice. {time.monotonic() - started:.0f} s.",
         style="dim",
@@ -262,18 +278,41 @@ def generate_text(
     raw: Annotated[bool, typer.Option("--raw", help="No chat template: continue the prompt.")] = False,
     max_tokens: Annotated[int, typer.Option("--max-tokens", min=1)] = 256,
     temperature: Annotated[float, typer.Option("--temperature", min=0.0, help="0 is greedy.")] = 0.0,
+    top_k: Annotated[int, typer.Option("--top-k", help="Keep the k likeliest tokens; 0: all.")] = 0,
     top_p: Annotated[float, typer.Option("--top-p", help="Keep the likeliest tokens that hold p.")] = 1.0,
+    min_p: Annotated[float, typer.Option("--min-p", help="Drop tokens below p times the likeliest.")] = 0.0,
     seed: Annotated[int, typer.Option("--seed")] = 0,
+    weights: Annotated[str, typer.Option("--weights", help="fp32, bf16, fp16, or int4: rounded here.")] = "fp32",
+    draft: Annotated[
+        Path | None, typer.Option("--draft", help="A draft of `m3 draft train`: the same text, sooner.")
+    ] = None,
+    stats: Annotated[bool, typer.Option("--stats", help="Say how fast it went.")] = False,
     threads: Threads = None,
     debug: Debug = False,
 ) -> None:
-    """Stream the answer of a model, dense or INT4."""
-    from m3.models.generate import Sampling, generate
+    """Stream the answer of a model, dense or INT4. The same seed gives the same text, with a draft and without."""
+    from m3.engine.batch_engine import Engine
+    from m3.engine.core import EngineCore
+    from m3.engine.open import open_draft, open_target
+    from m3.engine.request import SamplingParams
 
-    sampling = Sampling(temperature=temperature, top_p=top_p, seed=seed, max_tokens=max_tokens)
+    params = SamplingParams(
+        temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, seed=seed, max_tokens=max_tokens
+    )
     set_threads(threads)
-    _, decoder, tokenizer = open_model(model)
-    say(tokenizer.stream(generate(decoder, prompt_tokens(tokenizer, prompt, system, raw), sampling)))
+    with Bar(f"opening {model}") as bar:
+        decoder, tokenizer = open_target(model, weights=weights, progress=bar.step)
+    core = EngineCore(decoder, draft=None if draft is None else open_draft(draft, decoder))
+    started = time.monotonic()
+    say(Engine(core, tokenizer).stream(prompt_tokens(tokenizer, prompt, system, raw), params))
+    if stats:
+        seconds, counts = time.monotonic() - started, core.stats
+        console.print(
+            f"{counts.drawn} tokens in {seconds:.2f} s with the prompt, {counts.steps} passes, {counts.accepted} of "
+            f"{counts.drafted} drafted tokens accepted",
+            style="dim",
+            highlight=False,
+        )
 
 
 @app.command()

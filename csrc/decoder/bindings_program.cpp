@@ -1,6 +1,7 @@
 // Python border of the decoder family: programs. Addresses and sizes of tensors that Python keeps alive.
 #include <pybind11/stl.h>
 
+#include <initializer_list>
 #include <memory>
 
 #include "common/border_cpu.h"
@@ -17,6 +18,7 @@ namespace {
 
 constexpr const char* kOp = "decoder_pass";
 constexpr int64_t kMost = int64_t{1} << 31;
+constexpr int64_t kMostElements = int64_t{1} << 46;  // of a tensor
 
 using OperandTuple = std::tuple<int, int64_t, int64_t>;                                // buffer, column, width
 using DenseTuple = std::tuple<SpanTuple, int, int64_t, int64_t, SpanTuple, int>;       // weight, type, N, K, bias, type
@@ -26,7 +28,20 @@ using CacheTuple = std::tuple<SpanTuple, SpanTuple, SpanTuple, SpanTuple, int, i
 using ArrayTuple = std::tuple<SpanTuple, int64_t, int64_t>;                            // (rows, width) contiguous
 
 Operand operand_of(const OperandTuple& tuple) {
-  return {std::get<0>(tuple), std::get<1>(tuple), std::get<2>(tuple)};
+  const auto& [buffer, column, width] = tuple;
+  check(column >= 0 && column < kMost && width >= 0 && width < kMost, kOp, "columns", "numbers in 0 .. 2**31 - 1",
+        std::to_string(width) + " from " + std::to_string(column));
+  return {buffer, column, width};
+}
+
+// Elements of a tensor of these sizes, none of them negative; refused before the product could overflow.
+int64_t elements(const char* argument, std::initializer_list<int64_t> sizes) {
+  int64_t count = 1;
+  for (int64_t size : sizes) {
+    check(!size || count <= kMostElements / size, kOp, argument, "at most 2**46 elements", "more");
+    count *= size;
+  }
+  return count;
 }
 
 Type type_of(const char* argument, int type) {
@@ -47,11 +62,11 @@ int4::Weights packed_of(const PackedTuple& tuple) {
         first_k);
   const int4::Weights w{at<uint8_t>(tiles), at<void>(scales), at<uint8_t>(zeros), at<int32_t>(perm),
                         (int4::Type)type_of("scales", type), experts, n, k, group_size, first_k};
-  const int64_t tile_rows = experts * w.n_tiles();
-  check_span(kOp, "qweight", tiles, tile_rows * w.k_tiles() * int4::kTileWords, false);
-  check_span(kOp, "scales", scales, tile_rows * w.groups() * int4::kTileN, false);
-  check_span(kOp, "zeros", zeros, tile_rows * w.groups() * int4::kTileN, true);
-  check_span(kOp, "perm", perm, experts * k, true);
+  const int64_t groups = elements("scales", {experts, w.n_tiles(), w.groups(), int4::kTileN});
+  check_span(kOp, "qweight", tiles, elements("qweight", {experts, w.n_tiles(), w.k_tiles(), int4::kTileWords}), false);
+  check_span(kOp, "scales", scales, groups, false);
+  check_span(kOp, "zeros", zeros, groups, true);
+  check_span(kOp, "perm", perm, elements("perm", {experts, k}), true);
   return w;
 }
 
@@ -71,7 +86,7 @@ const OperandTuple kNone{-1, 0, 0};
 void embed(Program& p, const OperandTuple& to, SpanTuple table, int type, int64_t rows) {
   Instruction in = plain(Op::kEmbed, to, kNone);
   check_size("embed", rows);
-  check_span(kOp, "embed", table, rows * in.to.width, false);
+  check_span(kOp, "embed", table, elements("embed", {rows, in.to.width}), false);
   in.table = at<void>(table), in.type = type_of("embed", type), in.rows = rows;
   p.add(in);
 }
@@ -87,7 +102,7 @@ void dense(Program& p, const OperandTuple& to, const OperandTuple& from, const D
   const auto& [data, type, n, k, bias, bias_type] = weight;
   Instruction in = plain(Op::kDense, to, from);
   check_size("weight", n), check_size("weight", k);
-  check_span(kOp, "weight", data, n * k, false);
+  check_span(kOp, "weight", data, elements("weight", {n, k}), false);
   check_span(kOp, "bias", bias, n, true);
   in.dense = {at<void>(data), type_of("weight", type), n, k, at<void>(bias), type_of("bias", bias_type)};
   p.add(in);
@@ -104,8 +119,9 @@ void packed(Program& p, const OperandTuple& to, const OperandTuple& from, const 
 }
 
 void rotate(Program& p, const OperandTuple& from, int cache, int64_t heads, SpanTuple q_norm, SpanTuple k_norm,
-            int64_t size, float eps) {
+            float eps) {
   Instruction in = plain(Op::kRotate, kNone, from);
+  const int64_t size = p.head_size(cache);
   check_span(kOp, "q_norm", q_norm, size, true);
   check_span(kOp, "k_norm", k_norm, size, true);
   in.index = cache, in.heads = heads, in.q_norm = at<float>(q_norm), in.k_norm = at<float>(k_norm), in.eps = eps;
@@ -130,9 +146,9 @@ int add_cache(Program& p, const CacheTuple& tuple) {
   const auto& [keys, values, k_scale, v_scale, type, pages, page_size, kv_heads, size] = tuple;
   check(type >= 0 && type <= 3, kOp, "cache", "dtype 0 (fp32), 1 (bf16), 2 (fp16) or 3 (int8)", type);
   for (int64_t each : {pages, page_size, kv_heads, size}) check_size("cache", each);
-  const int64_t rows = pages * page_size * kv_heads;
-  check_span(kOp, "keys", keys, rows * size, false);
-  check_span(kOp, "values", values, rows * size, false);
+  const int64_t rows = elements("cache", {pages, page_size, kv_heads}), all = elements("cache", {rows, size});
+  check_span(kOp, "keys", keys, all, false);
+  check_span(kOp, "values", values, all, false);
   check_span(kOp, "k_scale", k_scale, rows, type != 3);
   check_span(kOp, "v_scale", v_scale, rows, type != 3);
   return p.add_cache({at<char>(keys), at<char>(values), at<float>(k_scale), at<float>(v_scale), KvType(type), pages,
@@ -151,8 +167,8 @@ int add_packed_experts(Program& p, const PackedTuple& w13, const PackedTuple& w2
 int add_dense_experts(Program& p, SpanTuple w13, SpanTuple w2, int type, int64_t experts, int64_t hidden, int64_t inner,
                       int64_t top_k, bool rescale) {
   for (int64_t each : {experts, hidden, inner}) check_size("experts", each);
-  check_span(kOp, "w13", w13, experts * 2 * inner * hidden, false);
-  check_span(kOp, "w2", w2, experts * inner * hidden, false);
+  check_span(kOp, "w13", w13, elements("w13", {experts, 2, inner, hidden}), false);
+  check_span(kOp, "w2", w2, elements("w2", {experts, inner, hidden}), false);
   Experts e{};
   e.packed = false, e.dense13 = at<char>(w13), e.dense2 = at<char>(w2), e.type = type_of("experts", type);
   e.experts = experts, e.hidden = hidden, e.inner = inner, e.top_k = top_k, e.rescale = rescale;
@@ -179,8 +195,15 @@ void run(Program& p, const std::tuple<SpanTuple, SpanTuple, SpanTuple>& rows,
   const auto& [cos, sin, half] = angles;
   Pass pass{};
   pass.rows = std::get<1>(tokens), pass.requests = std::get<1>(seqlens), pass.causal = causal;
-  for (const auto& [name, span] : {std::pair{"positions", positions}, std::pair{"slots", slots}})
+  pass.num_picked = std::get<1>(picked);
+  for (const auto& [name, count] : {std::pair{"tokens", pass.rows}, std::pair{"cache_seqlens", pass.requests},
+                                    std::pair{"picked", pass.num_picked}, std::pair{"cos", std::get<1>(cos)}})
+    check(count >= 0 && count < kMost, kOp, name, "sizes in 0 .. 2**31 - 1", count);
+  for (const auto& [name, span] :
+       {std::pair{"tokens", tokens}, std::pair{"positions", positions}, std::pair{"slots", slots}})
     check_span(kOp, name, span, pass.rows, false);
+  check_span(kOp, "cache_seqlens", seqlens, pass.requests, false);
+  check_span(kOp, "picked", picked, pass.num_picked, false);
   check_span(kOp, "cu_seqlens", cu, pass.requests + 1, false);
   check(max_pages >= 0 && max_pages < kMost, kOp, "block_table", "sizes below 2**31", max_pages);
   check_span(kOp, "block_table", table, pass.requests * max_pages, false);
@@ -195,8 +218,9 @@ void run(Program& p, const std::tuple<SpanTuple, SpanTuple, SpanTuple>& rows,
         "0.." + std::to_string(pass.rows), pass.cu_seqlens[causal]);
   check_span(kOp, "mask_bits", bits, (pass.rows - pass.cu_seqlens[causal]) * words, false);
   pass.mask_bits = at<int32_t>(bits), pass.mask_words = words;
-  pass.picked = at<int64_t>(picked), pass.num_picked = std::get<1>(picked);
+  pass.picked = at<int64_t>(picked);
   check(half >= 1 && half < kMost, kOp, "cos", "a width of at least 1", half);
+  check_span(kOp, "cos", cos, std::get<1>(cos), false);
   check_span(kOp, "sin", sin, std::get<1>(cos), false);
   check(half * 2 == p.rotated(), kOp, "cos", std::to_string(p.rotated() / 2) + " columns", half);
   pass.cos = at<float>(cos), pass.sin = at<float>(sin), pass.angles = std::get<1>(cos) / half;

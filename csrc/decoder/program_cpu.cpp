@@ -18,6 +18,7 @@ constexpr const char* kOp = "decoder_pass";
 constexpr int64_t kSerialFloats = 1 << 15;  // floats of elementwise work under which a second thread costs more
 constexpr int kLanes = 16;                  // partial sums of a row
 constexpr float kInt8Most = 127.0f;
+constexpr int64_t kMostWidth = 1 << 26;  // of a buffer
 
 int64_t bytes_of(Type type) { return type == Type::kF32 ? 4 : 2; }
 int64_t bytes_of(KvType type) { return type == KvType::kF32 ? 4 : type == KvType::kInt8 ? 1 : 2; }
@@ -81,12 +82,14 @@ void store_key(const float* x, KvType type, int64_t size, char* to, float* scale
       for (int64_t i = 0; i < size; i++) half[i] = float_to_f16(x[i]);
       return;
     case KvType::kInt8:
-      float most = 0;
-      for (int64_t i = 0; i < size; i++) most = std::max(most, std::fabs(x[i]));
-      const float step = most / kInt8Most, inverse = most > 0 ? kInt8Most / most : 0.0f;
-      for (int64_t i = 0; i < size; i++)
-        reinterpret_cast<int8_t*>(to)[i] = (int8_t)std::lrintf(std::clamp(x[i] * inverse, -kInt8Most, kInt8Most));
-      *scale = step;
+      float most = 0, sum = 0;  // a sum that is no number says that some element is none
+      for (int64_t i = 0; i < size; i++) most = std::max(most, std::fabs(x[i])), sum += x[i];
+      const float inverse = most > 0 ? kInt8Most / most : 0.0f;
+      for (int64_t i = 0; i < size; i++) {
+        const float value = x[i] * inverse;
+        to[i] = (char)(std::isnan(value) ? 0 : std::lrintf(std::clamp(value, -kInt8Most, kInt8Most)));
+      }
+      *scale = std::isnan(sum) ? sum : most / kInt8Most;
   }
 }
 
@@ -96,13 +99,13 @@ void store_key(const float* x, KvType type, int64_t size, char* to, float* scale
 Program::Program(std::vector<int64_t> widths, std::vector<bool> picked, int64_t rotated)
     : widths_(std::move(widths)), picked_(std::move(picked)), rotated_(rotated), buffers_(widths_.size()) {
   check(widths_.size() == picked_.size(), kOp, "picked", "one value a buffer", picked_.size());
-  for (int64_t width : widths_) check(width >= 1 && width < (1 << 26), kOp, "widths", "1 .. 2**26 - 1", width);
+  for (int64_t width : widths_) check(width >= 1 && width < kMostWidth, kOp, "widths", "1 .. 2**26 - 1", width);
   check(rotated >= 0 && rotated % 2 == 0, kOp, "rotated", "an even number", rotated);
 }
 
 void Program::check_operand(const char* argument, const Operand& x) const {
   const bool good = x.buffer >= 0 && x.buffer < (int)widths_.size() && x.column >= 0 && x.width >= 1 &&
-                    x.column + x.width <= widths_[x.buffer];
+                    x.width <= widths_[x.buffer] && x.column <= widths_[x.buffer] - x.width;
   check(good, kOp, argument, "columns of one of " + std::to_string(widths_.size()) + " buffers",
         "buffer " + std::to_string(x.buffer) + ", columns from " + std::to_string(x.column));
 }
@@ -111,18 +114,33 @@ int Program::add_cache(const KvCache& cache) {
   check(cache.pages >= 1 && cache.page_size >= 1 && cache.kv_heads >= 1 && cache.size >= rotated_, kOp, "cache",
         "positive sizes, heads of at least " + std::to_string(rotated_), cache.size);
   check(cache.type != KvType::kInt8 || (cache.k_scale && cache.v_scale), kOp, "cache", "scales for int8", "none");
+  const std::lock_guard lock(mutex_);
   caches_.push_back(cache);
   return (int)caches_.size() - 1;
+}
+
+int64_t Program::head_size(int cache) const {
+  check(cache >= 0 && cache < (int)caches_.size(), kOp, "cache", "one that was added", cache);
+  return caches_[cache].size;
 }
 
 int Program::add_experts(const Experts& e) {
   check(e.experts >= 1 && e.top_k >= 1 && e.top_k <= e.experts && e.hidden >= 1 && e.inner >= 1, kOp, "experts",
         "positive sizes, top_k of at most " + std::to_string(e.experts), e.top_k);
+  const std::lock_guard lock(mutex_);
   experts_.push_back(e);
   return (int)experts_.size() - 1;
 }
 
 void Program::add(const Instruction& in) {
+  const std::lock_guard lock(mutex_);
+  const auto apart = [&](const Operand& a, const Operand& b) {
+    const bool good = a.buffer != b.buffer || a.column + a.width <= b.column || b.column + b.width <= a.column;
+    check(good, kOp, "instruction", "a result apart from what is read", "columns of both");
+  };
+  const auto apart_or_same = [&](const Operand& a, const Operand& b) {
+    if (a.buffer != b.buffer || a.column != b.column || a.width != b.width) apart(a, b);
+  };
   const auto same_rows = [&](const Operand& a, const Operand& b) {
     check(picked_[a.buffer] == picked_[b.buffer], kOp, "instruction", "buffers of the same rows", "picked and all");
   };
@@ -153,40 +171,53 @@ void Program::add(const Instruction& in) {
     case Op::kAdd:
       widths(in.from.width, in.from.width);
       same_rows(in.to, in.from);
+      if (in.op == Op::kAdd)
+        apart_or_same(in.to, in.from);
+      else
+        apart(in.to, in.from);
       break;
     case Op::kNorm:
       widths(in.from.width, in.from.width);
       same_rows(in.to, in.from);
+      apart_or_same(in.to, in.from);
       check(in.table && in.eps > 0, kOp, "norm", "a weight and eps above 0", in.eps);
       break;
     case Op::kDense:
       widths(in.dense.n, in.dense.k);
       same_rows(in.to, in.from);
+      apart(in.to, in.from);
       break;
     case Op::kInt4:
       widths(in.packed.n, in.packed.k);
       same_rows(in.to, in.from);
+      apart(in.to, in.from);
       break;
     case Op::kSiluMul:
       widths(in.to.width, 2 * in.to.width);
       same_rows(in.to, in.from);
+      apart(in.to, in.from);
       break;
     case Op::kRotate:
     case Op::kAttend: {
       check(in.index >= 0 && in.index < (int)caches_.size(), kOp, "cache", "one that was added", in.index);
       const KvCache& cache = caches_[in.index];
-      check(in.heads >= 1 && in.heads % cache.kv_heads == 0, kOp, "heads", "a multiple of the kv heads", in.heads);
+      check(in.heads >= 1 && in.heads < kMostWidth && in.heads % cache.kv_heads == 0, kOp, "heads",
+            "a multiple of the kv heads", in.heads);
       check(!picked_[in.from.buffer], kOp, "attention", "buffers of all rows", "picked");
       if (in.op == Op::kRotate) {
         const int64_t width = (in.heads + 2 * cache.kv_heads) * cache.size;
         check(in.from.width == width, kOp, "rotate", std::to_string(width) + " columns", in.from.width);
+        check(in.eps > 0 || (!in.q_norm && !in.k_norm), kOp, "rotate", "eps above 0 with norms", in.eps);
       } else {
         widths(in.heads * cache.size, in.heads * cache.size);
         same_rows(in.to, in.from);
+        apart(in.to, in.from);
+        check(stride(in.to) == in.to.width, kOp, "attention", "a whole buffer for the result", in.to.width);
         check(std::isfinite(in.scale), kOp, "scale", "a finite number", in.scale);
         if (in.gate.buffer >= 0) {
           check_operand("gate", in.gate);
           same_rows(in.to, in.gate);
+          apart(in.to, in.gate);
           check(in.gate.width == in.heads || in.gate.width == in.to.width, kOp, "gate", "a column a head or element",
                 in.gate.width);
         }
@@ -203,6 +234,7 @@ void Program::add(const Instruction& in) {
       check(in.gate.width == e.experts, kOp, "scores", "a column an expert", in.gate.width);
       const bool whole = in.from.column == 0 && in.to.column == 0 && stride(in.from) == e.hidden && stride(in.to) == e.hidden;
       check(whole, kOp, "experts", "whole buffers", "columns");
+      apart(in.to, in.from), apart(in.to, in.gate);
       break;
     }
     case Op::kCount:
@@ -247,6 +279,7 @@ void Program::check_pass(const Pass& p) const {
   check(p.causal >= 0 && p.causal <= p.requests, kOp, "causal", "0.." + std::to_string(p.requests), p.causal);
   check(p.cu_seqlens[0] == 0 && p.cu_seqlens[p.requests] == p.rows, kOp, "cu_seqlens",
         "0 first and " + std::to_string(p.rows) + " last", p.cu_seqlens[p.requests]);
+  check(p.causal == p.requests || p.mask_words >= 1, kOp, "mask_bits", "bits for requests that are trees", p.mask_words);
   for (int64_t b = 0; b < p.requests; b++) {
     const int64_t queries = (int64_t)p.cu_seqlens[b + 1] - p.cu_seqlens[b], keys = p.cache_seqlens[b];
     const int64_t tree = b < p.causal ? queries : p.tree_lens[b];
@@ -263,12 +296,12 @@ void Program::check_pass(const Pass& p) const {
 void Program::run(const Pass& pass) {
   const std::lock_guard lock(mutex_);
   check_pass(pass);
+  touched_ = {};
   if (!pass.rows) return;
   for (size_t i = 0; i < buffers_.size(); i++) {
     const auto floats = (size_t)((picked_[i] ? pass.num_picked : pass.rows) * widths_[i]);
     if (buffers_[i].size() < floats) buffers_[i].resize(floats);
   }
-  touched_ = {};
   for (const Instruction& in : instructions_) {
     if (!profile_) {
       execute(in, pass);
@@ -278,6 +311,11 @@ void Program::run(const Pass& pass) {
     execute(in, pass);
     seconds_[int(in.op)] += std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
   }
+}
+
+std::array<int64_t, 2> Program::experts_touched() {
+  const std::lock_guard lock(mutex_);
+  return touched_;
 }
 
 std::array<double, int(Op::kCount)> Program::profile(bool on) {
@@ -378,8 +416,11 @@ void Program::rotate(const Instruction& in, const Pass& pass) {
     const float *keys = x + in.heads * cache.size, *values = keys + cache.kv_heads * cache.size;
     for (int64_t g = 0; g < cache.kv_heads; g++) {
       const int64_t at = pass.slots[i] * cache.kv_heads + g;
-      store_key(keys + g * cache.size, cache.type, cache.size, cache.keys + at * row_bytes, cache.k_scale + at);
-      store_key(values + g * cache.size, cache.type, cache.size, cache.values + at * row_bytes, cache.v_scale + at);
+      const bool scaled = cache.type == KvType::kInt8;
+      store_key(keys + g * cache.size, cache.type, cache.size, cache.keys + at * row_bytes,
+                scaled ? cache.k_scale + at : nullptr);
+      store_key(values + g * cache.size, cache.type, cache.size, cache.values + at * row_bytes,
+                scaled ? cache.v_scale + at : nullptr);
     }
   });
 }
@@ -388,7 +429,6 @@ void Program::attend(const Instruction& in, const Pass& pass) {
   const KvCache& cache = caches_[in.index];
   const int64_t bytes = bytes_of(cache.type), slot = cache.kv_heads * cache.size * bytes;
   float* out = at(in.to);
-  check(stride(in.to) == in.to.width && in.to.column == 0, kOp, "attention", "a whole buffer", in.to.column);
   // two calls: under the causal mask runs of queries share every chunk of keys, trees need their bits looked at
   for (const bool causal : {true, false}) {
     const int64_t first = causal ? 0 : pass.causal, last = causal ? pass.causal : pass.requests;
@@ -440,9 +480,9 @@ void Program::moe(const Instruction& in, const Pass& pass, int64_t rows) {
     const float* row = scores + i * stride(in.gate);
     std::iota(order.begin(), order.end(), int64_t{0});
     const auto better = [row](int64_t a, int64_t b) { return row[a] != row[b] ? row[a] > row[b] : a < b; };
-    for (int64_t j = 0; j < e.experts; j++)
-      check(!std::isnan(row[j]), kOp, "experts", "scores that are numbers", "nan");
-    std::partial_sort(order.begin(), order.begin() + e.top_k, order.end(), better);
+    // a nan has no rank: its row goes to the first experts, with weights that are nan
+    if (std::none_of(row, row + e.experts, [](float score) { return std::isnan(score); }))
+      std::partial_sort(order.begin(), order.begin() + e.top_k, order.end(), better);
     float total = 0, chosen = 0;
     for (int64_t j = 0; j < e.experts; j++) total += std::exp(row[j] - row[order[0]]);
     for (int64_t j = 0; j < e.top_k; j++) {

@@ -109,6 +109,7 @@ class Program {
   void add(const Instruction& instruction);
 
   int64_t rotated() const { return rotated_; }
+  int64_t head_size(int cache) const;
   // Rows that a pass writes to output `index`; -1 if no instruction stores it.
   int64_t output_rows(int index, const Pass& pass) const;
 
@@ -118,7 +119,7 @@ class Program {
   // Seconds in each Op since the last call, if `on` was asked for; then sets `on`.
   std::array<double, int(Op::kCount)> profile(bool on);
   // (distinct experts of the last pass, summed over its layers; layers)
-  std::array<int64_t, 2> experts_touched() const { return touched_; }
+  std::array<int64_t, 2> experts_touched();
 
  private:
   void check_pass(const Pass& pass) const;

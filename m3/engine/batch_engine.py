@@ -71,6 +71,18 @@ class Engine:
             done.update(completions)
         return [done[index] for index in range(len(done))]
 
+    def stream(self, prompt: Prompt, params: SamplingParams = GREEDY) -> Generator[str]:
+        """Pieces of text of one prompt as they come. Closing it aborts the request; raises as generate()."""
+        if not self._in_use.acquire(blocking=False):
+            raise EngineBusy("engine: stream: want one call at a time; got another one that is not over")
+        try:
+            if self.failure is not None:
+                raise core_failed(self.failure)
+            (assembly,) = self._open([prompt], [params], True)
+            yield from self._stream(assembly)
+        finally:
+            self._in_use.release()
+
     def completions(
         self,
         prompts: Sequence[Prompt],
@@ -140,12 +152,34 @@ class Engine:
                 for assembly in over:
                     yield prompts[assembly.request.id], Completion.of(assembly.request.prompt, [assembly.take()])
         finally:
-            for id in inside if self.failure is None else ():
-                self.core.abort(id)
-            while self.failure is None and inside and self.core.has_work():
+            self._clear(inside)
+
+    def _stream(self, assembly: Assembly) -> Iterator[str]:
+        inside: dict[str, Assembly] = {}
+        try:
+            if not self._add(assembly, inside):
+                raise EngineBusy("engine: stream: want a core with room for a request; got a full one")
+            while inside:
                 for event in self._step():
+                    if event.id not in inside:
+                        continue
+                    if apply(event, assembly):
+                        self.core.abort(event.id, "stop")
                     if isinstance(event, Finished):
-                        inside.pop(event.id, None)
+                        del inside[event.id]
+                if assembly.has_output and (text := assembly.take().text):
+                    yield text
+        finally:
+            self._clear(inside)
+
+    def _clear(self, inside: dict[str, Assembly]) -> None:
+        """Aborts what the core still has, and waits for it."""
+        for id in inside if self.failure is None else ():
+            self.core.abort(id)
+        while self.failure is None and inside and self.core.has_work():
+            for event in self._step():
+                if isinstance(event, Finished):
+                    inside.pop(event.id, None)
 
     def _add(self, assembly: Assembly, inside: dict[str, Assembly]) -> bool:
         request = assembly.request

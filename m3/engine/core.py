@@ -153,8 +153,8 @@ class EngineCore:
     ) -> None:
         """Between two steps: new weights in place, by checkpoint name, or by a function that writes them.
 
-        Tokens from now on carry ``version``. Requests that run compute their keys anew, or with ``keep_keys`` go on with
-        those of the old weights, as asynchronous RL does; finished beginnings are not shared any more.
+        Tokens from now on carry ``version``. Requests that run compute their keys anew, or with ``keep_keys`` go on
+        with those of the old weights, as asynchronous RL does; finished beginnings are not shared any more.
         Raises ValueError, with nothing changed: a name or shape that the model does not have.
         """
         if callable(update):
@@ -246,7 +246,7 @@ class EngineCore:
         self.stats.steps += 1
         self.stats.rows += len(rows.tokens)
         events = self._prompt_events(owed, logits, sum(draw.nodes for draw in draws))
-        for request, start, stop in plan.prefills:
+        for request, _, stop in plan.prefills:
             request.computed = stop
         if hidden is not None and self.drafter is not None:
             for request, first, count in spans:

@@ -27,8 +27,8 @@ def open_target(
     """A model by name, folder or hub repository, with its tokenizer.
 
     Args:
-        weights: how unquantised weights are held: "fp32", "bf16", "fp16", or "int4", rounded here, the head too. What is
-            INT4 on disk stays as it is.
+        weights: how unquantised weights are held: "fp32", "bf16", "fp16", or "int4", rounded here, the head too. What
+            is INT4 on disk stays as it is.
     """
     if weights not in (*WEIGHTS, "int4"):
         raise refuse("engine", "weights", "'fp32', 'bf16', 'fp16' or 'int4'", repr(weights))

@@ -72,7 +72,7 @@ class TargetPass:
     """The target: outputs logits of the picked rows and, with ``aux_layers``, hidden states of all rows.
 
     Args:
-        model: dense or INT4. aux_layers: numbers of layers that have run where hidden states are taken, 0 the embedding.
+        model: dense or INT4. aux_layers: layers that have run where hidden states are taken, 0 for the embedding.
     """
 
     def __init__(

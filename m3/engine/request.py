@@ -1,4 +1,4 @@
-"""One sequence inside the engine: how it is sampled (SamplingParams), where it stands (Request), what it yields (events)."""
+"""One sequence inside the engine: how it is sampled (SamplingParams), where it stands (Request), its events."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Drafting for requests that decode: a tree for each, from the draft model and the target's hidden states.
 
-Row q of the draft's cache stands for token q + 1 and the hidden state of token q, at the slot of token q: the cache uses
-the pages of the target's. Rows are computed from the target's hidden states ("extend") once both are known; a step of
+Row q of the draft's cache stands for token q + 1 and the hidden state of token q, at the slot of token q: the cache
+uses the pages of the target's. Rows are computed from the target's hidden states ("extend") once both are known; a step of
 drafting adds rows of nodes after them ("grow"), which the next extend overwrites. While the engine decodes plainly,
 hidden states wait, and are caught up with in one pass.
 
@@ -156,7 +156,7 @@ class Drafter:
     def _grow(
         self, requests: Sequence[Request], tokens: Tensor, hidden: Tensor, bits: Tensor, step: int, k: int
     ) -> list[Tensor]:
-        """(logits, hidden) of the k nodes of every request; they follow its done rows and the nodes of earlier steps."""
+        """(logits, hidden) of the k nodes of every request; after its done rows and earlier nodes."""
         rows = RowBuilder(self.page_size, self.device)
         for request, chosen in zip(requests, tokens.tolist(), strict=True):
             done = self._known[request.id].done

@@ -1,4 +1,4 @@
-"""New weights for a model that is in use: written in place, by checkpoint name, all of them checked before the first."""
+"""New weights for a model that is in use: written in place, by checkpoint name, all checked before the first."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ OP = "refresh_weights"
 def refresh_weights(model: Decoder, tensors: Mapping[str, Tensor]) -> None:
     """Write ``tensors``, named as in a Hugging Face checkpoint, into the model, where they lie.
 
-    A dense linear takes its weight; an INT4 linear is rounded anew, with its group size, symmetry and scale dtype. Names
+    A dense linear takes its weight; an INT4 linear is rounded anew, with its group size, symmetry, scale dtype. Names
     that are absent stay as they are, but the parts of an INT4 linear that was fused (q, k, v; gate, up) come together.
     Raises:
         ValueError: a name that the model does not have, or a shape; nothing is changed then.

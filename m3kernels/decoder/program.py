@@ -2,8 +2,8 @@
 
 A Program is built once from a model's tensors and run for every step of a server. Its instructions read and write
 buffers of rows in fp32; weights may be fp32, bf16, fp16 or INT4, caches are paged. On a CPU all instructions run in one
-native call; elsewhere, and with M3KERNELS_BACKEND=decoder=reference, torch runs them one by one (run_torch.py), which is
-also what the native pass is tested against.
+native call; elsewhere, and with M3KERNELS_BACKEND=decoder=reference, torch runs them one by one (run_torch.py), which
+is also what the native pass is tested against.
 
     program = Program(rotated=64)
     x = program.buffer(576)
@@ -11,8 +11,8 @@ also what the native pass is tested against.
     ...
     logits, = program.run(batch)
 
-A row's results are bitwise the same whatever rows share the pass: linear, int4_gemm and tree_attention are row-invariant
-on a CPU, and every other instruction looks at one row. The tensors of a program may be changed in place between passes.
+A row's results are bitwise the same whatever rows share the pass: linear, int4_gemm and tree_attention are
+row-invariant on a CPU, and every other instruction looks at one row. The tensors of a program may be changed in place between passes.
 """
 
 from __future__ import annotations

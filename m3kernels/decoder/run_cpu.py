@@ -106,8 +106,7 @@ class NativePass:
 
     def _rotate(self, step: Step) -> None:
         norms = [span(name, norm, torch.float32) for name, norm in zip(("q_norm", "k_norm"), step.tensors, strict=True)]
-        size = self.keep[1][step.index].keys.shape[3]
-        self.native.rotate(columns(step.source), step.index, step.heads, *norms, size, step.number)
+        self.native.rotate(columns(step.source), step.index, step.heads, *norms, step.number)
 
     def _attend(self, step: Step) -> None:
         places = columns(step.to), columns(step.source), columns(step.extra)
