@@ -20,12 +20,12 @@ constexpr const char* kOp = "decoder_pass";
 constexpr int64_t kMost = int64_t{1} << 31;
 constexpr int64_t kMostElements = int64_t{1} << 46;  // of a tensor
 
-using OperandTuple = std::tuple<int, int64_t, int64_t>;                                // buffer, column, width
-using DenseTuple = std::tuple<SpanTuple, int, int64_t, int64_t, SpanTuple, int>;       // weight, type, N, K, bias, type
+using OperandTuple = std::tuple<int, int64_t, int64_t>;                           // buffer, column, width
+using DenseTuple = std::tuple<SpanTuple, int, int64_t, int64_t, SpanTuple, int>;  // weight, type, N, K, bias, type
 using PackedTuple = std::tuple<SpanTuple, SpanTuple, SpanTuple, SpanTuple, int, int64_t, int64_t, int64_t, int64_t,
-                               int64_t>;                                               // as int4's border takes it
+                               int64_t>;  // as int4's border takes it
 using CacheTuple = std::tuple<SpanTuple, SpanTuple, SpanTuple, SpanTuple, int, int64_t, int64_t, int64_t, int64_t>;
-using ArrayTuple = std::tuple<SpanTuple, int64_t, int64_t>;                            // (rows, width) contiguous
+using ArrayTuple = std::tuple<SpanTuple, int64_t, int64_t>;  // (rows, width) contiguous
 
 Operand operand_of(const OperandTuple& tuple) {
   const auto& [buffer, column, width] = tuple;
@@ -60,8 +60,16 @@ int4::Weights packed_of(const PackedTuple& tuple) {
         "-1 or a positive multiple of 16", group_size);
   check(first_k >= 0 && first_k < kMost && first_k % int4::kTileK == 0, kOp, "first_k", "a multiple of 16, >= 0",
         first_k);
-  const int4::Weights w{at<uint8_t>(tiles), at<void>(scales), at<uint8_t>(zeros), at<int32_t>(perm),
-                        (int4::Type)type_of("scales", type), experts, n, k, group_size, first_k};
+  const int4::Weights w{at<uint8_t>(tiles),
+                        at<void>(scales),
+                        at<uint8_t>(zeros),
+                        at<int32_t>(perm),
+                        (int4::Type)type_of("scales", type),
+                        experts,
+                        n,
+                        k,
+                        group_size,
+                        first_k};
   const int64_t groups = elements("scales", {experts, w.n_tiles(), w.groups(), int4::kTileN});
   check_span(kOp, "qweight", tiles, elements("qweight", {experts, w.n_tiles(), w.k_tiles(), int4::kTileWords}), false);
   check_span(kOp, "scales", scales, groups, false);
@@ -188,8 +196,9 @@ std::vector<Array> arrays_of(const char* argument, const std::vector<ArrayTuple>
 // rows: (tokens, positions, slots); sequences: (cu_seqlens, cache_seqlens, tree_lens, block_table, max_pages, causal)
 void run(Program& p, const std::tuple<SpanTuple, SpanTuple, SpanTuple>& rows,
          const std::tuple<SpanTuple, SpanTuple, SpanTuple, SpanTuple, int64_t, int64_t>& sequences,
-         const std::tuple<SpanTuple, int64_t>& mask, SpanTuple picked, const std::tuple<SpanTuple, SpanTuple, int64_t>& angles,
-         const std::vector<ArrayTuple>& inputs, const std::vector<ArrayTuple>& outputs, int threads) {
+         const std::tuple<SpanTuple, int64_t>& mask, SpanTuple picked,
+         const std::tuple<SpanTuple, SpanTuple, int64_t>& angles, const std::vector<ArrayTuple>& inputs,
+         const std::vector<ArrayTuple>& outputs, int threads) {
   const auto& [tokens, positions, slots] = rows;
   const auto& [cu, seqlens, tree, table, max_pages, causal] = sequences;
   const auto& [cos, sin, half] = angles;
@@ -226,7 +235,8 @@ void run(Program& p, const std::tuple<SpanTuple, SpanTuple, SpanTuple>& rows,
   pass.cos = at<float>(cos), pass.sin = at<float>(sin), pass.angles = std::get<1>(cos) / half;
   pass.inputs = arrays_of("inputs", inputs), pass.outputs = arrays_of("outputs", outputs);
   for (size_t i = 0; i < inputs.size(); i++)
-    check(std::get<1>(inputs[i]) == pass.rows, kOp, "inputs", std::to_string(pass.rows) + " rows", std::get<1>(inputs[i]));
+    check(std::get<1>(inputs[i]) == pass.rows, kOp, "inputs", std::to_string(pass.rows) + " rows",
+          std::get<1>(inputs[i]));
   for (size_t i = 0; i < outputs.size(); i++) {
     const int64_t want = p.output_rows((int)i, pass);
     check(want < 0 || std::get<1>(outputs[i]) == want, kOp, "outputs", std::to_string(want) + " rows",
@@ -238,8 +248,8 @@ void run(Program& p, const std::tuple<SpanTuple, SpanTuple, SpanTuple>& rows,
 }
 
 std::vector<std::pair<std::string, double>> profile(Program& p, bool on) {
-  static const char* const kNames[] = {"embed", "load", "store", "pick", "copy", "add", "norm", "dense", "int4",
-                                       "silu_mul", "rotate", "attend", "moe"};
+  static const char* const kNames[] = {"embed", "load", "store",    "pick",   "copy",   "add", "norm",
+                                       "dense", "int4", "silu_mul", "rotate", "attend", "moe"};
   const auto seconds = p.profile(on);
   std::vector<std::pair<std::string, double>> found;
   for (size_t i = 0; i < seconds.size(); i++) found.emplace_back(kNames[i], seconds[i]);
@@ -261,9 +271,12 @@ void bind_program(py::module_& m) {
       .def("add_cache", &add_cache)
       .def("add_packed_experts", &add_packed_experts)
       .def("add_dense_experts", &add_dense_experts)
-      .def("pick", [](Program& p, const OperandTuple& to, const OperandTuple& from) { p.add(plain(Op::kPick, to, from)); })
-      .def("copy", [](Program& p, const OperandTuple& to, const OperandTuple& from) { p.add(plain(Op::kCopy, to, from)); })
-      .def("add", [](Program& p, const OperandTuple& to, const OperandTuple& from) { p.add(plain(Op::kAdd, to, from)); })
+      .def("pick",
+           [](Program& p, const OperandTuple& to, const OperandTuple& from) { p.add(plain(Op::kPick, to, from)); })
+      .def("copy",
+           [](Program& p, const OperandTuple& to, const OperandTuple& from) { p.add(plain(Op::kCopy, to, from)); })
+      .def("add",
+           [](Program& p, const OperandTuple& to, const OperandTuple& from) { p.add(plain(Op::kAdd, to, from)); })
       .def("silu_mul",
            [](Program& p, const OperandTuple& to, const OperandTuple& from) { p.add(plain(Op::kSiluMul, to, from)); })
       .def("load",

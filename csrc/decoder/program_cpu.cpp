@@ -153,7 +153,8 @@ void Program::add(const Instruction& in) {
   if (in.op != Op::kEmbed && in.op != Op::kLoad) check_operand("from", in.from);
   switch (in.op) {
     case Op::kEmbed:
-      check(in.table && in.rows >= 1 && !picked_[in.to.buffer], kOp, "embed", "a table, and a buffer of all rows", "other");
+      check(in.table && in.rows >= 1 && !picked_[in.to.buffer], kOp, "embed", "a table, and a buffer of all rows",
+            "other");
       break;
     case Op::kLoad:
       check(in.index >= 0 && in.index < 64 && !picked_[in.to.buffer], kOp, "load", "an input in 0..63", in.index);
@@ -232,7 +233,8 @@ void Program::add(const Instruction& in) {
       check_operand("scores", in.gate);
       same_rows(in.to, in.gate);
       check(in.gate.width == e.experts, kOp, "scores", "a column an expert", in.gate.width);
-      const bool whole = in.from.column == 0 && in.to.column == 0 && stride(in.from) == e.hidden && stride(in.to) == e.hidden;
+      const bool whole =
+          in.from.column == 0 && in.to.column == 0 && stride(in.from) == e.hidden && stride(in.to) == e.hidden;
       check(whole, kOp, "experts", "whole buffers", "columns");
       apart(in.to, in.from), apart(in.to, in.gate);
       break;
@@ -264,12 +266,14 @@ void Program::check_pass(const Pass& p) const {
     const std::vector<Array>& arrays = load ? p.inputs : p.outputs;
     const int64_t width = load ? in.to.width : in.from.width;
     const bool good = in.index < (int)arrays.size() && arrays[in.index].width == width;
-    check(good, kOp, load ? "inputs" : "outputs", "one of " + std::to_string(width) + " columns at " + std::to_string(in.index),
+    check(good, kOp, load ? "inputs" : "outputs",
+          "one of " + std::to_string(width) + " columns at " + std::to_string(in.index),
           in.index < (int)arrays.size() ? arrays[in.index].width : -1);
   }
   for (const KvCache& cache : caches_) slots = std::min(slots, cache.pages * cache.page_size);
   for (int64_t i = 0; i < p.rows; i++) {
-    check(p.tokens[i] >= 0 && p.tokens[i] < vocabulary, kOp, "tokens", "0.." + std::to_string(vocabulary - 1), p.tokens[i]);
+    check(p.tokens[i] >= 0 && p.tokens[i] < vocabulary, kOp, "tokens", "0.." + std::to_string(vocabulary - 1),
+          p.tokens[i]);
     check(p.positions[i] >= 0 && p.positions[i] < p.angles, kOp, "positions", "0.." + std::to_string(p.angles - 1),
           p.positions[i]);
     check(p.slots[i] >= 0 && p.slots[i] < slots, kOp, "slots", "0.." + std::to_string(slots - 1), p.slots[i]);
@@ -279,7 +283,8 @@ void Program::check_pass(const Pass& p) const {
   check(p.causal >= 0 && p.causal <= p.requests, kOp, "causal", "0.." + std::to_string(p.requests), p.causal);
   check(p.cu_seqlens[0] == 0 && p.cu_seqlens[p.requests] == p.rows, kOp, "cu_seqlens",
         "0 first and " + std::to_string(p.rows) + " last", p.cu_seqlens[p.requests]);
-  check(p.causal == p.requests || p.mask_words >= 1, kOp, "mask_bits", "bits for requests that are trees", p.mask_words);
+  check(p.causal == p.requests || p.mask_words >= 1, kOp, "mask_bits", "bits for requests that are trees",
+        p.mask_words);
   for (int64_t b = 0; b < p.requests; b++) {
     const int64_t queries = (int64_t)p.cu_seqlens[b + 1] - p.cu_seqlens[b], keys = p.cache_seqlens[b];
     const int64_t tree = b < p.causal ? queries : p.tree_lens[b];
@@ -348,7 +353,8 @@ void Program::execute(const Instruction& in, const Pass& pass) {
     }
     case Op::kStore: {
       const Array& output = pass.outputs[in.index];
-      for (int64_t i = 0; i < rows; i++) std::memcpy(output.data + i * output.stride, from + i * from_stride, width * 4);
+      for (int64_t i = 0; i < rows; i++)
+        std::memcpy(output.data + i * output.stride, from + i * from_stride, width * 4);
       break;
     }
     case Op::kPick:
@@ -514,7 +520,8 @@ void Program::moe(const Instruction& in, const Pass& pass, int64_t rows) {
     x.resize(count * e.hidden), up.resize(count * 2 * e.inner);
     for (int64_t i = 0; i < count; i++)
       std::memcpy(x.data() + i * e.hidden, from + pairs[i] / e.top_k * e.hidden, e.hidden * 4);
-    const Dense w13{e.dense13 + expert * 2 * e.inner * e.hidden * bytes, e.type, 2 * e.inner, e.hidden, nullptr, e.type};
+    const Dense w13{
+        e.dense13 + expert * 2 * e.inner * e.hidden * bytes, e.type, 2 * e.inner, e.hidden, nullptr, e.type};
     const Dense w2{e.dense2 + expert * e.hidden * e.inner * bytes, e.type, e.hidden, e.inner, nullptr, e.type};
     linear(w13, x.data(), e.hidden, up.data(), 2 * e.inner, count, pass.threads);
     for (int64_t i = 0; i < count; i++)

@@ -1,9 +1,10 @@
 // A pass through the layers of a decoder as a list of instructions over buffers of fp32 rows, run in one call.
 //
-// A buffer holds `width` floats for each of the pass's rows, or for the rows that were picked. Weights, caches and tables
-// are addresses: whoever builds a program keeps their tensors alive, and may change what is in them between passes. Every
-// instruction computes a row from that row alone (attention: from the keys it attends to), in an order of operations
-// that is fixed, so a row's results are bitwise the same whatever rows share the pass, and for every thread count.
+// A buffer holds `width` floats for each of the pass's rows, or for the rows that were picked. Weights, caches and
+// tables are addresses: whoever builds a program keeps their tensors alive, and may change what is in them between
+// passes. Every instruction computes a row from that row alone (attention: from the keys it attends to), in an order of
+// operations that is fixed, so a row's results are bitwise the same whatever rows share the pass, and for every thread
+// count.
 #pragma once
 #include <array>
 #include <cstdint>
@@ -18,19 +19,19 @@
 namespace m3::decoder {
 
 enum class Op : int {
-  kEmbed,     // to = table[token]
-  kLoad,      // to = input
-  kStore,     // output = from
-  kPick,      // to (picked) = from
-  kCopy,      // to = from
-  kAdd,       // to += from
-  kNorm,      // to = rms_norm(from)
-  kDense,     // to = W from
-  kInt4,      // to = W from
-  kSiluMul,   // to = silu(first half of from) * second half
-  kRotate,    // rotates queries and keys of from in place, keys and values go to the cache
-  kAttend,    // to = attention(from)
-  kMoe,       // to = experts(from), routed by scores
+  kEmbed,    // to = table[token]
+  kLoad,     // to = input
+  kStore,    // output = from
+  kPick,     // to (picked) = from
+  kCopy,     // to = from
+  kAdd,      // to += from
+  kNorm,     // to = rms_norm(from)
+  kDense,    // to = W from
+  kInt4,     // to = W from
+  kSiluMul,  // to = silu(first half of from) * second half
+  kRotate,   // rotates queries and keys of from in place, keys and values go to the cache
+  kAttend,   // to = attention(from)
+  kMoe,      // to = experts(from), routed by scores
   kCount
 };
 
@@ -53,7 +54,7 @@ struct KvCache {
 
 struct Experts {
   bool packed;
-  int4::Weights w13, w2;      // packed
+  int4::Weights w13, w2;         // packed
   const char *dense13, *dense2;  // (E, 2 I, D) and (E, D, I)
   Type type;
   int64_t experts, top_k, hidden, inner;
@@ -62,12 +63,12 @@ struct Experts {
 
 struct Instruction {
   Op op;
-  Operand to, from, gate;     // kMoe: gate is the router's scores
+  Operand to, from, gate;       // kMoe: gate is the router's scores
   const void* table = nullptr;  // kEmbed; kNorm: fp32 weight
-  Type type = Type::kF32;     // of table
-  int64_t rows = 0;           // of table
+  Type type = Type::kF32;       // of table
+  int64_t rows = 0;             // of table
   float eps = 0;
-  int index = 0;              // kLoad, kStore: which; kRotate, kAttend: which cache; kMoe: which experts
+  int index = 0;  // kLoad, kStore: which; kRotate, kAttend: which cache; kMoe: which experts
   Dense dense{};
   int4::Weights packed{};
   const float* bias = nullptr;  // kInt4
@@ -86,9 +87,9 @@ struct Array {
 // The rows of one pass, sorted by request; requests 0 .. causal - 1 attend causally, the others by their mask bits.
 struct Pass {
   int64_t rows, requests, causal;
-  const int64_t *tokens, *positions, *slots;  // (rows,); a slot is page * page_size + offset
+  const int64_t *tokens, *positions, *slots;              // (rows,); a slot is page * page_size + offset
   const int32_t *cu_seqlens, *cache_seqlens, *tree_lens;  // (requests + 1,), (requests,), (requests,)
-  const int32_t* block_table;  // (requests, max_pages)
+  const int32_t* block_table;                             // (requests, max_pages)
   int64_t max_pages;
   const int32_t* mask_bits;  // (rows of the other requests, mask_words)
   int64_t mask_words;

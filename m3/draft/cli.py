@@ -97,7 +97,7 @@ def train(
 ) -> None:
     """Let a model respond to prompts, train a draft on what it said, and measure it. The same command goes on."""
     from m3.cli import Bar, console, open_model, set_threads
-    from m3.draft.generate import DecoderGenerator, Plan, fill
+    from m3.draft.generate import EngineGenerator, Plan, fill
     from m3.draft.hidden import teach
     from m3.draft.prompts import read_prompts
     from m3.draft.store import HELD_OUT, TRAIN
@@ -123,9 +123,9 @@ def train(
     with store, cache:
         if store.tokens(TRAIN) < tokens:
             with Bar("response tokens") as bar:
-                generator = DecoderGenerator(model, aux_layers=aux_layers)
+                generator = EngineGenerator(model)
                 plan = Plan(tokens=tokens, max_tokens=max_tokens)
-                fill(store, generator, texts, tokenizer, plan, cache=cache, progress=bar.step)
+                fill(store, generator, texts, tokenizer, plan, progress=bar.step)
         chosen, held_out = store.first(TRAIN, tokens), store.group(HELD_OUT)
         with Bar("teacher pass") as bar:
             teach(model, [*chosen, *tested(store)], cache, aux_layers, progress=bar.step)
@@ -164,7 +164,7 @@ def evaluate(
 ) -> None:
     """Acceptance length of a draft, greedy: held-out prompts and prompts of no template."""
     from m3.cli import Bar, open_model, set_threads
-    from m3.draft.generate import DecoderGenerator, Plan, fill
+    from m3.draft.generate import EngineGenerator, Plan, fill
     from m3.draft.hidden import teach
     from m3.draft.prompts import read_prompts
     from m3.draft.train import write_whole
@@ -178,9 +178,9 @@ def evaluate(
     with store, cache:
         if not tested(store):
             with Bar("responses") as bar:
-                generator = DecoderGenerator(model, aux_layers=aux_layers)
+                generator = EngineGenerator(model)
                 texts = dataclasses.replace(read_prompts(prompts), train=())
-                fill(store, generator, texts, tokenizer, Plan(), cache=cache, progress=bar.step)
+                fill(store, generator, texts, tokenizer, Plan(), progress=bar.step)
         with Bar("teacher pass") as bar:
             teach(model, tested(store), cache, aux_layers, progress=bar.step)
         found = measure(net, store, cache, shapes, responses)

@@ -98,8 +98,8 @@ class Speculation:
 
     shapes: the controller chooses among these and no speculation, by measured speed; with adaptive False the first is
         always used. shared_noise: rank drafts with the noise that draws the tokens, from this temperature on (0:
-        never); it never changes a token (docs/numerics.md). expert_budget: for a mixture of experts, keep as many nodes as are
-        worth the experts that they touch.
+        never); it never changes a token (docs/numerics.md). expert_budget: for a mixture of experts, keep as many nodes
+        as are worth the experts that they touch.
     """
 
     shapes: tuple[Shape, ...] = CHAINS

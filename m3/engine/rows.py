@@ -85,14 +85,13 @@ class SamplingTensors:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self._ids: tuple[str, ...] = ()
+        self._requests: list[Request] = []  # themselves, not their ids, which may come again
         self._made: dict[str, Any] = {}
 
     def of(self, requests: Sequence[Request]) -> dict[str, Any]:
         """Keyword arguments of tree_verify, position aside."""
-        ids = tuple(request.id for request in requests)
-        if ids != self._ids:
-            self._ids, self._made = ids, self._make(requests)
+        if not self._made or list(requests) != self._requests:
+            self._requests, self._made = list(requests), self._make(requests)
         return self._made
 
     def _make(self, requests: Sequence[Request]) -> dict[str, Any]:

@@ -1,8 +1,8 @@
 """Drafting for requests that decode: a tree for each, from the draft model and the target's hidden states.
 
 Row q of the draft's cache stands for token q + 1 and the hidden state of token q, at the slot of token q: the cache
-uses the pages of the target's. Rows are computed from the target's hidden states ("extend") once both are known; a step of
-drafting adds rows of nodes after them ("grow"), which the next extend overwrites. While the engine decodes plainly,
+uses the pages of the target's. Rows are computed from the target's hidden states ("extend") once both are known; a step
+of drafting adds rows of nodes after them ("grow"), which the next extend overwrites. While the engine decodes plainly,
 hidden states wait, and are caught up with in one pass.
 
 Where a prompt's beginning is shared, its last row may stem from another request's next token: that can cost a draft,

@@ -1,7 +1,8 @@
 """Runs a Program instruction by instruction in torch: on a GPU, and as what the native pass is tested against.
 
 Products, experts and attention are the ops of m3kernels (whichever room serves them), the rest is torch in fp32; with
-``dtype=torch.float64`` everything is plain torch in fp64, dequantised weights and attention included.
+``dtype=torch.float64`` everything is plain torch in fp64, dequantised weights and attention included: only what the
+caches hold is rounded to their dtype.
 """
 
 from __future__ import annotations
@@ -12,14 +13,53 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from m3kernels.checks import refuse
 from m3kernels.decoder.ops import linear
 from m3kernels.int4 import int4_dequantize, int4_gemm, int4_moe
 from m3kernels.spec_decode import tree_attention
+from m3kernels.spec_decode.reference import tree_attention as tree_attention64
 
 if TYPE_CHECKING:
     from m3kernels.decoder.program import Batch, Columns, Program, Step
 
+OP = "decoder_pass"
 INT8_MOST = 127.0
+MASK_BITS = 32  # in a word
+
+
+def check_values(program: Program, batch: Batch) -> None:
+    """What the native pass checks of the numbers in a batch, on a CPU only: reading them on a GPU would synchronise."""
+
+    def within(name: str, values: Tensor, most: int, least: int = 0) -> None:
+        wrong = values[(values < least) | (values > most)]
+        if len(wrong):
+            raise refuse(OP, name, f"{least}..{most}", str(int(wrong[0])))
+
+    rows, requests, causal = len(batch.tokens), len(batch.cache_seqlens), batch.causal
+    tables = [step.tensors[0] for step in program.steps if step.op == "embed"]
+    if tables:
+        within("tokens", batch.tokens, min(len(table) for table in tables if table is not None) - 1)
+    within("positions", batch.positions, len(program.cos) - 1)
+    if program.caches:
+        within("slots", batch.slots, min(cache.keys.shape[:2].numel() for cache in program.caches) - 1)
+    within("picked", batch.picked, rows - 1)
+    starts = batch.cu_seqlens
+    if int(starts[0]) != 0 or int(starts[-1]) != rows or bool((starts.diff() < 0).any()):
+        raise refuse(OP, "cu_seqlens", f"ascending values, 0 first and {rows} last", f"{starts.tolist()[:8]}")
+    words = 0 if batch.mask_bits is None else batch.mask_bits.shape[1]
+    lens = starts.diff()
+    if causal < requests:
+        assert batch.tree_lens is not None and batch.mask_bits is not None
+        others = rows - int(starts[causal])
+        if len(batch.mask_bits) != others or not words:
+            raise refuse(OP, "mask_bits", f"bits of {others} rows", batch.mask_bits)
+        within("tree_lens", batch.tree_lens[causal:], words * MASK_BITS)
+        lens = torch.cat((lens[:causal], batch.tree_lens[causal:]))
+    if bool((batch.cache_seqlens < lens).any()):
+        raise refuse(OP, "cache_seqlens", f"at least {lens.tolist()[:8]}", f"{batch.cache_seqlens.tolist()[:8]}")
+    most = int(batch.cache_seqlens.max()) if requests else 0
+    if any(most > batch.block_table.shape[1] * cache.keys.shape[1] for cache in program.caches):
+        raise refuse(OP, "block_table", f"pages for {most} keys", batch.block_table)
 
 
 class TorchPass:
@@ -36,6 +76,8 @@ class TorchPass:
 
     def run(self, batch: Batch, inputs: tuple[Tensor, ...]) -> list[Tensor]:
         program, device = self.program, self.program.device
+        if device.type == "cpu":
+            check_values(program, batch)
         rows = (len(batch.tokens), len(batch.picked))
         self.buffers = [
             torch.empty(rows[picked], width, dtype=self.dtype, device=device)
@@ -149,17 +191,19 @@ class TorchPass:
             if not causal:
                 assert batch.tree_lens is not None
                 given |= {"mask_bits": batch.mask_bits, "tree_lens": batch.tree_lens[first:last]}
-            found = tree_attention(
-                queries[start:stop].float().contiguous(),
+            if self.dtype == torch.float64:
+                given = {"mask_bits": None, "window": 0} | given
+            found = (tree_attention64 if self.dtype == torch.float64 else tree_attention)(
+                queries[start:stop].contiguous(),
                 cache.keys,
                 cache.values,
                 batch.block_table[first:last],
                 batch.cache_seqlens[first:last],
-                gate=None if gate is None else gate[start:stop].float().contiguous(),
+                gate=None if gate is None else gate[start:stop].contiguous(),
                 softmax_scale=step.number,
                 **given,
             )
-            out[start:stop] = found.to(self.dtype)
+            out[start:stop] = found
 
     def _moe(self, step: Step) -> None:
         x, scores = self.at(step.source), self.at(step.extra)

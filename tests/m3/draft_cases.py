@@ -7,8 +7,8 @@ from pathlib import Path
 
 import torch
 
-from m3.draft.generate import DecoderGenerator, Request
-from m3.draft.hidden import StateCache
+from m3.draft.generate import EngineGenerator, Request
+from m3.draft.hidden import StateCache, teach
 from m3.draft.store import HELD_OUT, TRAIN, Response
 from m3.models.decoder import Decoder
 
@@ -39,14 +39,12 @@ def make_material(
     hidden_size = model.config.hidden_size
     cache = StateCache(folder, fingerprint=MARK, aux_layers=AUX_LAYERS, hidden_size=hidden_size)
     prompts = random_prompts(train + held_out, model.config.vocab_size)
-    generator = DecoderGenerator(model, batch=8, aux_layers=AUX_LAYERS)
+    generator = EngineGenerator(model, batch=8)
     found: dict[int, Response] = {}
     for number, tokens in generator.generate([Request(prompt, 0.0, 0, max_tokens) for prompt in prompts]):
         group, index = (TRAIN, number) if number < train else (HELD_OUT, number - train)
         prompt, response = tuple(prompts[number]), tuple(tokens)
         found[number] = Response(group=group, index=index, prompt=prompt, response=response, temperature=0.0, seed=0)
-        states = generator.states()
-        assert states is not None
-        cache.append(group, index, *states)
     ordered = [found[number] for number in range(len(prompts))]
+    teach(model, ordered, cache, AUX_LAYERS)
     return Material(train=ordered[:train], held_out=ordered[train:], cache=cache)

@@ -1,4 +1,4 @@
-"""Filling a store: the plain generator against one sequence at a time, its states against transformers', resumption."""
+"""Filling a store: the engine's replies against one sequence at a time, states against transformers', resumption."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 import torch
 from draft_cases import AUX_LAYERS, MARK, make_material, random_prompts
 
-from m3.draft.generate import DecoderGenerator, Plan, Request, fill, requests_of
+from m3.draft.generate import EngineGenerator, Plan, Request, fill, requests_of
 from m3.draft.hidden import Probe, StateCache, teach
 from m3.draft.prompts import PromptSet
 from m3.draft.store import HELD_OUT, OUT_OF_TEMPLATE, TRAIN, Response, Store
@@ -34,18 +34,18 @@ def model(llama):
     return found
 
 
-# -- the plain generator ----------------------------------------------------------------------------------------------
+# -- the generator ----------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("batch", [1, 3, 16])
 def test_greedy_is_one_sequence_at_a_time(model, batch):
     prompts = random_prompts(7, 99)
-    replies = dict(DecoderGenerator(model, batch=batch).generate([Request(prompt, 0.0, 0, 25) for prompt in prompts]))
+    replies = dict(EngineGenerator(model, batch=batch).generate([Request(prompt, 0.0, 0, 25) for prompt in prompts]))
     for number, prompt in enumerate(prompts):
         alone = list(generate(model, prompt, Sampling(max_tokens=25)))
         assert replies[number] == (alone if len(alone) == 25 else [*alone, 2])
 
 
 def test_no_requests_no_replies(model):
-    assert list(DecoderGenerator(model).generate([])) == []
+    assert list(EngineGenerator(model).generate([])) == []
 
 
 def test_tokens_have_the_law_of_the_temperature(model):
@@ -54,7 +54,7 @@ def test_tokens_have_the_law_of_the_temperature(model):
     with torch.inference_mode():
         law = (model(torch.tensor([prompt]))[0, -1].double() / heat).softmax(-1)
     requests = [Request(prompt, heat, seed, 1) for seed in range(count)]
-    drawn = torch.tensor([tokens[0] for _, tokens in DecoderGenerator(model, batch=500).generate(requests)])
+    drawn = torch.tensor([tokens[0] for _, tokens in EngineGenerator(model, batch=500).generate(requests)])
     top = law.topk(9).indices
     wanted = torch.cat((law[top], 1 - law[top].sum().view(1))) * count
     got = torch.stack([*((drawn == token).sum() for token in top), (~torch.isin(drawn, top)).sum()])
@@ -63,10 +63,10 @@ def test_tokens_have_the_law_of_the_temperature(model):
 
 def test_a_seed_repeats_whatever_the_batch(model):
     requests = [Request(prompt, 1.0, seed, 20) for seed, prompt in enumerate(random_prompts(6, 99))]
-    alone, together = (dict(DecoderGenerator(model, batch=batch).generate(requests)) for batch in (1, 6))
+    alone, together = (dict(EngineGenerator(model, batch=batch).generate(requests)) for batch in (1, 6))
     assert alone == together
     other = [request._replace(seed=request.seed + 100) for request in requests]
-    assert dict(DecoderGenerator(model).generate(other)) != together
+    assert dict(EngineGenerator(model).generate(other)) != together
 
 
 # -- states -----------------------------------------------------------------------------------------------------------
@@ -92,7 +92,7 @@ def check_states(llama: tuple, cache: StateCache, one: Response) -> None:
 
 
 @pytest.mark.parametrize("index", [0, 3, 11])
-def test_states_kept_while_generating_are_those_of_transformers(llama, model, tmp_path, index):
+def test_states_are_those_of_transformers(llama, model, tmp_path, index):
     material = make_material(model, tmp_path)
     check_states(llama, material.cache, material.train[index])
 
@@ -161,7 +161,7 @@ def test_a_second_pass_has_other_temperatures_and_seeds():
     assert [request.temperature for _, request in held_out] == [0.0, 0.0]
 
 
-class Stopping(DecoderGenerator):
+class Stopping(EngineGenerator):
     """Stops with an error after some replies."""
 
     def __init__(self, *args: object, after: int, **options: object) -> None:
@@ -181,15 +181,13 @@ def test_a_stopped_run_goes_on_and_ends_as_one_that_was_not(model, tmp_path):
     ends = []
     for name, stops in (("whole", ()), ("stopped", (2, 1, 4))):
         for after in (*stops, 1000):
-            cache = StateCache(tmp_path / name, fingerprint=MARK, aux_layers=AUX_LAYERS, hidden_size=64)
             store = Store(tmp_path / f"{name}.jsonl", target="tiny", fingerprint=MARK)
-            generator = Stopping(model, batch=4, aux_layers=AUX_LAYERS, after=after)
-            with store, cache:
+            generator = Stopping(model, batch=4, after=after)
+            with store:
                 try:
-                    fill(store, generator, PROMPTS, Letters(), plan, cache=cache)
+                    fill(store, generator, PROMPTS, Letters(), plan)
                 except KeyboardInterrupt:
                     assert after < 1000
-                assert all((one.group, one.index) in cache for one in store.responses)
                 end = {(one.group, one.index): one for one in store.responses}
         ends.append(end)
         assert store.tokens(TRAIN) >= 60
@@ -199,7 +197,7 @@ def test_a_stopped_run_goes_on_and_ends_as_one_that_was_not(model, tmp_path):
 
 def test_prompts_that_run_out_end_the_plan(model, tmp_path):
     with Store(tmp_path / "store.jsonl", target="tiny", fingerprint=MARK) as store:
-        fill(store, DecoderGenerator(model), PROMPTS, Letters(), Plan(tokens=10**6, max_tokens=2, passes=2))
+        fill(store, EngineGenerator(model), PROMPTS, Letters(), Plan(tokens=10**6, max_tokens=2, passes=2))
         assert len(store.group(TRAIN)) == 6
 
 
