@@ -193,7 +193,7 @@ class DraftPass:
         kv_dtype: torch.dtype,
         max_context: int,
         weights: str = "bf16",
-        group_size: int = 64,
+        group_size: int = 32,
     ) -> None:
         if weights not in ("fp32", "bf16", "int4"):
             raise refuse("engine", "draft_weights", "'fp32', 'bf16' or 'int4'", repr(weights))

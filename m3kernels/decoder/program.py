@@ -294,7 +294,7 @@ class Program:
     def attend(
         self, to: Columns, queries: Columns, cache: int, heads: int, scale: float, gate: Columns | None = None
     ) -> None:
-        """to = attention of queries over the cache, times sigmoid(gate), one a head or an element; to is a whole buffer."""
+        """to = attention of queries over the cache, times sigmoid(gate), one a head or element; to: a whole buffer."""
         width = heads * self._heads(cache, heads)[1]
         self._check(queries, width=width, picked=False)
         self._pair(to, queries)

@@ -40,6 +40,15 @@ def packed(weight: Int4Weight) -> tuple[Any, ...]:
     return (*spans, TYPE[weight.scales.dtype], *numbers)
 
 
+def aliases(program: Program) -> list[Tensor]:
+    """Every tensor of a program under a name of its own: its memory stays, whatever becomes of the caller's tensor."""
+    weights = [weight for step in program.steps for weight in (step.weight, step.weight2) if weight is not None]
+    found = [tensor for step in program.steps for tensor in step.tensors]
+    found += [part for w in weights for part in (w.qweight, w.scales, w.zeros, w.perm)]
+    found += [part for cache in program.caches for part in (cache.keys, cache.values, cache.k_scale, cache.v_scale)]
+    return [tensor.detach() for tensor in (*found, program.cos, program.sin) if tensor is not None]
+
+
 def columns(part: Columns | None) -> tuple[int, int, int]:
     return (-1, 0, 0) if part is None else (part.buffer, part.first, part.width)
 
@@ -49,8 +58,8 @@ class NativePass:
 
     def __init__(self, program: Program) -> None:
         self.outputs = list(program.outputs)
-        self.cos, self.sin = program.cos, program.sin
-        self.keep = (list(program.steps), list(program.caches))  # their addresses are in the native program
+        self.keep = aliases(program)  # their addresses are in the native program
+        self.cos, self.sin = self.keep[-2:]
         self.native = _cpu_ext.DecoderProgram(program.widths, program.picked, program.rotated)
         for cache in program.caches:
             self._cache(cache)

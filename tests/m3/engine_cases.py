@@ -148,18 +148,20 @@ def drain(core: EngineCore, answers: dict[str, Answer], *, steps: int = 10_000) 
         core.scheduler.check()
 
 
-def together(core: EngineCore, cases: Sequence[Ask]) -> list[Answer]:
-    """The answers to requests that are all there from the start."""
-    answers = {str(index): Answer() for index in range(len(cases))}
+def together(core: EngineCore, cases: Sequence[Ask], *, first: int = 0, stagger: int = 0) -> list[Answer]:
+    """The answers to requests ``first`` .. that are all there from the start, or come ``stagger`` at a time, a step."""
+    answers = {str(first + index): Answer() for index in range(len(cases))}
     for index, ask in enumerate(cases):
-        add(core, ask, str(index))
+        add(core, ask, str(first + index))
+        if stagger and index % stagger == 0:
+            drain(core, answers, steps=1)
     drain(core, answers)
     assert_empty(core)
     return list(answers.values())
 
 
 def one_by_one(core: EngineCore, cases: Sequence[Ask]) -> list[Answer]:
-    return [together(core, [ask])[0] for ask in cases]
+    return [together(core, [ask], first=index)[0] for index, ask in enumerate(cases)]
 
 
 def assert_empty(core: EngineCore) -> None:
@@ -176,11 +178,30 @@ def plain_core(model: Decoder, **config: Any) -> EngineCore:
     return EngineCore(model, EngineConfig(**{"num_pages": 200, **config}))
 
 
+@dataclasses.dataclass
+class Reference:
+    """What a plain engine gives, one request at a time and sharing nothing: all else is compared with it."""
+
+    asks: list[Ask]
+    answers: list[Answer]
+    logits: dict[tuple[str, int], Tensor]  # by request and position
+    longer: list[list[int]]  # prompt and answer, past the answer's end
+
+    def truth(self, request: Request) -> list[int]:
+        return self.longer[int(request.id)]
+
+
 @cache
-def plain_answers(family: str, weights: str, kv_dtype: str, count: int) -> list[Answer]:
-    """One request at a time, without a draft, without sharing: what everything else is compared with."""
+def reference(family: str = "llama", weights: str = "fp32", kv_dtype: str = "fp32", count: int = 12) -> Reference:
+    cases = asks(count)
     core = plain_core(target(family, weights), kv_dtype=kv_dtype, prefix_reuse=False)
-    return one_by_one(core, asks(count))
+    longer = [
+        Ask(ask.prompt, dataclasses.replace(ask.params, max_tokens=ask.params.max_tokens + 12, ignore_eos=True), ask.seed)
+        for ask in cases
+    ]
+    whole = [ask.prompt + answer.tokens for ask, answer in zip(longer, one_by_one(core, longer), strict=True)]
+    logits = Logits(core, lambda request: whole[int(request.id)])
+    return Reference(cases, one_by_one(core, cases), logits.rows, whole)
 
 
 def drawn(answers: Sequence[Answer]) -> list[tuple[object, ...]]:
@@ -248,25 +269,6 @@ def knowing_core(
     assert core.drafter is not None
     core.drafter = KnowingDrafter(core.drafter, truth, skill)
     return core
-
-
-@cache
-def long_answers(family: str, weights: str, kv_dtype: str, count: int) -> list[list[int]]:
-    """Prompt and answer of every ask, past its end."""
-    core = plain_core(target(family, weights), kv_dtype=kv_dtype)
-    longer = [
-        Ask(
-            ask.prompt,
-            dataclasses.replace(ask.params, max_tokens=ask.params.max_tokens + 12, ignore_eos=True),
-            ask.seed,
-        )
-        for ask in asks(count)
-    ]
-    return [ask.prompt + answer.tokens for ask, answer in zip(longer, together(core, longer), strict=True)]
-
-
-def truth_by_number(answers: Sequence[Sequence[int]]) -> Callable[[Request], Sequence[int]]:
-    return lambda request: answers[int(request.id)]
 
 
 def fixed(shape: Shape, **options: Any) -> Speculation:
