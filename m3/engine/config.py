@@ -46,7 +46,7 @@ class EngineConfig:
         _check(op, "max_context", self.max_context, 0, 2**31 - 1)
         _check(op, "max_running", self.max_running, 1, 4096)
         _check(op, "max_step_tokens", self.max_step_tokens, 1, 2**20)
-        _check(op, "max_waiting", self.max_waiting, 0, 2**31 - 1)
+        _check(op, "max_waiting", self.max_waiting, 1, 2**31 - 1)
         if self.kv_dtype not in KV_DTYPES:
             raise refuse(op, "kv_dtype", ", ".join(map(repr, KV_DTYPES)), repr(self.kv_dtype))
         if self.max_step_tokens < self.max_running:

@@ -158,7 +158,10 @@ class EngineCore:
         Raises ValueError, with nothing changed: a name or shape that the model does not have.
         """
         if callable(update):
-            update()
+            try:
+                update()
+            except ValueError as error:  # a ValueError of ours promises that nothing was changed
+                raise RuntimeError(f"{OP}: update_weights: the function failed, perhaps half way: {error}") from error
         else:
             refresh_weights(self.model, update)
         self.target.rebuild()

@@ -153,7 +153,7 @@ def test_int4_is_int4_gemm(symmetric: bool, group_size: int, activations: str) -
 # -- experts ----------------------------------------------------------------------------------------------------------
 def routed(scores: Tensor, top_k: int, rescale: bool) -> tuple[Tensor, Tensor]:
     """(ids, weights) of the experts with the largest scores, ties to the lower."""
-    ids = scores.sort(-1, descending=True, stable=True).indices[:, :top_k]
+    ids = scores.sort(dim=-1, descending=True, stable=True).indices[:, :top_k]
     weights = scores.double().softmax(-1).gather(1, ids)
     return ids, weights / weights.sum(-1, keepdim=True) if rescale else weights
 

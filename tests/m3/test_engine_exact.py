@@ -85,7 +85,7 @@ def test_plain_batches(config):
     answers = together(core, want.asks)
     assert drawn(answers) == drawn(want.answers)
     assert_same_logits(logits, want.logits)
-    assert (core.stats.preemptions > 0) == (config.get("num_pages") == 60)
+    assert (core.stats.preemptions > 0) == (config.get("page_size") == 1 and config["num_pages"] < 100)
 
 
 @pytest.mark.parametrize("threads", [1, 2], indirect=True)
@@ -273,7 +273,7 @@ def test_max_tokens(shape, most):
 
 
 @pytest.mark.parametrize("shape", [Shape.chain(1), CHAIN, NARROW, WIDE], ids=str)
-@pytest.mark.parametrize("context", [41, 44])
+@pytest.mark.parametrize("context", [41, 60])
 def test_the_end_of_the_context(shape, context):
     want, model = reference(), target("llama")
     asked = [
@@ -289,4 +289,4 @@ def test_the_end_of_the_context(shape, context):
         model, make_draft(model), config, fixed(shape), lambda request: whole[int(request.id)], skill=1.0
     )
     assert drawn(together(core, asked)) == drawn(plain)
-    assert core.stats.accepted > 0
+    assert core.stats.accepted > 0 or shape.slots > context - 40  # the longest prompt has 40 tokens
