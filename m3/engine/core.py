@@ -8,6 +8,7 @@ chunks, preemption, shared prefixes and speculation decide when a token comes, a
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -63,7 +64,7 @@ class _Draw:
     request: Request
     row: int  # of the pass
     nodes: int
-    tree: bool = False
+    tree: int = -1  # of the trees drafted; -1: none
 
 
 class EngineCore:
@@ -234,14 +235,14 @@ class EngineCore:
                 spans.append((request, first, 1))
                 draws.append(_Draw(request, first, 1))
         causal = len(rows.requests)
-        batch_of_trees: dict[str, Any] = {}
+        masks: dict[str, Any] = {}
         if tree is not None:
-            batch_of_trees = self._add_trees(rows, plan.decodes, tree, draws)
+            masks = self._add_trees(rows, plan.decodes, tree, draws)
         rows.picked = [draw.row + node for draw in draws for node in range(draw.nodes)]
         for _, start, stop, first in owed:
             rows.picked += range(first, first + stop - start)
         pass_started = time.perf_counter()
-        outputs = self.target.program.run(rows.batch(causal, **batch_of_trees))
+        outputs = self.target.program.run(rows.batch(causal, **masks))
         if tree is not None or self.cost.count < 64:
             touched, layers = self.target.program.experts_touched()
             self.cost.add(len(rows.tokens), touched / max(layers, 1), time.perf_counter() - pass_started)
@@ -266,39 +267,30 @@ class EngineCore:
         kept = (tree.candidates >= 0).sum(1).tolist()
         candidates, positions = tree.candidates.tolist(), tree.positions.tolist()
         causal = len(rows.requests)
-        for b in sorted(range(len(requests)), key=kept.__getitem__):  # equal sizes side by side
+        order = sorted(range(len(requests)), key=kept.__getitem__)  # equal sizes side by side
+        for b in order:
             request, count = requests[b], kept[b]
             prefix = len(request.tokens) - 1
             first = rows.add_nodes(request, candidates[b][:count], positions[b][:count], prefix, prefix + count)
-            draws.append(_Draw(request, first, count, tree=True))
-        order = [requests.index(request) for request in rows.requests[causal:]]
+            draws.append(_Draw(request, first, count, tree=b))
         bits = torch.cat([tree.mask_bits[b, : kept[b]] for b in order])
-        self._order = order
         return {"tree_lens": [0] * causal + [kept[b] for b in order], "mask_bits": bits.contiguous()}
 
     # -- drawing ------------------------------------------------------------------------------------------------------
     def _draw(self, draws: list[_Draw], logits: Tensor, tree: Tree | None, hidden: Tensor | None) -> list[Event]:
         """Draws for groups of requests with equally many nodes; then appends, commits, ends."""
         events: list[Event] = []
-        first = index = 0
-        trees = sum(not draw.tree for draw in draws)
-        while index < len(draws):
-            stop = index
-            while stop < len(draws) and (draws[stop].nodes, draws[stop].tree) == (
-                draws[index].nodes,
-                draws[index].tree,
-            ):
-                stop += 1
-            group, nodes = draws[index:stop], draws[index].nodes
+        first = 0
+        for (nodes, drafted), found in itertools.groupby(draws, key=lambda draw: (draw.nodes, draw.tree >= 0)):
+            group = list(found)
             block = logits[first : first + len(group) * nodes].view(len(group), nodes, -1)
             links = None
-            if index >= trees and tree is not None:
-                order = torch.tensor(self._order[index - trees : stop - trees], device=self.device)
+            if drafted and tree is not None:
+                order = torch.tensor([draw.tree for draw in group], device=self.device)
                 parts = (tree.candidates, tree.next_token, tree.next_sibling)
                 links = tuple(part[order, :nodes].contiguous() for part in parts)
             events += self._draw_group(group, block, links, hidden)
             first += len(group) * nodes
-            index = stop
         return events
 
     def _draw_group(
@@ -322,7 +314,7 @@ class EngineCore:
         for b, draw in enumerate(group):
             request, count = draw.request, lengths[b] + 1
             path = paths[b, :count].long()
-            if hidden is not None and self.drafter is not None and draw.tree:
+            if hidden is not None and self.drafter is not None and draw.tree >= 0:
                 self.drafter.note(request, hidden[draw.row + path])
             self.stats.drafted += draw.nodes - 1
             self.stats.accepted += count - 1

@@ -1,9 +1,8 @@
-"""Generate text with one sequence at a time: prefill, then one token after another; and how fast that goes."""
+"""The plain loop: one sequence, one token after another, by torch. What the engine is compared with."""
 
 from __future__ import annotations
 
 import dataclasses
-import time
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -68,22 +67,3 @@ def generate(model: Decoder, prompt: Sequence[int], sampling: Sampling) -> Itera
         yield token
         if index + 1 < count:
             logits = model(torch.tensor([[token]], device=device), cache)
-
-
-@torch.inference_mode()
-def decode_speed(model: Decoder, *, prompt_length: int = 64, tokens: int = 32, repeats: int = 3) -> float:
-    """Tokens per second of greedy decoding after a prompt, prefill not counted: the best of ``repeats`` runs."""
-    generator = torch.Generator().manual_seed(0)
-    device = model.embedding.device
-    prompt = torch.randint(0, model.config.vocab_size, (1, prompt_length), generator=generator).to(device)
-    best = float("inf")
-    for _ in range(repeats):
-        cache = model.new_cache(prompt_length + tokens + 1)
-        token = model(prompt, cache, last_only=True)[:, -1].argmax(-1, keepdim=True)
-        token = model(token, cache)[:, -1].argmax(-1, keepdim=True)  # threads and caches are warm after this one
-        start = time.perf_counter()
-        for _ in range(tokens):
-            token = model(token, cache)[:, -1].argmax(-1, keepdim=True)
-        int(token)
-        best = min(best, time.perf_counter() - start)
-    return tokens / best

@@ -44,7 +44,7 @@ def gguf_file(folder, tmp_path_factory):
 
 def test_quickstart(folder):
     result = subprocess.run(
-        [sys.executable, "-m", "m3", "quickstart"],
+        [sys.executable, "-m", "m3", "quickstart", "--draft-minutes", "0"],
         capture_output=True,
         text=True,
         env={**os.environ, "COLUMNS": "120"},
@@ -83,6 +83,23 @@ def test_searched_range_beats_plain_nearest(folder, group_size):
         for method in ("weighted", "minmax")
     ]
     assert perplexity(full, passages) < values[0] < 0.95 * values[1]
+
+
+@pytest.mark.slow
+def test_quickstart_says_whether_a_draft_pays(folder):
+    result = subprocess.run(
+        [sys.executable, "-m", "m3", "quickstart", "--draft-minutes", "0.5"],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "COLUMNS": "140"},
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    rows = re.findall(r"(float32|INT4) +│ +([0-9.]+) │ +([0-9.]+) │ +([0-9.]+) │ +([0-9.]+) │ the same", result.stdout)
+    assert [row[0] for row in rows] == ["float32", "INT4"]
+    for name, plain, drafted, ratio, _ in rows:
+        assert float(drafted) / float(plain) == pytest.approx(float(ratio), rel=0.02)
+        assert re.search(rf"{name}: the draft (makes it \d+ % faster|does not pay on this machine)", result.stdout)
 
 
 def test_bytes_at_group_128(folder):

@@ -5,6 +5,7 @@ Dense and INT4 products, dense and INT4 experts, every dtype of the caches.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 
 import pytest
@@ -79,7 +80,7 @@ def test_a_row_alone_and_among_others(shape: Shape) -> None:
         run_pass(program, PROMPTS, MANY)
     whole = run_pass(together, NEXT, MANY)
     starts = [0, 1, 3, 6, 10, 15, 21, 28, 36, 40]
-    batches = [NEXT[start:stop] for start, stop in zip(starts, starts[1:], strict=False)]
+    batches = [NEXT[start:stop] for start, stop in itertools.pairwise(starts)]
     assert all(map(bitwise_equal, in_passes(alone, batches, MANY), whole))
     backwards = [output.flip(0) for output in run_pass(alone, NEXT[::-1], MANY)]
     assert all(map(bitwise_equal, backwards, whole))

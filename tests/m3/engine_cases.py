@@ -192,11 +192,18 @@ class Reference:
 
 
 @cache
-def reference(family: str = "llama", weights: str = "fp32", kv_dtype: str = "fp32", count: int = 12) -> Reference:
-    cases = asks(count)
+def reference(
+    family: str = "llama", weights: str = "fp32", kv_dtype: str = "fp32", *, growing: bool = False
+) -> Reference:
+    """``growing``: short prompts and long answers, for which a small pool is soon too small."""
+    cases = asks(12, longest=6, most_tokens=40) if growing else asks(12)
     core = plain_core(target(family, weights), kv_dtype=kv_dtype, prefix_reuse=False)
     longer = [
-        Ask(ask.prompt, dataclasses.replace(ask.params, max_tokens=ask.params.max_tokens + 12, ignore_eos=True), ask.seed)
+        Ask(
+            ask.prompt,
+            dataclasses.replace(ask.params, max_tokens=ask.params.max_tokens + 12, ignore_eos=True),
+            ask.seed,
+        )
         for ask in cases
     ]
     whole = [ask.prompt + answer.tokens for ask, answer in zip(longer, one_by_one(core, longer), strict=True)]

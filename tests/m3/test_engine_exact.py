@@ -75,7 +75,6 @@ def test_greedy_is_that_of_the_decoder(family):
         {"max_running": 1, "max_step_tokens": 1},
         {"max_running": 4, "max_step_tokens": 7},
         {"max_running": 3, "max_step_tokens": 16, "prefix_reuse": False},
-        {"page_size": 1, "num_pages": 60},
     ],
     ids=str,
 )
@@ -85,7 +84,16 @@ def test_plain_batches(config):
     answers = together(core, want.asks)
     assert drawn(answers) == drawn(want.answers)
     assert_same_logits(logits, want.logits)
-    assert (core.stats.preemptions > 0) == (config.get("page_size") == 1 and config["num_pages"] < 100)
+
+
+@pytest.mark.parametrize("page_size", [1, 3])
+def test_plain_preemption(page_size):
+    want = reference(growing=True)
+    core = plain_core(target("llama"), page_size=page_size, num_pages=60 // page_size)
+    logits = Logits(core, want.truth)
+    assert drawn(together(core, want.asks)) == drawn(want.answers)
+    assert_same_logits(logits, want.logits)
+    assert core.stats.preemptions > 5
 
 
 @pytest.mark.parametrize("threads", [1, 2], indirect=True)
@@ -118,9 +126,7 @@ WAYS: dict[str, tuple[dict[str, Any], Speculation]] = {
         {"max_running": 3, "max_step_tokens": 25, "page_size": 3, "num_pages": 700, "prefix_reuse": False},
         fixed(SHORT),
     ),
-    "a tiny pool": ({"page_size": 1, "num_pages": 75}, fixed(NARROW)),
     "adaptive": ({}, Speculation(shapes=SHAPES)),
-    "adaptive, a tiny pool": ({"page_size": 1, "num_pages": 75}, Speculation(shapes=SHAPES)),
     "no shared noise": ({}, fixed(NARROW, shared_noise=0.0)),
     "shared noise at any temperature": ({}, fixed(NARROW, shared_noise=0.1)),
 }
@@ -135,7 +141,20 @@ def test_speculation(config, speculation):
     assert drawn(together(core, want.asks, stagger=3)) == drawn(want.answers)
     assert_same_logits(logits, want.logits)
     assert core.stats.accepted > 0
-    assert (core.stats.preemptions > 0) == (config.num_pages < 100)
+
+
+@pytest.mark.parametrize("speculation", [fixed(CHAIN), fixed(NARROW), Speculation(shapes=SHAPES)], ids=str)
+@pytest.mark.parametrize("page_size", [1, 3])
+@pytest.mark.parametrize("reuse", [True, False])
+def test_preemption(page_size, speculation, reuse):
+    want, model = reference(growing=True), target("llama")
+    config = EngineConfig(page_size=page_size, num_pages=60 // page_size, prefix_reuse=reuse)
+    core = knowing_core(model, make_draft(model), config, speculation, want.truth)
+    logits = Logits(core, want.truth)
+    assert drawn(together(core, want.asks)) == drawn(want.answers)
+    assert_same_logits(logits, want.logits)
+    assert core.stats.preemptions > 0
+    assert core.stats.accepted > 0
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
@@ -170,8 +189,8 @@ def test_every_model(family, weights):
 @pytest.mark.parametrize("family", ["llama", "qwen3_moe"])
 @pytest.mark.parametrize("kv_dtype", ["bf16", "fp16", "int8"])
 def test_every_cache(kv_dtype, family):
-    want, model = reference(family, "fp32", kv_dtype), target(family)
-    config = EngineConfig(page_size=1, num_pages=75, kv_dtype=kv_dtype)
+    want, model = reference(family, "fp32", kv_dtype, growing=True), target(family)
+    config = EngineConfig(page_size=3, num_pages=20, kv_dtype=kv_dtype)
     core = knowing_core(model, make_draft(model, weights="bf16"), config, fixed(NARROW), want.truth)
     logits = Logits(core, want.truth)
     assert drawn(together(core, want.asks)) == drawn(want.answers)

@@ -8,7 +8,10 @@ import pytest
 import torch
 from tiny_models import SMALL
 
-from m3.models.generate import Sampling, choose, decode_speed, generate
+from m3.engine.config import EngineConfig
+from m3.engine.core import EngineCore
+from m3.engine.speed import decode_speed
+from m3.models.generate import Sampling, choose, generate
 from m3.models.loader import load_model
 
 PROMPT = [3, 1, 4, 1, 5]
@@ -72,10 +75,13 @@ def test_top_p_has_the_right_law(top_p, law):
     assert chi_square < 16.3  # 99.9 % quantile with 3 degrees of freedom
 
 
-def test_decode_speed_is_tokens_by_time(model, monkeypatch):
-    ticks = iter([0.0, 2.0, 10.0, 10.5])
-    monkeypatch.setattr("m3.models.generate.time.perf_counter", lambda: next(ticks))
-    assert decode_speed(model, prompt_length=3, tokens=4, repeats=2) == 8.0
+def test_decode_speed_counts_tokens_after_the_first_of_each_request(model, monkeypatch):
+    core = EngineCore(model, EngineConfig(num_pages=16))
+    ticks = iter(range(1000))
+    monkeypatch.setattr("m3.engine.speed.time.perf_counter", lambda: float(next(ticks)))
+    speed = decode_speed(core, [[5, 6, 7], [8, 9]], 4)
+    assert (speed.tokens, speed.steps) == (6, 3)
+    assert speed.tokens_per_second == 6 / speed.seconds
 
 
 @pytest.mark.parametrize(
