@@ -30,11 +30,16 @@ class Speed:
     count: int = 0
     seconds: float = 0.0
     tokens: float = 0.0
+    outliers: int = 0  # in a row
 
     def add(self, seconds: float, tokens: float) -> None:
         self.count += 1
         if self.count > TRIALS and seconds > OUTLIER * self.seconds:
-            return
+            self.outliers += 1
+            if self.outliers < TRIALS:
+                return
+            self.seconds = seconds  # it is the new normal
+        self.outliers = 0
         if self.count <= TRIALS:  # the first step warms caches: the least is nearest to the truth
             self.seconds = seconds if self.count == 1 else min(self.seconds, seconds)
         else:

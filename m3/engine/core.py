@@ -28,8 +28,9 @@ from m3.models.decoder import Decoder
 from m3.models.gated_eagle3 import GatedEagle3Config
 from m3.models.refresh import refresh_weights
 from m3kernels.checks import refuse
+from m3kernels.decoder.program import MAX_MASK_WORDS
 from m3kernels.spec_decode import tree_commit, tree_verify
-from m3kernels.spec_decode.types import Tree, Verified
+from m3kernels.spec_decode.types import BITS, Tree, Verified
 
 OP = "engine"
 LEAST_PAGES = 4
@@ -105,7 +106,7 @@ class EngineCore:
         aux = draft.config.aux_layers if draft else ()
         self.drafter: Drafter | None = None
         if draft is not None:
-            _check_draft(draft.config, model)
+            _check_draft(draft.config, model, self.speculation)
             embedding = draft.tensors.get("embed_tokens.weight", model.embedding)
             passes = DraftPass(draft.config, draft.tensors, embedding, weights=draft.weights, **sizes)
             self.drafter = Drafter(passes, self.speculation, config.page_size)
@@ -227,7 +228,7 @@ class EngineCore:
             spans.append((request, first, stop - start))
             if stop == len(request.tokens):
                 draws.append(_Draw(request, first + stop - start - 1, 1))
-            if request.params.prompt_logprobs and start < len(request.prompt) - 1 and self._owes(request):
+            if request.params.prompt_logprobs and not request.drawn and self._owes(request):
                 owed.append((request, start, min(stop, len(request.prompt) - 1), first))
         if tree is None:
             for request in plan.decodes:
@@ -386,7 +387,7 @@ class EngineCore:
                     drafted=drafted,
                 )
             )
-        if reason is None and request.drawn >= params.max_tokens:
+        if reason in (None, "error") and not self.scheduler.room(request):
             reason = "length"
         if reason is not None:
             error = "the model's logits are not numbers" if reason == "error" else None
@@ -399,7 +400,8 @@ class EngineCore:
 
     # -- log-probabilities of prompts ---------------------------------------------------------------------------------
     def _owes(self, request: Request) -> bool:
-        return len(self._prompt_logprobs.get(request.id, ())) < len(request.prompt) - 1
+        told = self._prompt_logprobs.get(request.id)
+        return told is None or len(told) < len(request.prompt) - 1
 
     def _prompt_events(self, owed: list[tuple[Request, int, int, int]], logits: Tensor, first: int) -> list[Event]:
         events: list[Event] = []
@@ -437,7 +439,7 @@ def _pages(model: Decoder, config: EngineConfig, draft: bool) -> int:
     return min(pages, enough)
 
 
-def _check_draft(draft: GatedEagle3Config, model: Decoder) -> None:
+def _check_draft(draft: GatedEagle3Config, model: Decoder, speculation: Speculation) -> None:
     config = model.config
     wanted = (config.hidden_size, config.vocab_size)
     if (draft.target_hidden_size, draft.vocab_size) != wanted:
@@ -445,3 +447,7 @@ def _check_draft(draft: GatedEagle3Config, model: Decoder) -> None:
         raise refuse(OP, "draft", f"one for a target of hidden size and vocabulary {wanted}", got)
     if max(draft.aux_layers) > config.num_layers:
         raise refuse(OP, "draft", f"aux_layers of at most {config.num_layers}", draft.aux_layers)
+    for shape in speculation.shapes:
+        if shape.topk > draft.draft_vocab_size or shape.expanded > MAX_MASK_WORDS * BITS:
+            want = f"topk of at most {draft.draft_vocab_size} (the draft's vocabulary), (steps - 1) * topk of at most "
+            raise refuse(OP, "shapes", f"{want}{MAX_MASK_WORDS * BITS}", str(shape))

@@ -3,55 +3,60 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from m3.models.decoder import Concat, Decoder, Experts, Mlp, Moe
 from m3.models.int4_experts import Int4Experts
-from m3.models.int4_linear import Int4Linear
+from m3.models.int4_linear import Int4Linear, PackedWeight
 from m3.models.loader import EMBEDDING, HEAD, LAYER, NORM, attention_parts, mlp_parts
 from m3kernels.checks import refuse
 from m3kernels.int4.quantize import quantize_weight
 
-Write = Callable[[Tensor], None]
+Shape = tuple[int, ...]
 OP = "refresh_weights"
 
 
 def refresh_weights(model: Decoder, tensors: Mapping[str, Tensor]) -> None:
     """Write ``tensors``, named as in a Hugging Face checkpoint, into the model, where they lie.
 
-    A dense linear takes its weight; an INT4 linear is rounded anew, with its group size, symmetry, scale dtype. Names
-    that are absent stay as they are, but the parts of an INT4 linear that was fused (q, k, v; gate, up) come together.
+    A dense linear takes its weight; an INT4 weight is rounded anew, with its group size, symmetry, scale dtype. Names
+    that are absent stay as they are, but the parts of one INT4 weight (q, k, v; gate, up; experts) come together. Where
+    head and embedding are tied, either name stands for both.
     Raises:
-        ValueError: a name that the model does not have, or a shape; nothing is changed then.
+        ValueError: a name that the model does not have, a shape, what cannot be rounded; nothing is changed then.
     """
     places = dict(_places(model))
-    fused = _fused(model)
-    writes: list[tuple[Write, Tensor]] = []
     left = dict(tensors)
-    for names, module in fused:
-        got = [name for name in names if name in left]
-        if not got or not isinstance(module, Int4Linear):
+    head = f"{HEAD}.weight"
+    if model.config.tie_word_embeddings:
+        if head in left:
+            value = left.pop(head)
+            _check(head, value, tuple(model.embedding.shape))
+            if left.setdefault(EMBEDDING, value) is not value and not torch.equal(left[EMBEDDING], value):
+                raise refuse(OP, head, f"the values of {EMBEDDING}, to which it is tied", "others")
+        if EMBEDDING in left and isinstance(model.head, Int4Linear):
+            left[head] = left[EMBEDDING]
+    writes: list[Callable[[], object]] = []
+    for parts, packed in _packed(model):
+        got = [name for name in parts if name in left]
+        if not got:
             continue
-        if got != names:
-            raise refuse(OP, got[0], f"all of {', '.join(names)}: one INT4 linear", f"{', '.join(got)}")
-        whole = torch.cat([left.pop(name) for name in names])
-        _check(names[0], whole, (module.out_features, module.in_features))
-        writes.append((_packed_writer(module), whole))
+        if len(got) < len(parts):
+            raise refuse(OP, got[0], f"all of {', '.join(parts)}: one INT4 weight"[:300], f"{', '.join(got)}"[:200])
+        for name, shape in parts.items():
+            _check(name, left[name], shape)
+        writes.append(_round(packed, torch.cat([left.pop(name).detach() for name in parts])))
     for name, value in left.items():
         if name not in places:
             raise refuse(OP, name, "the name of a tensor of this model", "none of that name")
-        target = places[name]
-        if isinstance(target, Int4Linear):
-            _check(name, value, (target.out_features, target.in_features))
-            writes.append((_packed_writer(target), value))
-        else:
-            _check(name, value, tuple(target.shape))
-            writes.append((_writer(target), value))
+        _check(name, value, tuple(places[name].shape))
+        writes.append(partial(places[name].copy_, value.detach()))
     with torch.no_grad():
-        for write, value in writes:
-            write(value.detach())
+        for write in writes:
+            write()
 
 
 def _check(name: str, value: Tensor, shape: tuple[int, ...]) -> None:
@@ -59,49 +64,71 @@ def _check(name: str, value: Tensor, shape: tuple[int, ...]) -> None:
         raise refuse(OP, name, f"{shape} of floating point", value)
 
 
-def _writer(target: Tensor) -> Write:
-    def write(value: Tensor) -> None:
-        target.copy_(value)
-
-    return write
-
-
-def _packed_writer(module: Int4Linear) -> Write:
-    def write(value: Tensor) -> None:
-        old = module.weight.int4
-        new = quantize_weight(
-            value.float(),
-            group_size=old.group_size,
-            symmetric=old.symmetric,
-            method="weighted",
-            scale_dtype=old.scales.dtype,
-        )
-        module.weight._hold(new.to(old.device))
-
-    return write
+def _round(packed: PackedWeight, value: Tensor) -> Callable[[], object]:
+    """Rounds now, so that what cannot be rounded is refused before anything is written."""
+    old = packed.int4
+    experts = () if old.num_experts is None else (old.num_experts,)
+    new = quantize_weight(
+        value.float().view(*experts, old.out_features, old.in_features),
+        group_size=old.group_size,
+        symmetric=old.symmetric,
+        method="weighted",
+        scale_dtype=old.scales.dtype,
+    )
+    return partial(packed._hold, new.to(old.device))
 
 
-def _fused(model: Decoder) -> list[tuple[list[str], nn.Module]]:
-    """(names, module) of every linear that stands for several of the checkpoint."""
-    found: list[tuple[list[str], nn.Module]] = []
+def _packed(model: Decoder) -> list[tuple[dict[str, Shape], PackedWeight]]:
+    """Every INT4 weight, with the names and shapes of the checkpoint's tensors that it is made of, in order."""
+    config = model.config
+    found: list[tuple[dict[str, Shape], PackedWeight]] = []
+
+    def linear(prefix: str, pieces: list[tuple[str, int]], module: nn.Module) -> None:
+        if isinstance(module, Concat):
+            for piece, part in zip(pieces, module.parts, strict=True):
+                linear(prefix, [piece], part)
+        elif isinstance(module, Int4Linear):
+            found.append(
+                ({f"{prefix}{name}.weight": (rows, module.in_features) for name, rows in pieces}, module.weight)
+            )
+
+    linear("", [(HEAD, config.vocab_size)], model.head)
     for index, layer in enumerate(model.blocks):
-        prefix = LAYER.format(index)
-        names = [f"{prefix}{name}.weight" for name, _ in attention_parts(model.config)]
-        found.append((names, layer.attention.qkv))
-        if isinstance(layer.mlp, Mlp):
-            found.append(([f"{prefix}{name}.weight" for name, _ in mlp_parts(model.config)], layer.mlp.gate_up))
+        prefix, mlp = LAYER.format(index), layer.mlp
+        linear(prefix, attention_parts(config), layer.attention.qkv)
+        linear(prefix, [("self_attn.o_proj", config.hidden_size)], layer.attention.o)
+        if isinstance(mlp, Mlp):
+            linear(prefix, mlp_parts(config), mlp.gate_up)
+            linear(prefix, [("mlp.down_proj", config.hidden_size)], mlp.down)
+            continue
+        linear(prefix, [("mlp.gate", config.num_experts)], mlp.router)
+        if isinstance(mlp.experts, Int4Experts):
+            found += _packed_experts(f"{prefix}mlp.experts.", mlp.experts, config.hidden_size)
     return found
 
 
-def _places(model: Decoder) -> list[tuple[str, Tensor | Int4Linear]]:
-    """Name and tensor, or INT4 linear, of everything that can be written."""
+def _packed_experts(prefix: str, experts: Int4Experts, hidden: int) -> list[tuple[dict[str, Shape], PackedWeight]]:
+    """As one tensor for all experts, and as one for each."""
+    count, inner = experts.num_experts, experts.w2.int4.in_features
+    pairs = {
+        f"{prefix}{expert}.{name}_proj.weight": (inner, hidden) for expert in range(count) for name in ("gate", "up")
+    }
+    downs = {f"{prefix}{expert}.down_proj.weight": (hidden, inner) for expert in range(count)}
+    return [
+        ({f"{prefix}gate_up_proj": (count, 2 * inner, hidden)}, experts.w13),
+        ({f"{prefix}down_proj": (count, hidden, inner)}, experts.w2),
+        (dict(pairs), experts.w13),
+        (dict(downs), experts.w2),
+    ]
+
+
+def _places(model: Decoder) -> list[tuple[str, Tensor]]:
+    """Name and tensor of everything that is not INT4."""
     config = model.config
-    found: list[tuple[str, Tensor | Int4Linear]] = [(EMBEDDING, model.embedding), (NORM, model.norm.weight)]
+    found: list[tuple[str, Tensor]] = [(EMBEDDING, model.embedding), (NORM, model.norm.weight)]
 
     def linear(name: str, module: nn.Module) -> None:
-        if isinstance(module, Int4Linear):
-            found.append((f"{name}.weight", module))
-        elif isinstance(module, nn.Linear):
+        if isinstance(module, nn.Linear):
             found.append((f"{name}.weight", module.weight))
         if getattr(module, "bias", None) is not None:
             found.append((f"{name}.bias", module.bias))  # type: ignore[arg-type]
@@ -139,11 +166,10 @@ def _places(model: Decoder) -> list[tuple[str, Tensor | Int4Linear]]:
     return found
 
 
-def _experts(prefix: str, mlp: Moe, found: list[tuple[str, Tensor | Int4Linear]]) -> None:
+def _experts(prefix: str, mlp: Moe, found: list[tuple[str, Tensor]]) -> None:
     experts = mlp.experts
-    if isinstance(experts, Int4Experts):
-        return  # packed as one stack; refused by name until they can be rounded one by one
-    assert isinstance(experts, Experts)
+    if not isinstance(experts, Experts):
+        return
     found.append((f"{prefix}gate_up_proj", experts.w13))
     found.append((f"{prefix}down_proj", experts.w2))
     for expert in range(len(experts.w13)):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -150,7 +151,7 @@ BUILDING: dict[str, tuple[Callable[[Parts], object], str]] = {
 @pytest.mark.parametrize("case", BUILDING)
 def test_building_refuses(case: str) -> None:
     build, message = BUILDING[case]
-    with pytest.raises(ValueError, match=f"Program: .*{message}|{message}"):
+    with pytest.raises(ValueError, match=message):
         build(Parts())
 
 
@@ -201,7 +202,7 @@ BATCHES: dict[str, tuple[Callable[[Batch], dict[str, Any]], str]] = {
     "block_beyond": (changed("block_table", 4, 40), r"block_table: want block ids in 0\.\.39"),
     "masks_short": (lambda b: {"mask_bits": b.mask_bits[:4]}, "mask_bits: want"),
     "masks_of_no_words": (lambda b: {"mask_bits": b.mask_bits[:, :0].contiguous()}, "mask_bits: want"),
-    "masks_of_too_many_words": (lambda b: {"mask_bits": torch.zeros(5, 33, dtype=torch.int32)}, "at most 32 words"),
+    "masks_too_wide": (lambda b: {"mask_bits": b.mask_bits.repeat(1, 33)}, "mask_bits: want at most 32 words"),
     "masks_lacking": (lambda b: {"mask_bits": None}, r"mask_bits: want contiguous \(rows, W\) int32"),
     "masks_flat": (lambda b: {"mask_bits": b.mask_bits[:, 0].contiguous()}, "mask_bits: want contiguous"),
     "trees_lacking": (lambda b: {"tree_lens": None}, r"tree_lens: want contiguous \(2,\) int32 on cpu; got None"),
@@ -278,7 +279,7 @@ def test_without_angles_no_position_is_good() -> None:
 @pytest.mark.parametrize("room", ("decoder=nowhere", "nowhere", "decoder=torch"))
 def test_an_unknown_room(room: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("M3KERNELS_BACKEND", room)
-    with pytest.raises(BackendError, match="M3KERNELS_BACKEND: want one of .*; got '.*'"):
+    with pytest.raises(BackendError, match=r"M3KERNELS_BACKEND: want one of .*; got '.*'"):
         decoder(Shape(layers=1)).run(make_batch(CHUNKS, Paging()))
 
 
@@ -311,7 +312,7 @@ def native() -> Any:
 
 
 X, Y, PICKED, QKV = (0, 0, 8), (1, 0, 4), (2, 0, 8), (3, 0, 12)
-TILES = (TABLE.data_ptr(), 128)
+TILES, SHORT = (TABLE.data_ptr(), 128), (TABLE.data_ptr(), 32)  # nobody reads a tile: every call is refused
 BORDER: dict[str, tuple[Callable[[Any], object], str]] = {
     "widths": (lambda p: _cpu_ext.DecoderProgram([8], [], 2), "picked: want one value a buffer"),
     "width_huge": (lambda p: _cpu_ext.DecoderProgram([2**26], [False], 2), "widths: want"),
@@ -333,7 +334,7 @@ BORDER: dict[str, tuple[Callable[[Any], object], str]] = {
     "dense_short": (lambda p: p.dense(Y, X, ((TABLE.data_ptr(), 31), 0, 4, 8, NONE, 0)), "weight: want 32 elements"),
     "dense_sizes": (lambda p: p.dense(Y, X, (WHOLE, 0, 8, 8, NONE, 0)), "instruction: want widths 8 -> 8"),
     "dense_huge": (lambda p: p.dense(Y, X, (NONE, 0, 2**30, 2**30, NONE, 0)), r"weight: want at most 2\*\*46 elements"),
-    "dense_bias": (lambda p: p.dense(Y, X, ((TABLE.data_ptr(), 32), 0, 4, 8, (TABLE.data_ptr(), 3), 0)), "bias: want 4"),
+    "dense_bias": (lambda p: p.dense(Y, X, (SHORT, 0, 4, 8, (TABLE.data_ptr(), 3), 0)), "bias: want 4 elements"),
     "dense_in_place": (lambda p: p.dense(X, X, (WHOLE, 0, 8, 8, NONE, 0)), "a result apart from what is read"),
     "int4_wraps": (
         lambda p: p.int4(Y, X, (NONE, NONE, NONE, NONE, 0, 2**30, 2**30, 2**30, 16, 0), NONE, 0),
@@ -341,8 +342,8 @@ BORDER: dict[str, tuple[Callable[[Any], object], str]] = {
     ),
     "int4_group": (lambda p: p.int4(Y, X, (TILES, WHOLE, NONE, NONE, 0, 1, 4, 8, 8, 0), NONE, 0), "group_size: want"),
     "int4_first": (lambda p: p.int4(Y, X, (TILES, WHOLE, NONE, NONE, 0, 1, 4, 8, 16, -16), NONE, 0), "first_k: want"),
-    "int4_experts": (lambda p: p.int4(Y, X, (TILES, WHOLE, NONE, NONE, 0, 2, 4, 8, 16, 0), NONE, 0), "want 128 elements"),
-    "int4_mode": (lambda p: p.int4(Y, X, (TILES, WHOLE, NONE, NONE, 0, 1, 4, 8, 16, 0), NONE, 9), "activations: want|qweight"),
+    "int4_short": (lambda p: p.int4(Y, X, (TILES, WHOLE, NONE, NONE, 0, 2, 4, 8, 16, 0), NONE, 0), "qweight: want 256"),
+    "int4_mode": (lambda p: p.int4(Y, X, (TILES, WHOLE, NONE, NONE, 0, 1, 4, 8, 16, 0), NONE, 9), "activations: want"),
     "cache_wraps": (
         lambda p: p.add_cache(((1, 0), (1, 0), NONE, NONE, 0, 2**30, 2**30, 16, 4)), r"cache: want at most 2\*\*46"
     ),
@@ -359,7 +360,7 @@ BORDER: dict[str, tuple[Callable[[Any], object], str]] = {
     "attend_gate": (lambda p: p.attend(Y, (3, 0, 4), (0, 0, 3), 0, 1, 1.0), "gate: want a column a head or element"),
     "attend_scale": (lambda p: p.attend(Y, (3, 0, 4), (-1, 0, 0), 0, 1, float("nan")), "scale: want a finite number"),
     "experts_wrap": (
-        lambda p: p.add_dense_experts(NONE, NONE, 0, 2**30, 2**30, 2**30, 1, True), r"w13: want at most 2\*\*46 elements"
+        lambda p: p.add_dense_experts(NONE, NONE, 0, 2**30, 2**30, 2**30, 1, True), r"w13: want at most 2\*\*46"
     ),
     "experts_top_k": (
         lambda p: p.add_dense_experts(WHOLE, (TABLE.data_ptr(), 32), 0, 2, 8, 2, 3, True), "experts: want .*top_k"
@@ -378,7 +379,7 @@ BORDER: dict[str, tuple[Callable[[Any], object], str]] = {
 @pytest.mark.parametrize("case", BORDER)
 def test_the_border_refuses(case: str) -> None:
     call, message = BORDER[case]
-    with pytest.raises(ValueError, match=f"decoder_pass: .*({message})|decoder_pass: {message}"):
+    with pytest.raises(ValueError, match=f"decoder_pass: .*{message}"):
         call(native())
 
 
@@ -449,3 +450,18 @@ def test_a_run_at_the_border_is_refused(case: str) -> None:
     program.run(*arguments())
     with pytest.raises(ValueError, match=f"decoder_pass: {message}"):
         program.run(*arguments(**changes))
+
+
+def test_instructions_added_while_another_thread_runs() -> None:
+    """The list of instructions may grow between passes only; a pass that is under way keeps what it began with."""
+    program = native()
+    program.load(X, 0)
+    program.store(0, X)
+    worker = threading.Thread(target=lambda: [program.run(*arguments()) for _ in range(300)])
+    worker.start()
+    for _ in range(300):
+        program.add(X, X)
+    worker.join()
+    IN.fill_(1.0)
+    program.run(*arguments())
+    assert torch.equal(OUT, IN)
