@@ -72,10 +72,6 @@ class Scheduler:
     def __init__(self, config: EngineConfig, pool: PagePool) -> None:
         if pool.page_size != config.page_size:
             raise refuse("Scheduler", "pool", f"pages of {config.page_size} tokens", f"{pool.page_size}")
-        if config.max_waiting < 1:
-            raise refuse(
-                "Scheduler", "max_waiting", "at least 1: whoever is added waits for a plan", config.max_waiting
-            )
         self.config = config
         self.pool = pool
         self.lookahead = 1  # slots that a decode may write; settable before every plan()

@@ -300,7 +300,11 @@ def test_a_shape_that_cannot_be_drafted_is_refused(shape):
     model = target("llama")
     draft = make_draft(model)
     few = torch.arange(32)
-    tensors = {**draft.tensors, "d2t": draft.tensors["d2t"][few], "lm_head.weight": draft.tensors["lm_head.weight"][few]}
+    tensors = {
+        **draft.tensors,
+        "d2t": draft.tensors["d2t"][few],
+        "lm_head.weight": draft.tensors["lm_head.weight"][few],
+    }
     small = dataclasses.replace(draft, config=dataclasses.replace(draft.config, draft_vocab_size=32), tensors=tensors)
     with pytest.raises(ValueError, match="engine: shapes"):
         EngineCore(model, SIZES, draft=small, speculation=Speculation(shapes=(CHAIN, shape)))
@@ -329,9 +333,7 @@ def test_logits_that_are_not_numbers_end_one_request(poisoned, draft, kv_dtype):
     core = plain_core(poisoned, **sizes)
     if draft:
         wrong = [tokens[: len(tokens) - 2] + [POISON] * 4 for tokens in whole]
-        core = EngineCore(
-            poisoned, EngineConfig(**sizes), draft=make_draft(poisoned), speculation=fixed(NARROW)
-        )
+        core = EngineCore(poisoned, EngineConfig(**sizes), draft=make_draft(poisoned), speculation=fixed(NARROW))
         assert core.drafter is not None
         core.drafter = KnowingDrafter(
             core.drafter, lambda request: wrong[int(request.id)] if request.id in names else request.tokens, 1.0

@@ -91,8 +91,6 @@ def plain(weights: str) -> dict[float, list[list[int]]]:
     return found
 
 
-
-
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("weights", ["int4", "bf16", "fp32"])
 def test_text_is_that_of_plain_sampling(weights, shape):
@@ -126,9 +124,7 @@ def test_greedy_logits_are_bitwise_those_of_plain_decoding(weights, shape):
     want = Logits(one, truth)
     for index, ask in enumerate(cases):
         together(one, [ask], first=index)
-    core = EngineCore(
-        model(weights), CONFIG, draft=draft(), speculation=Speculation(shapes=(shape,), adaptive=False)
-    )
+    core = EngineCore(model(weights), CONFIG, draft=draft(), speculation=Speculation(shapes=(shape,), adaptive=False))
     got = Logits(core, truth)
     together(core, cases, stagger=2)
     assert want.rows.keys() <= got.rows.keys()

@@ -519,7 +519,7 @@ def test_a_pool_of_other_pages_is_refused():
 
 
 def test_a_queue_without_room_is_refused():
-    with refused("Scheduler: max_waiting: want at least 1: whoever is added waits for a plan; got 0"):
+    with refused("EngineConfig: max_waiting: want an int in 1..2147483647; got 0"):
         make_scheduler(max_waiting=0)
 
 

@@ -154,7 +154,8 @@ def test_an_int4_weight_that_is_not_a_number_changes_nothing():
     before = state(model)
     with pytest.raises(ValueError):
         refresh_weights(
-            model, {"model.norm.weight": torch.ones(64), f"{FIRST}mlp.down_proj.weight": torch.full((64, 96), torch.nan)}
+            model,
+            {"model.norm.weight": torch.ones(64), f"{FIRST}mlp.down_proj.weight": torch.full((64, 96), torch.nan)},
         )
     assert_same_state(model, before)
 
@@ -162,13 +163,14 @@ def test_an_int4_weight_that_is_not_a_number_changes_nothing():
 def test_a_tied_head_of_its_own_is_refused():
     model = make_target("llama-tied")
     with pytest.raises(ValueError, match="to which it is tied"):
-        refresh_weights(
-            model, {"lm_head.weight": torch.ones(99, 64), "model.embed_tokens.weight": torch.zeros(99, 64)}
-        )
+        refresh_weights(model, {"lm_head.weight": torch.ones(99, 64), "model.embed_tokens.weight": torch.zeros(99, 64)})
 
 
 # -- while an engine serves ---------------------------------------------------------------------------------------------
-LONG = [Ask([5, 6, 7, 8 + index], SamplingParams(max_tokens=20, temperature=index % 2, ignore_eos=True), index) for index in range(5)]
+LONG = [
+    Ask([5, 6, 7, 8 + index], SamplingParams(max_tokens=20, temperature=index % 2, ignore_eos=True), index)
+    for index in range(5)
+]
 
 
 def half_way(core: EngineCore, steps: int = 6) -> dict[str, Answer]:
