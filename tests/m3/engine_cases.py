@@ -217,7 +217,7 @@ def drawn(answers: Sequence[Answer]) -> list[tuple[object, ...]]:
 
 # -- a draft that knows the answer ------------------------------------------------------------------------------------
 class KnowingDrafter(Drafter):
-    """The drafter as it is, but the true next token is made likely, by and large, wherever a path has been right so far.
+    """The drafter as it is, but the true next token is made likely, by and large, where a path has been right so far.
 
     It is right with probability ``skill`` at each node, and not always sure: the true path runs through first, second
     and third children.

@@ -1,4 +1,4 @@
-"""The controller against simulated machines: it finds the fastest way, pays little for looking, and changes its mind."""
+"""The controller on simulated machines: it finds the fastest way, pays little for looking, and changes its mind."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""EngineCore: log-probabilities, ends of requests, refusals, faults of one request, and what is left behind: nothing."""
+"""EngineCore: log-probabilities, ends of requests, refusals, faults of one request, and nothing left behind."""
 
 from __future__ import annotations
 

@@ -236,7 +236,7 @@ def test_a_budget_of_experts(budget):
     assert drawn(together(core, want.asks, stagger=1)) == drawn(want.answers)
 
 
-# -- ends in the middle of what was accepted ----------------------------------------------------------------------------
+# -- ends in the middle of what was accepted --------------------------------------------------------------------------
 def test_paths_are_scattered(monkeypatch):
     """What this file relies on: accepted nodes lie apart in the cache, and their keys are moved."""
     from m3.engine import core as module

@@ -166,7 +166,7 @@ def test_a_tied_head_of_its_own_is_refused():
         refresh_weights(model, {"lm_head.weight": torch.ones(99, 64), "model.embed_tokens.weight": torch.zeros(99, 64)})
 
 
-# -- while an engine serves ---------------------------------------------------------------------------------------------
+# -- while an engine serves -------------------------------------------------------------------------------------------
 LONG = [
     Ask([5, 6, 7, 8 + index], SamplingParams(max_tokens=20, temperature=index % 2, ignore_eos=True), index)
     for index in range(5)
