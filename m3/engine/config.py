@@ -110,3 +110,5 @@ class Speculation:
     def __post_init__(self) -> None:
         if not self.shapes or not all(isinstance(shape, Shape) for shape in self.shapes):
             raise refuse("Speculation", "shapes", "one or more Shape", repr(self.shapes)[:200])
+        if not 0 <= self.shared_noise < float("inf"):
+            raise refuse("Speculation", "shared_noise", "a temperature, 0 for never", self.shared_noise)

@@ -406,15 +406,21 @@ class EngineCore:
     def _prompt_events(self, owed: list[tuple[Request, int, int, int]], logits: Tensor, first: int) -> list[Event]:
         events: list[Event] = []
         for request, start, stop, _ in owed:
-            rows = logits[first : first + stop - start].float()
+            rows = logits[first : first + stop - start]
             first += stop - start
-            targets = torch.tensor(request.prompt[start + 1 : stop + 1], device=self.device)
-            chances = rows.gather(1, targets[:, None])[:, 0] - rows.logsumexp(-1)
             done = self._prompt_logprobs.setdefault(request.id, [])
-            done += chances.tolist()
+            done += [
+                _logprob(row, token) for row, token in zip(rows, request.prompt[start + 1 : stop + 1], strict=True)
+            ]
             if not self._owes(request):
                 events.append(PromptLogprobs(id=request.id, logprobs=list(done)))
         return events
+
+
+def _logprob(row: Tensor, token: int) -> float:
+    """log softmax(row)[token], summed in fp64 and rounded to fp32: the same alone and in any chunk of a prompt."""
+    wide = row.double()
+    return (wide[token] - wide.logsumexp(-1)).float().item()
 
 
 def _top(logits: Tensor, count: int) -> list[list[tuple[int, float]]]:

@@ -96,7 +96,10 @@ def test_quantize_refuses_an_int4_model(folder, tmp_path):
 
 @pytest.mark.parametrize(
     ("option", "message"),
-    [(("--top-p", 2), "top_p: want 0 < top_p <= 1; got 2.0"), (("--temperature", 100), "temperature: want 0, or 1e-6 <= temp")],
+    [
+        (("--top-p", 2), "top_p: want 0 < top_p <= 1; got 2.0"),
+        (("--temperature", 100), "temperature: want 0, or 1e-6 <= temp"),
+    ],
 )
 def test_sampling_mistakes(folder, option, message):
     assert message in run("generate", folder, "-p", "x", *option, code=1)
