@@ -142,8 +142,8 @@ def run(count: int, speculation: Speculation | None, family: str = "llama") -> E
     assert core.pool.free + core.pool.cached == SIZES["num_pages"]
     assert core.stats.preemptions > count // 50
     assert refused > 0
-    if draft is not None:
-        assert core.stats.accepted > count // 10
+    if speculation is not None:  # where speed decides, a model this small may hardly speculate
+        assert core.stats.accepted > (0 if speculation.adaptive else count // 10)
     return core
 
 
