@@ -264,13 +264,6 @@ def save(draft: GatedEagle3, out: Path, card: dict[str, Any]) -> None:
 
 
 def load(folder: Path, model: Decoder) -> GatedEagle3:
-    from m3.draft.layouts import load_draft
-    from m3.models.gated_eagle3 import GatedEagle3
+    from m3.draft.layouts import build_draft, load_draft
 
-    config, state = load_draft(folder, model.config)
-    own = state.pop("embed_tokens.weight", None)
-    draft = GatedEagle3(config, (model.embedding if own is None else own).float())
-    draft.load_state_dict(
-        {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in state.items()}
-    )
-    return draft.eval()
+    return build_draft(*load_draft(folder, model.config), model.embedding).eval()

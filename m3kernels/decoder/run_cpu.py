@@ -9,14 +9,14 @@ from torch import Tensor
 
 from m3kernels import _cpu_ext
 from m3kernels.checks import refuse
-from m3kernels.int4 import Int4Weight
+from m3kernels.int4 import Int4Weight, _cpu
+from m3kernels.int4.ops import flat
 
 if TYPE_CHECKING:
     from m3kernels.decoder.program import Batch, Cache, Columns, Program, Step
 
 OP = "decoder_pass"
 TYPE = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3}
-MODE = {"exact": 0, "int16": 1, "int8": 2, "auto": 1}
 EMPTY = (0, 0)
 
 
@@ -30,14 +30,7 @@ def span(name: str, tensor: Tensor | None, dtype: torch.dtype | None = None) -> 
 
 
 def packed(weight: Int4Weight) -> tuple[Any, ...]:
-    spans = (
-        span("qweight", weight.qweight, torch.int32),
-        span("scales", weight.scales),
-        span("zeros", weight.zeros, torch.uint8),
-        span("perm", weight.perm, torch.int32),
-    )
-    numbers = (weight.num_experts or 1, weight.out_features, weight.in_features, weight.group_size, weight.first_k)
-    return (*spans, TYPE[weight.scales.dtype], *numbers)
+    return _cpu._weight(*flat(weight))
 
 
 def aliases(program: Program) -> list[Tensor]:
@@ -108,7 +101,7 @@ class NativePass:
         assert step.weight is not None
         bias = span("bias", step.tensors[0], torch.float32)
         places = columns(step.to), columns(step.source)
-        self.native.int4(*places, packed(step.weight), bias, MODE[step.activations])
+        self.native.int4(*places, packed(step.weight), bias, _cpu.MODE[step.activations])
 
     def _silu_mul(self, step: Step) -> None:
         self.native.silu_mul(columns(step.to), columns(step.source))
@@ -134,7 +127,7 @@ class NativePass:
                 *spans, TYPE[w13.dtype], count, hidden, inner, step.top_k, step.rescale
             )
         places = columns(step.to), columns(step.source), columns(step.extra)
-        self.native.moe(*places, experts, MODE[step.activations])
+        self.native.moe(*places, experts, _cpu.MODE[step.activations])
 
     def run(self, batch: Batch, inputs: tuple[Tensor, ...]) -> list[Tensor]:
         rows, picked = len(batch.tokens), len(batch.picked)
