@@ -5,6 +5,7 @@
 #include <pybind11/stl.h>
 
 #include <cstdint>
+#include <initializer_list>
 #include <string>
 #include <tuple>
 
@@ -30,6 +31,17 @@ inline void check_span(const char* op, const char* argument, const SpanTuple& sp
   const auto& [address, got] = span;
   if (optional && !address && !got) return;
   check(got == count && (address || !count), op, argument, std::to_string(count) + " elements", got);
+}
+
+// Elements of a tensor of these sizes, none of them negative; refused before the product could overflow.
+inline int64_t elements(const char* op, const char* argument, std::initializer_list<int64_t> sizes) {
+  constexpr int64_t most = int64_t{1} << 46;
+  int64_t count = 1;
+  for (int64_t size : sizes) {
+    check(!size || count <= most / size, op, argument, "at most 2**46 elements", "more");
+    count *= size;
+  }
+  return count;
 }
 
 // What a family adds to the module.

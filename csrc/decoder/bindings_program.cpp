@@ -1,11 +1,11 @@
 // Python border of the decoder family: programs. Addresses and sizes of tensors that Python keeps alive.
 #include <pybind11/stl.h>
 
-#include <initializer_list>
 #include <memory>
 
 #include "common/border_cpu.h"
 #include "decoder/program_cpu.h"
+#include "int4/border_cpu.h"
 
 namespace py = pybind11;
 
@@ -18,12 +18,9 @@ namespace {
 
 constexpr const char* kOp = "decoder_pass";
 constexpr int64_t kMost = int64_t{1} << 31;
-constexpr int64_t kMostElements = int64_t{1} << 46;  // of a tensor
 
 using OperandTuple = std::tuple<int, int64_t, int64_t>;                           // buffer, column, width
 using DenseTuple = std::tuple<SpanTuple, int, int64_t, int64_t, SpanTuple, int>;  // weight, type, N, K, bias, type
-using PackedTuple = std::tuple<SpanTuple, SpanTuple, SpanTuple, SpanTuple, int, int64_t, int64_t, int64_t, int64_t,
-                               int64_t>;  // as int4's border takes it
 using CacheTuple = std::tuple<SpanTuple, SpanTuple, SpanTuple, SpanTuple, int, int64_t, int64_t, int64_t, int64_t>;
 using ArrayTuple = std::tuple<SpanTuple, int64_t, int64_t>;  // (rows, width) contiguous
 
@@ -34,16 +31,6 @@ Operand operand_of(const OperandTuple& tuple) {
   return {buffer, column, width};
 }
 
-// Elements of a tensor of these sizes, none of them negative; refused before the product could overflow.
-int64_t elements(const char* argument, std::initializer_list<int64_t> sizes) {
-  int64_t count = 1;
-  for (int64_t size : sizes) {
-    check(!size || count <= kMostElements / size, kOp, argument, "at most 2**46 elements", "more");
-    count *= size;
-  }
-  return count;
-}
-
 Type type_of(const char* argument, int type) {
   check(type >= 0 && type <= 2, kOp, argument, "dtype 0 (float32), 1 (bfloat16) or 2 (float16)", type);
   return Type(type);
@@ -51,36 +38,6 @@ Type type_of(const char* argument, int type) {
 
 void check_size(const char* argument, int64_t size) {
   check(size >= 1 && size < kMost, kOp, argument, "sizes in 1 .. 2**31 - 1", size);
-}
-
-int4::Weights packed_of(const PackedTuple& tuple) {
-  const auto& [tiles, scales, zeros, perm, type, experts, n, k, group_size, first_k] = tuple;
-  for (int64_t size : {experts, n, k}) check_size("weight", size);
-  check(group_size == -1 || (group_size > 0 && group_size % int4::kTileK == 0), kOp, "group_size",
-        "-1 or a positive multiple of 16", group_size);
-  check(first_k >= 0 && first_k < kMost && first_k % int4::kTileK == 0, kOp, "first_k", "a multiple of 16, >= 0",
-        first_k);
-  const int4::Weights w{at<uint8_t>(tiles),
-                        at<void>(scales),
-                        at<uint8_t>(zeros),
-                        at<int32_t>(perm),
-                        (int4::Type)type_of("scales", type),
-                        experts,
-                        n,
-                        k,
-                        group_size,
-                        first_k};
-  const int64_t groups = elements("scales", {experts, w.n_tiles(), w.groups(), int4::kTileN});
-  check_span(kOp, "qweight", tiles, elements("qweight", {experts, w.n_tiles(), w.k_tiles(), int4::kTileWords}), false);
-  check_span(kOp, "scales", scales, groups, false);
-  check_span(kOp, "zeros", zeros, groups, true);
-  check_span(kOp, "perm", perm, elements("perm", {experts, k}), true);
-  return w;
-}
-
-int4::Mode mode_of(int mode) {
-  check(mode >= 0 && mode <= int(int4::Mode::kInt8), kOp, "activations", "0 (exact), 1 (int16) or 2 (int8)", mode);
-  return int4::Mode(mode);
 }
 
 Instruction plain(Op op, const OperandTuple& to, const OperandTuple& from) {
@@ -94,7 +51,7 @@ const OperandTuple kNone{-1, 0, 0};
 void embed(Program& p, const OperandTuple& to, SpanTuple table, int type, int64_t rows) {
   Instruction in = plain(Op::kEmbed, to, kNone);
   check_size("embed", rows);
-  check_span(kOp, "embed", table, elements("embed", {rows, in.to.width}), false);
+  check_span(kOp, "embed", table, elements(kOp, "embed", {rows, in.to.width}), false);
   in.table = at<void>(table), in.type = type_of("embed", type), in.rows = rows;
   p.add(in);
 }
@@ -110,19 +67,19 @@ void dense(Program& p, const OperandTuple& to, const OperandTuple& from, const D
   const auto& [data, type, n, k, bias, bias_type] = weight;
   Instruction in = plain(Op::kDense, to, from);
   check_size("weight", n), check_size("weight", k);
-  check_span(kOp, "weight", data, elements("weight", {n, k}), false);
+  check_span(kOp, "weight", data, elements(kOp, "weight", {n, k}), false);
   check_span(kOp, "bias", bias, n, true);
   in.dense = {at<void>(data), type_of("weight", type), n, k, at<void>(bias), type_of("bias", bias_type)};
   p.add(in);
 }
 
-void packed(Program& p, const OperandTuple& to, const OperandTuple& from, const PackedTuple& weight, SpanTuple bias,
-            int mode) {
+void packed(Program& p, const OperandTuple& to, const OperandTuple& from, const int4::WeightTuple& weight,
+            SpanTuple bias, int mode) {
   Instruction in = plain(Op::kInt4, to, from);
-  in.packed = packed_of(weight);
+  in.packed = int4::weights_of(kOp, weight);
   check(in.packed.experts == 1, kOp, "weight", "one weight, no experts", in.packed.experts);
   check_span(kOp, "bias", bias, in.packed.n, true);
-  in.bias = at<float>(bias), in.mode = mode_of(mode);
+  in.bias = at<float>(bias), in.mode = int4::mode_of(kOp, mode);
   p.add(in);
 }
 
@@ -146,7 +103,7 @@ void attend(Program& p, const OperandTuple& to, const OperandTuple& from, const 
 void moe(Program& p, const OperandTuple& to, const OperandTuple& from, const OperandTuple& scores, int experts,
          int mode) {
   Instruction in = plain(Op::kMoe, to, from);
-  in.gate = operand_of(scores), in.index = experts, in.mode = mode_of(mode);
+  in.gate = operand_of(scores), in.index = experts, in.mode = int4::mode_of(kOp, mode);
   p.add(in);
 }
 
@@ -154,7 +111,7 @@ int add_cache(Program& p, const CacheTuple& tuple) {
   const auto& [keys, values, k_scale, v_scale, type, pages, page_size, kv_heads, size] = tuple;
   check(type >= 0 && type <= 3, kOp, "cache", "dtype 0 (fp32), 1 (bf16), 2 (fp16) or 3 (int8)", type);
   for (int64_t each : {pages, page_size, kv_heads, size}) check_size("cache", each);
-  const int64_t rows = elements("cache", {pages, page_size, kv_heads}), all = elements("cache", {rows, size});
+  const int64_t rows = elements(kOp, "cache", {pages, page_size, kv_heads}), all = elements(kOp, "cache", {rows, size});
   check_span(kOp, "keys", keys, all, false);
   check_span(kOp, "values", values, all, false);
   check_span(kOp, "k_scale", k_scale, rows, type != 3);
@@ -163,9 +120,10 @@ int add_cache(Program& p, const CacheTuple& tuple) {
                       page_size, kv_heads, size});
 }
 
-int add_packed_experts(Program& p, const PackedTuple& w13, const PackedTuple& w2, int64_t top_k, bool rescale) {
+int add_packed_experts(Program& p, const int4::WeightTuple& w13, const int4::WeightTuple& w2, int64_t top_k,
+                       bool rescale) {
   Experts e{};
-  e.packed = true, e.w13 = packed_of(w13), e.w2 = packed_of(w2);
+  e.packed = true, e.w13 = int4::weights_of(kOp, w13), e.w2 = int4::weights_of(kOp, w2);
   e.experts = e.w13.experts, e.hidden = e.w13.k, e.inner = e.w2.k, e.top_k = top_k, e.rescale = rescale;
   const bool fit = e.w2.experts == e.experts && e.w2.n == e.hidden && e.w13.n == 2 * e.inner;
   check(fit, kOp, "w2", "the transpose of w13's shape", e.w2.n);
@@ -175,8 +133,8 @@ int add_packed_experts(Program& p, const PackedTuple& w13, const PackedTuple& w2
 int add_dense_experts(Program& p, SpanTuple w13, SpanTuple w2, int type, int64_t experts, int64_t hidden, int64_t inner,
                       int64_t top_k, bool rescale) {
   for (int64_t each : {experts, hidden, inner}) check_size("experts", each);
-  check_span(kOp, "w13", w13, elements("w13", {experts, 2, inner, hidden}), false);
-  check_span(kOp, "w2", w2, elements("w2", {experts, inner, hidden}), false);
+  check_span(kOp, "w13", w13, elements(kOp, "w13", {experts, 2, inner, hidden}), false);
+  check_span(kOp, "w2", w2, elements(kOp, "w2", {experts, inner, hidden}), false);
   Experts e{};
   e.packed = false, e.dense13 = at<char>(w13), e.dense2 = at<char>(w2), e.type = type_of("experts", type);
   e.experts = experts, e.hidden = hidden, e.inner = inner, e.top_k = top_k, e.rescale = rescale;
