@@ -129,7 +129,11 @@ def ninja_file(folder: Path, modules: dict[str, Path], sanitize: str) -> str:
         optimise = ["-O1"]
     nvcc = find_nvcc()
     nvcc_flags = ["-std=c++20", "-O3", "-DNDEBUG", *gencode(), "-Xfatbin=-compress-all", "--cudart=static"]
-    nvcc_flags += ["-Xcompiler=-fPIC,-fvisibility=hidden"]
+    nvcc_flags += [
+        "-Xcompiler=-fPIC,-fvisibility=hidden",
+        "-fmad=false",
+        "--threads=2",
+    ]  # fma is written where it is meant
     neon = ["-DM3_NEON"] if any(suffix(path) == "neon" for path in sources(cuda=False)) else []
     lines = [
         f"cxx = {os.environ.get('CXX', 'g++')}",

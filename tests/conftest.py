@@ -20,8 +20,23 @@ def seed() -> None:
 
 
 @pytest.fixture
+def cuda_module() -> Iterator[None]:
+    """The CUDA kernels: as built where there is a GPU, else for the emulated device (an H100 with 4 processors)."""
+    if torch.cuda.is_available():
+        yield
+        return
+    import emulated_cuda
+
+    with emulated_cuda.installed(emulated_cuda.load(emulated_cuda.build_once())):
+        emulated_cuda.configure()
+        yield
+
+
+@pytest.fixture
 def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """Forces the room named by the (indirect) parameter; a room that cannot serve a call then raises BackendError."""
+    if request.param.rpartition("=")[2] == "cuda":
+        request.getfixturevalue("cuda_module")
     monkeypatch.setenv("M3KERNELS_BACKEND", request.param)
     dispatch.rooms.cache_clear()
     yield request.param

@@ -4,7 +4,7 @@
 #include <unistd.h>
 #endif
 
-#include "common/border_cpu.h"
+#include "common/border.h"
 #include "common/isa.h"
 
 namespace py = pybind11;

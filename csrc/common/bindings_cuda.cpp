@@ -1,6 +1,5 @@
 // Python module m3kernels._cuda_ext. Loads on a machine without a driver: cudart is linked statically and asked lazily.
-#include <pybind11/pybind11.h>
-
+#include "common/border.h"
 #include "common/cuda_info.h"
 
 namespace py = pybind11;
@@ -26,9 +25,15 @@ PYBIND11_MODULE(_cuda_ext, m) {
         facts["driver"] = info.driver;
         facts["problem"] = info.problem;
         facts["devices"] = devices;
+        facts["emulated"] = info.emulated;
         return facts;
       },
       "What was built and what the driver offers: archs, compiler, runtime, driver (CUDA versions, 0: no driver), "
       "problem "
-      "(\"\" if a device can be used) and devices.");
+      "(\"\" if a device can be used), devices, and emulated (kernels built for the CPU, by tests).");
+  m3::int4::bind_gemm_cuda(m);
+  m3::int4::bind_pack_cuda(m);
+  m3::policy_loss::bind_cuda(m);
+  m3::spec_decode::bind_attention_cuda(m);
+  m3::spec_decode::bind_tree_cuda(m);
 }

@@ -16,6 +16,7 @@ struct CudaInfo {
   int driver = 0;       // newest CUDA that the installed driver serves; 0: no driver
   std::string problem;  // why no device can be used; "" if one can
   std::vector<CudaDevice> devices;
+  bool emulated = false;  // the kernels were compiled for the CPU (tests/cuda_emulator)
 };
 
 CudaInfo cuda_info();

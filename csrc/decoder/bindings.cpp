@@ -1,5 +1,5 @@
 // What the decoder family adds to the CPU module: dense products, and passes through layers.
-#include "common/border_cpu.h"
+#include "common/border.h"
 
 namespace m3::decoder {
 void bind_linear(pybind11::module_& module);

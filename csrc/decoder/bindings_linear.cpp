@@ -1,5 +1,5 @@
 // Python border of linear: integers that are addresses, sizes that memory safety rests on.
-#include "common/border_cpu.h"
+#include "common/border.h"
 #include "decoder/linear_cpu_driver.h"
 
 namespace py = pybind11;

@@ -3,7 +3,7 @@
 
 #include <memory>
 
-#include "common/border_cpu.h"
+#include "common/border.h"
 #include "decoder/program_cpu.h"
 #include "int4/border_cpu.h"
 

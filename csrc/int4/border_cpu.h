@@ -1,7 +1,7 @@
 // How packed weights cross the Python border of the CPU families: addresses and sizes, checked where memory rests on
 // them.
 #pragma once
-#include "common/border_cpu.h"
+#include "common/border.h"
 #include "int4/gemm_cpu_driver.h"
 
 namespace m3::int4 {

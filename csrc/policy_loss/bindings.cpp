@@ -2,7 +2,7 @@
 #include <algorithm>
 #include <optional>
 
-#include "common/border_cpu.h"
+#include "common/border.h"
 #include "policy_loss/tiles_cpu_driver.h"
 
 namespace py = pybind11;

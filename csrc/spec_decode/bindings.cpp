@@ -1,5 +1,5 @@
 // What the spec_decode family adds to the CPU module: trees, attention over them, and the law of their rows.
-#include "common/border_cpu.h"
+#include "common/border.h"
 
 namespace m3::spec_decode {
 void bind_attention(pybind11::module_& module);

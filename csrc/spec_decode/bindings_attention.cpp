@@ -1,6 +1,6 @@
 // Python border of the spec_decode family: attention. Addresses, sizes and strides of tensors that Python has
 // validated.
-#include "common/border_cpu.h"
+#include "common/border.h"
 #include "spec_decode/attention_cpu_driver.h"
 
 namespace py = pybind11;

@@ -3,7 +3,7 @@
 #include <algorithm>
 #include <limits>
 
-#include "common/border_cpu.h"
+#include "common/border.h"
 #include "spec_decode/rows_cpu_driver.h"
 
 namespace py = pybind11;

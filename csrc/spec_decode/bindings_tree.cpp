@@ -1,7 +1,7 @@
 // Python border of the spec_decode family: trees, and walks that draw from given probabilities.
 #include <algorithm>
 
-#include "common/border_cpu.h"
+#include "common/border.h"
 #include "spec_decode/sampling_cpu.h"
 #include "spec_decode/tree_cpu.h"
 

@@ -1,5 +1,4 @@
-// What the Python borders of the CPU families share: tensors as addresses and sizes, checked where memory rests on
-// them.
+// What the Python borders of all families share: tensors as addresses and sizes, checked where memory rests on them.
 #pragma once
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -44,18 +43,23 @@ inline int64_t elements(const char* op, const char* argument, std::initializer_l
   return count;
 }
 
-// What a family adds to the module.
+// What a family adds to the CPU module and to the CUDA module.
 namespace decoder {
 void bind(pybind11::module_& module);
 }
 namespace int4 {
 void bind(pybind11::module_& module);
-}
+void bind_gemm_cuda(pybind11::module_& module);
+void bind_pack_cuda(pybind11::module_& module);
+}  // namespace int4
 namespace policy_loss {
 void bind(pybind11::module_& module);
-}
+void bind_cuda(pybind11::module_& module);
+}  // namespace policy_loss
 namespace spec_decode {
 void bind(pybind11::module_& module);
-}
+void bind_attention_cuda(pybind11::module_& module);
+void bind_tree_cuda(pybind11::module_& module);
+}  // namespace spec_decode
 
 }  // namespace m3
