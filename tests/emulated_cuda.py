@@ -1,4 +1,4 @@
-"""Builds the CUDA module for the emulated device: every .cu of csrc, compiled as C++, with the headers of tests/cuda_emulator.
+"""Builds the CUDA module for the emulated device: every .cu of csrc as C++, with the headers of tests/cuda_emulator.
 
     python tests/emulated_cuda.py        builds it (ninja: what changed) and prints its path
 
@@ -38,6 +38,11 @@ FLAGS += [
 INFO = "common/cuda_info.cu"  # asks the real runtime; cuda_info.cpp here answers instead
 
 
+def flags() -> list[str]:
+    """Of the C++ compiler; those of x86-64 only there."""
+    return [flag for flag in FLAGS if not flag.startswith("-m") or os.uname().machine == "x86_64"]
+
+
 def build(folder: Path | None = None, layout: str | None = None) -> Path:
     """Path of the built module. ``layout``: a folder whose headers come first, to plant mistakes in them."""
     import ninja
@@ -48,10 +53,9 @@ def build(folder: Path | None = None, layout: str | None = None) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     sources = [*sorted(csrc.glob("*/*.cu")), *sorted(csrc.glob("*/*_cuda.cpp")), *sorted(HERE.glob("*.cpp"))]
     sources = [source for source in sources if str(source.relative_to(csrc.parent)) != f"csrc/{INFO}"]
-    flags = FLAGS if os.uname().machine == "x86_64" else [flag for flag in FLAGS if not flag.startswith("-m")]
     includes = [*([layout] if layout else []), str(HERE), str(csrc)]
     system = [pybind11.get_include(), sysconfig.get_path("include")]
-    command = [os.environ.get("CXX", "g++"), *flags, "-DM3_CUDA_ARCHS='\"emulated\"'"]
+    command = [os.environ.get("CXX", "g++"), *flags(), "-DM3_CUDA_ARCHS='\"emulated\"'"]
     command += [f"-I{path}" for path in includes] + [f"-isystem {path}" for path in system]
     module = folder / f"_cuda_ext{sysconfig.get_config_var('EXT_SUFFIX')}"
     lines = [
@@ -126,4 +130,4 @@ def configure(capability: int = 90, multiprocessors: int = 4, seed: int = 0) -> 
 
 
 if __name__ == "__main__":
-    print(build())
+    print(build())  # noqa: T201
