@@ -39,8 +39,10 @@ INFO = "common/cuda_info.cu"  # asks the real runtime; cuda_info.cpp here answer
 
 
 def flags() -> list[str]:
-    """Of the C++ compiler; those of x86-64 only there."""
-    return [flag for flag in FLAGS if not flag.startswith("-m") or os.uname().machine == "x86_64"]
+    """Of the C++ compiler; those of x86-64 only there. M3_SANITIZE=address: every access to memory is checked."""
+    sanitize = os.environ.get("M3_SANITIZE", "")
+    extra = [f"-fsanitize={sanitize}", "--param", "asan-stack=0"] if sanitize else []  # fibers have stacks of their own
+    return [flag for flag in FLAGS if not flag.startswith("-m") or os.uname().machine == "x86_64"] + extra
 
 
 def build(folder: Path | None = None, layout: str | None = None) -> Path:
@@ -49,7 +51,8 @@ def build(folder: Path | None = None, layout: str | None = None) -> Path:
     import pybind11
 
     csrc = ROOT / "csrc"
-    folder = folder or ROOT / "build" / "cuda_emulator" / str(sysconfig.get_config_var("SOABI"))
+    kind = os.environ.get("M3_SANITIZE", "")
+    folder = folder or ROOT / "build" / "cuda_emulator" / f"{sysconfig.get_config_var('SOABI')}{kind and '-' + kind}"
     folder.mkdir(parents=True, exist_ok=True)
     sources = [*sorted(csrc.glob("*/*.cu")), *sorted(csrc.glob("*/*_cuda.cpp")), *sorted(HERE.glob("*.cpp"))]
     sources = [source for source in sources if str(source.relative_to(csrc.parent)) != f"csrc/{INFO}"]
@@ -64,7 +67,7 @@ def build(folder: Path | None = None, layout: str | None = None) -> Path:
         "  depfile = $out.d",
         "  deps = gcc",
         "rule link",
-        "  command = g++ -shared $in -o $out",
+        f"  command = {' '.join(command[:1] + flags())} -shared $in -o $out",
     ]
     objects = [folder / f"{source.parent.name}_{source.name}.o" for source in sources]
     lines += [f"build {target}: cxx {source}" for source, target in zip(sources, objects, strict=True)]

@@ -290,3 +290,18 @@ def test_native_kernels_pass_under_address_and_undefined_sanitizers(tmp_path):
         OMP_NUM_THREADS="2",
     )
     assert re.search(r"\d+ passed", done.stdout), done.stdout[-2000:]
+
+
+@slow
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="paths of the sanitizer's libraries are those of x86-64 gcc")
+def test_cuda_kernels_pass_on_the_emulated_device_under_the_address_sanitizer(tmp_path):
+    tests = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "tests" / "kernels").glob("test_*_cuda.py"))
+    assert tests
+    done = run(
+        *(sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests),
+        cwd=ROOT,
+        M3_SANITIZE="address",
+        LD_PRELOAD=run("g++", "-print-file-name=libasan.so", cwd=ROOT).stdout.strip(),
+        ASAN_OPTIONS="detect_leaks=0",
+    )
+    assert re.search(r"\d+ passed", done.stdout), done.stdout[-2000:]
