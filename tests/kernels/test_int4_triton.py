@@ -6,13 +6,9 @@ our own arithmetic around the dot product; on a GPU the same tests cover the mat
 
 from __future__ import annotations
 
-import concurrent.futures
 import dataclasses
 import itertools
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from triton_costs import costs, run_uninterpreted, target
 
 from m3kernels.dispatch import BackendError
 from m3kernels.int4 import Int4Weight, int4_dequantize, int4_gemm, int4_grouped_gemm, int4_moe
@@ -348,22 +345,7 @@ def test_moe_is_captured_in_a_cuda_graph(backend: str) -> None:
 
 
 # -- compiled for GPUs that are not here ------------------------------------------------------------------------------
-def run_uninterpreted(*arguments: str) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_DEFAULT_FP_FUSION": "0", "OMP_NUM_THREADS": "1"}
-    return subprocess.run([sys.executable, *arguments], env=environment, capture_output=True, text=True)
-
-
-@pytest.fixture(scope="session")
-def costs() -> dict[str, dict[str, dict[str, int]]]:
-    """{target: {case: cost}}: two targets at a time; compiled kernels stay in Triton's cache."""
-
-    def compiled(target: str) -> dict[str, dict[str, int]]:
-        result = run_uninterpreted("-m", "m3kernels.triton_compile", "m3kernels.int4._triton", target)
-        assert result.returncode == 0, result.stderr
-        return json.loads(result.stdout)[target]
-
-    with concurrent.futures.ThreadPoolExecutor(2) as pool:
-        return dict(zip(TARGETS, pool.map(compiled, TARGETS), strict=True))
+MODULE = "m3kernels.int4._triton"
 
 
 @pytest.mark.parametrize("target", TARGETS)
@@ -371,9 +353,9 @@ def test_every_case_has_a_budget(target: str) -> None:
     assert {case.name for case in _triton.compile_cases(target)} == set(BUDGET[target])
 
 
-@pytest.mark.parametrize(("target", "case"), [(target, case) for target in TARGETS for case in BUDGET[target]])
-def test_compiles_within_its_budget(costs: dict[str, dict[str, dict[str, int]]], target: str, case: str) -> None:
-    cost, budget = costs[target][case], BUDGET[target][case]
+@pytest.mark.parametrize(("target", "case"), [target(each, case) for each in TARGETS for case in BUDGET[each]])
+def test_compiles_within_its_budget(target: str, case: str) -> None:
+    cost, budget = costs(MODULE, target)[case], BUDGET[target][case]
     assert cost["shared"] <= SHARED_LIMIT[target]
     claims_matrix_units = {case.name: case.matrix_units for case in _triton.compile_cases(target)}[case]
     assert (cost["matrix_instructions"] > 0) >= claims_matrix_units
@@ -381,9 +363,9 @@ def test_compiles_within_its_budget(costs: dict[str, dict[str, dict[str, int]]],
         assert {name: cost[name] for name in budget if cost[name] > budget[name]} == {}
 
 
-@pytest.mark.parametrize("target", ("sm_80", "sm_90", "gfx942"))
-def test_nothing_spills(costs: dict[str, dict[str, dict[str, int]]], target: str) -> None:
-    assert {case: cost["spills"] for case, cost in costs[target].items() if cost["spills"]} == {}
+@pytest.mark.parametrize("target", [target(each) for each in ("sm_80", "sm_90", "gfx942")])
+def test_nothing_spills(target: str) -> None:
+    assert {case: cost["spills"] for case, cost in costs(MODULE, target).items() if cost["spills"]} == {}
 
 
 def test_cpu_tensors_are_refused_without_the_interpreter() -> None:

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import concurrent.futures
 import json
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
+from triton_costs import costs, each_target, run_uninterpreted, target
 
 from m3kernels.triton_compile import SHARED_LIMIT, TARGETS
 
@@ -21,22 +17,7 @@ _triton = pytest.importorskip("m3kernels.policy_loss._triton")
 BUDGET = json.loads((Path(__file__).parent / "policy_loss_triton_budget.json").read_text())
 
 
-def run_uninterpreted(*arguments: str) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_DEFAULT_FP_FUSION": "0", "OMP_NUM_THREADS": "1"}
-    return subprocess.run([sys.executable, *arguments], env=environment, capture_output=True, text=True)
-
-
-@pytest.fixture(scope="session")
-def costs() -> dict[str, dict[str, dict[str, int]]]:
-    """{target: {case: cost}}: two targets at a time; compiled kernels stay in Triton's cache."""
-
-    def compiled(target: str) -> dict[str, dict[str, int]]:
-        result = run_uninterpreted("-m", "m3kernels.triton_compile", "m3kernels.policy_loss._triton", target)
-        assert result.returncode == 0, result.stderr
-        return json.loads(result.stdout)[target]
-
-    with concurrent.futures.ThreadPoolExecutor(2) as pool:
-        return dict(zip(TARGETS, pool.map(compiled, TARGETS), strict=True))
+MODULE = "m3kernels.policy_loss._triton"
 
 
 @pytest.mark.parametrize("target", TARGETS)
@@ -44,17 +25,17 @@ def test_every_case_has_a_budget(target: str) -> None:
     assert {case.name for case in _triton.compile_cases(target)} == set(BUDGET[target])
 
 
-@pytest.mark.parametrize(("target", "case"), [(target, case) for target in TARGETS for case in BUDGET[target]])
-def test_compiles_within_its_budget(costs: dict[str, dict[str, dict[str, int]]], target: str, case: str) -> None:
-    cost, budget = costs[target][case], BUDGET[target][case]
+@pytest.mark.parametrize(("target", "case"), [target(each, case) for each in TARGETS for case in BUDGET[each]])
+def test_compiles_within_its_budget(target: str, case: str) -> None:
+    cost, budget = costs(MODULE, target)[case], BUDGET[target][case]
     assert cost["shared"] <= SHARED_LIMIT[target]
     if triton.__version__ == BUDGET["triton"]:
         assert {name: cost[name] for name in budget if cost[name] > budget[name]} == {}
 
 
-@pytest.mark.parametrize("target", TARGETS)
-def test_nothing_spills(costs: dict[str, dict[str, dict[str, int]]], target: str) -> None:
-    assert {case: cost["spills"] for case, cost in costs[target].items() if cost["spills"]} == {}
+@each_target
+def test_nothing_spills(target: str) -> None:
+    assert {case: cost["spills"] for case, cost in costs(MODULE, target).items() if cost["spills"]} == {}
 
 
 INTERMEDIATE = """
@@ -73,8 +54,9 @@ print(json.dumps({case.name: [one.asm["ttir"], one.asm["ptx"]] for case, one in 
 
 
 @pytest.fixture(scope="session")
-def intermediate(costs: dict[str, Any]) -> dict[str, list[str]]:
-    """{case: [Triton's intermediate code, PTX]} for sm_90, from the cache that ``costs`` has filled."""
+def intermediate() -> dict[str, list[str]]:
+    """{case: [Triton's intermediate code, PTX]} for sm_90, from the cache that ``costs`` fills."""
+    costs(MODULE, "sm_90")
     result = run_uninterpreted("-c", INTERMEDIATE)
     assert result.returncode == 0, result.stderr
     return json.loads(result.stdout)
