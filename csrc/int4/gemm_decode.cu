@@ -475,6 +475,13 @@ __global__ void __launch_bounds__(32 * kSplitParts * kTiles, kTokenTiles == 4 ? 
 
 // -- host -------------------------------------------------------------------------------------------------------------
 
+constexpr int shared_bytes(int token_tiles, int tiles) {
+  const int rows = 8 * token_tiles;
+  const int rings = kSplitParts * kStages * (rows * kStageRow + tiles * kStageWeight);
+  const int sums = tiles * kSplitParts * rows * kTileN * 4 + 16;
+  return rings > sums ? rings : sums;
+}
+
 // Which instantiation, and its grid. No choice here changes a bit of y.
 struct Shape {
   int token_tiles, tiles;
@@ -488,7 +495,8 @@ Shape shape_of(const Product& p) {
   Shape shape{};
   // Rows of an expert beyond one chunk read its weight again, from L2: chunks hold about twice the mean.
   const int64_t rows = p.offsets && 2 * p.rows < p.rows * busy ? ceil_div64(2 * p.rows, busy) : p.rows;
-  shape.token_tiles = rows <= 8 ? 1 : rows <= 16 ? 2 : 4;
+  const int most = device().shared_bytes < shared_bytes(4, 2) ? 2 : 4;
+  shape.token_tiles = rows <= 8 ? 1 : rows <= 16 ? 2 : most;
   shape.tiles = gated || shape.token_tiles > 1 ? 2 : 1;
   shape.units = gated ? p.n / (2 * kTileN) : ceil_div64(p.n_tiles(), shape.tiles);
   const int chunk_rows = 8 * shape.token_tiles;
@@ -500,9 +508,6 @@ Shape shape_of(const Product& p) {
 template <Half kHalf, int kTokenTiles, int kTiles>
 void start(const Product& p, const Shape& shape) {
   constexpr const char* kOp = "int4_product";
-  constexpr int kRows = 8 * kTokenTiles;
-  constexpr int kRings = kSplitParts * kStages * (kRows * kStageRow + kTiles * kStageWeight);
-  constexpr int kSums = kTiles * kSplitParts * kRows * kTileN * 4 + 16;
   const bool gated = p.epilogue == Epilogue::kGated;
   Decode d{};
   d.p = p;
@@ -519,7 +524,7 @@ void start(const Product& p, const Shape& shape) {
   Launch how;
   how.grid = dim3((unsigned)(shape.units * shape.chunks * p.plan.splits));
   how.block = dim3(32 * kSplitParts * kTiles);
-  how.shared_bytes = kRings > kSums ? kRings : kSums;
+  how.shared_bytes = shared_bytes(kTokenTiles, kTiles);
   how.stream = (cudaStream_t)p.stream;
   how.cluster = shape.cluster ? p.plan.splits : 1;
   how.dependent = device().capability == 90;
