@@ -49,6 +49,7 @@ struct Product {
 void gemm_decode(const Product& product);
 int64_t decode_workspace(const Product& product);  // floats
 int64_t decode_counters(const Product& product);   // ints
+int multiprocessors();                             // of the current device, for plan_of
 
 // For many rows: the same bits as gemm_decode, for every number of rows. sm_80 and newer. No workspace.
 void gemm_many(const Product& product);

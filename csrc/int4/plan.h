@@ -23,19 +23,24 @@ struct Plan {
   int32_t splits;
 };
 
+constexpr int kSplitParts = 4;  // Plan::split_parts
+constexpr int kMostSplits = 16;
+
 M3_HD int64_t ceil_div64(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// Splits so that a weight of few rows still keeps every multiprocessor reading; parts of at least 8 tiles (128
+// Splits so that a weight of few rows still keeps every multiprocessor reading: as many blocks (64 rows of one split)
+// as are resident at a time, four a multiprocessor, and no second wave of a few; parts of at least 8 tiles (128
 // columns).
 M3_HD Plan plan_of(int64_t n, int64_t k, bool grouped, int multiprocessors) {
-  constexpr int64_t kWarps = 4, kLeastPart = 8, kRows = 64;
-  const int64_t k_tiles = ceil_div64(k, kTileK), blocks = ceil_div64(n, kRows);
+  constexpr int64_t kResident = 4, kLeastPart = 8;
+  const int64_t k_tiles = ceil_div64(k, kTileK), blocks = ceil_div64(n, kTileN);
   int64_t splits = 1;
   if (!grouped)
-    while (splits < 16 && blocks * splits < 4 * multiprocessors && k_tiles >= 2 * splits * kWarps * kLeastPart)
+    while (splits < kMostSplits && 2 * blocks * splits <= kResident * multiprocessors &&
+           k_tiles >= 2 * splits * kSplitParts * kLeastPart)
       splits *= 2;
-  const int64_t part = ceil_div64(k_tiles, splits * kWarps);
-  return {(int32_t)part, (int32_t)kWarps, (int32_t)ceil_div64(k_tiles, part * kWarps)};
+  const int64_t part = ceil_div64(k_tiles, splits * kSplitParts);
+  return {(int32_t)part, kSplitParts, (int32_t)ceil_div64(k_tiles, part * kSplitParts)};
 }
 
 }  // namespace m3::int4

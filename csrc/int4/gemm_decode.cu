@@ -1,0 +1,569 @@
+// Products of few rows with packed INT4 weights: the weight is streamed once, at the rate of memory.
+#include "common/launch.cuh"
+#include "common/ptx.cuh"
+#include "int4/gemm_cuda.h"
+
+namespace m3::int4 {
+namespace {
+
+constexpr int kStageTiles = 4;  // k-tiles of a pipeline stage: 64 columns, 128 bytes of a row of x
+constexpr int kStages = 4;      // of which three are under way while one is computed on
+constexpr int kStageRow = kStageTiles * kTileK * 2;
+constexpr int kStageWeight = kStageTiles * kTileBytes;
+
+// What the kernel is told: the product, and what the host knows about it already.
+struct Decode {
+  Product p;
+  int32_t n_tiles, k_tiles, groups;
+  int32_t group_tiles;  // k-tiles of a group
+  int32_t group_start;  // k-tiles of the first group that lie before the weight
+  int32_t units;        // blocks that cover n, for one chunk of rows and one split
+  int32_t chunks;       // of rows, if dense
+  int32_t next_tile;    // from a block's first n-tile to its second
+  bool cluster;         // the splits of a unit are one cluster, else they meet in the workspace
+  bool wide_x, wide_y;  // rows of x are 16-byte aligned; quads of y lie in one row, aligned
+};
+
+// What a block owns.
+struct Unit {
+  int32_t row, rows;  // of y
+  int64_t expert;
+  int32_t tile;  // first n-tile
+  int32_t split;
+  int32_t index;  // among units that end in y
+};
+
+// Threads with the same stage of x: one warp, or the warps of a part.
+template <int kWarps>
+M3_DEVICE void sync_team(int part) {
+  if constexpr (kWarps == 1)
+    __syncwarp();
+  else
+    ptx::bar_sync(1 + part, 32 * kWarps);
+}
+
+M3_DEVICE int32_t clamp_row(int32_t row, int64_t rows) { return row < 0 ? 0 : row < rows ? row : (int32_t)rows; }
+
+// The unit of this block; false if it has none. Grouped: the expert is found by a prefix sum over the experts' chunks,
+// which every warp computes for itself. Chunks of rows that share a weight are neighbours: the second reads it from L2.
+M3_DEVICE bool find_unit(const Decode& d, int chunk_rows, Unit& unit) {
+  int32_t index = (int32_t)blockIdx.x;
+  unit.split = 0;
+  if (d.p.plan.splits > 1) unit.split = index % d.p.plan.splits, index /= d.p.plan.splits;
+  unit.index = index;
+  int32_t first = 0, last = (int32_t)d.p.rows, chunks = d.chunks;
+  unit.expert = 0;
+  if (d.p.offsets) {
+    const int lane = (int)threadIdx.x % 32;
+    const int32_t wanted = index / d.units;  // counted in chunks of all experts
+    int32_t before = 0;
+    bool found = false;
+    for (int64_t base = 0; base < d.p.experts && !found; base += 32) {
+      int32_t begin = 0, end = 0;
+      if (base + lane < d.p.experts) {
+        begin = clamp_row(__ldg(d.p.offsets + base + lane), d.p.rows);
+        end = max(begin, clamp_row(__ldg(d.p.offsets + base + lane + 1), d.p.rows));
+      }
+      const int32_t own = (end - begin + chunk_rows - 1) / chunk_rows;
+      int32_t sum = own;
+#pragma unroll
+      for (int step = 1; step < 32; step *= 2) {
+        const int32_t other = __shfl_up_sync(~0u, sum, step);
+        if (lane >= step) sum += other;
+      }
+      const uint32_t beyond = __ballot_sync(~0u, before + sum > wanted);
+      found = beyond != 0;
+      const int source = found ? __ffs((int)beyond) - 1 : 31;
+      if (found) {
+        unit.expert = base + source;
+        first = __shfl_sync(~0u, begin, source), last = __shfl_sync(~0u, end, source);
+        chunks = __shfl_sync(~0u, own, source);
+      }
+      before += __shfl_sync(~0u, found ? sum - own : sum, source);
+    }
+    if (!found) return false;
+    index -= before * d.units;
+  }
+  unit.tile = index / chunks;
+  unit.row = first + index % chunks * chunk_rows;
+  unit.rows = min(last - unit.row, chunk_rows);
+  return true;
+}
+
+// Registers of A for mma_16816 of one word: (u - zero) of rows g (zero[0]) and g + 8 (zero[1]), exact. A nibble under
+// an exponent of 2^7 (bf16) or 2^10 (fp16) is that power plus the nibble; 4 bits higher, fp16 has 16 times the nibble.
+template <Half kHalf>
+M3_DEVICE void widen(uint32_t word, const uint32_t (&zero)[2], uint32_t (&a)[4]) {
+  constexpr int kAndOr = (0xF0 & 0xCC) | 0xAA;
+  if constexpr (kHalf == Half::kBf16) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i)
+      a[i] = ptx::sub2<kHalf>(ptx::lop3<kAndOr>(word >> 4 * i, 0x000F000Fu, 0x43004300u), zero[i & 1]);
+  } else {
+#pragma unroll
+    for (int i = 0; i < 4; i += 2) {
+      const uint32_t bits = word >> 4 * i;
+      a[i] = ptx::sub2<kHalf>(ptx::lop3<kAndOr>(bits, 0x000F000Fu, 0x64006400u), zero[0]);
+      a[i + 1] = ptx::fma2<kHalf>(ptx::lop3<kAndOr>(bits, 0x00F000F0u, 0x64006400u), 0x2C002C00u, zero[1]);
+    }
+  }
+}
+
+// zero[a] as widen wants it: bf16 128 + z twice; fp16 1024 + z, and -(64 + z). Byte a of `low` (rows g), `high` (g +
+// 8).
+template <Half kHalf>
+M3_DEVICE void widen_zeros(uint32_t low, uint32_t high, uint32_t (&zero)[4][2]) {
+#pragma unroll
+  for (int a = 0; a < 4; ++a) {
+    const uint32_t selector = (uint32_t)(0x4040 | a << 8 | a);  // bytes a, constant, a, constant
+    if constexpr (kHalf == Half::kBf16) {
+      zero[a][0] = ptx::prmt(low, 0x43, selector), zero[a][1] = ptx::prmt(high, 0x43, selector);
+    } else {
+      zero[a][0] = ptx::prmt(low, 0x64, selector);
+      zero[a][1] = (ptx::prmt(high, 0, selector) << 4) + 0xD400D400u;
+    }
+  }
+}
+
+// Four scales (rows 16a + g of one g, a = 0..3) as they lie in memory.
+M3_DEVICE uint4 load_scales(const Decode& d, int64_t index) {
+  if (d.p.scale_type == DeviceType::kFp32) return __ldg((const uint4*)((const float*)d.p.scales + index));
+  const uint2 two = __ldg((const uint2*)((const uint16_t*)d.p.scales + index));
+  return make_uint4(two.x, two.y, 0, 0);
+}
+
+M3_DEVICE void widen_scales(DeviceType type, const uint4& raw, float (&scale)[4]) {
+  if (type == DeviceType::kFp32) {
+    scale[0] = __uint_as_float(raw.x), scale[1] = __uint_as_float(raw.y);
+    scale[2] = __uint_as_float(raw.z), scale[3] = __uint_as_float(raw.w);
+    return;
+  }
+  const bool bf16 = type == DeviceType::kBf16;
+  const float2 low = bf16 ? ptx::unpack2<Half::kBf16>(raw.x) : ptx::unpack2<Half::kF16>(raw.x);
+  const float2 high = bf16 ? ptx::unpack2<Half::kBf16>(raw.y) : ptx::unpack2<Half::kF16>(raw.y);
+  scale[0] = low.x, scale[1] = low.y, scale[2] = high.x, scale[3] = high.y;
+}
+
+M3_DEVICE float4 add4(const float4& a, const float4& b) {
+  return make_float4(ptx::add(a.x, b.x), ptx::add(a.y, b.y), ptx::add(a.z, b.z), ptx::add(a.w, b.w));
+}
+
+M3_DEVICE float silu(float x) {
+  return ptx::mul(x, ptx::reciprocal(ptx::add(1.f, ptx::exp2(ptx::mul(x, -1.4426950408889634f)))));
+}
+
+// Rows of x of one part, a stage at a time: kRows rows of 128 bytes, each 16-byte chunk c of row r at c ^ (r % 8).
+template <int kRows, int kTeam>
+struct Columns {
+  static constexpr int kEach = kRows * (kStageRow / 16) / kTeam;  // chunks that a thread copies
+  static constexpr int kRowStep = kTeam / (kStageRow / 16);
+  int32_t row[kEach];  // of x; -1: zeros
+  int32_t rows;        // those from here on are not even written
+
+  __device__ __forceinline__ void load(const Decode& d, char* stage, int32_t tile, int thread) const {
+    const int chunk = thread % 8;
+    const int64_t column = (int64_t)tile * kTileK + chunk * 8;
+#pragma unroll
+    for (int i = 0; i < kEach; ++i) {
+      const int r = thread / 8 + i * kRowStep;
+      if (r >= rows) break;
+      char* to = stage + r * kStageRow + ((chunk ^ (r & 7)) << 4);
+      const int64_t left = row[i] < 0 ? 0 : d.p.k - column;
+      const uint16_t* from = (const uint16_t*)d.p.x + (left > 0 ? row[i] * d.p.k + column : 0);
+      if (d.wide_x) {
+        ptx::cp_async_16(to, from, left > 0 ? 16 : 0);
+      } else {
+        uint32_t pair[4] = {};
+#pragma unroll
+        for (int j = 0; j < 8; ++j)
+          if (j < left) pair[j / 2] |= (uint32_t)from[j] << 16 * (j % 2);
+        *(uint4*)to = make_uint4(pair[0], pair[1], pair[2], pair[3]);
+      }
+    }
+  }
+};
+
+// Where float4 `quad` (rows 4 quad .. + 3 of the tile) of a token lies among a tile's sums; conflict-free for mma's
+// lanes.
+M3_DEVICE int sum_index(int token, int row) { return token * kTileN + (row ^ ((token >> 1 & 3) << 3)); }
+
+// y = x W^T for at most 8 kTokenTiles rows. Grid: (units of n, chunks of rows, splits), splits fastest. A block owns
+// kTiles n-tiles (64 rows of W each; gate and up of the same columns if gated) of one split. Warp w owns part w % 4 of
+// n-tile w / 4 and streams its tiles, which lie one after the other in memory, through a ring of kStages stages of 2
+// KiB that it fills with asynchronous copies and alone reads; x goes the same way, shared by the warps of a part. So
+// there is no barrier of the block until the sums, and a multiprocessor has 16 warps (8 at 32 rows) x 6 KiB of the
+// weight under way, whichever group, part or block ends in between. Tiles of W are the m side of mma, tokens the n
+// side: 8 rows cost what 1 costs. Sums: parts through shared memory, splits through the cluster's (or the workspace),
+// both in order.
+template <Half kHalf, int kTokenTiles, int kTiles>
+__global__ void __launch_bounds__(32 * kSplitParts * kTiles, kTokenTiles == 4 ? 1 : 4 / kTiles) decode(const Decode d) {
+  constexpr int kRows = 8 * kTokenTiles, kTeam = 32 * kTiles, kThreads = kTeam * kSplitParts;
+  constexpr int kStageX = kRows * kStageRow;
+  ptx::grid_wait();
+  ptx::grid_launch_dependents();
+  Unit unit;
+  if (!find_unit(d, kRows, unit)) return;
+  const int thread = (int)threadIdx.x, lane = thread % 32, warp = thread / 32;
+  const int g = lane / 4, t = lane % 4;
+  const int part = warp % kSplitParts, slot = warp / kSplitParts;
+  const int live = (unit.rows + 7) / 8;  // token tiles with rows
+  const int32_t n_tile = unit.tile + slot * d.next_tile;
+  const bool owner = n_tile < d.n_tiles;  // the second n-tile of the last unit may not be
+
+  const int64_t first64 = ((int64_t)unit.split * kSplitParts + part) * d.p.plan.part_tiles;
+  const int32_t first = (int32_t)min(first64, (int64_t)d.k_tiles);
+  const int32_t last = (int32_t)min(first64 + d.p.plan.part_tiles, (int64_t)d.k_tiles);
+
+  char* const shared = shared_memory();
+  char* const ring_x = shared + part * kStages * kStageX;
+  char* const ring_w = shared + kSplitParts * kStages * kStageX + warp * kStages * kStageWeight;
+  const int64_t row_of_tiles = unit.expert * d.n_tiles + (owner ? n_tile : 0);
+  const char* const weight = (const char*)d.p.qweight + row_of_tiles * d.k_tiles * kTileBytes + lane * 16;
+
+  const int member = slot * 32 + lane;
+  Columns<kRows, kTeam> columns;
+  columns.rows = 8 * live;
+  auto load_weight = [&](int32_t tile, int stage) {
+    if (!owner) return;
+#pragma unroll
+    for (int j = 0; j < kStageTiles; ++j)
+      if (tile + j < last)
+        ptx::cp_async_16(ring_w + stage * kStageWeight + j * kTileBytes + lane * 16,
+                         weight + (int64_t)(tile + j) * kTileBytes);
+  };
+#pragma unroll
+  for (int s = 0; s < kStages - 1; ++s) load_weight(first + s * kStageTiles, s);
+#pragma unroll
+  for (int i = 0; i < columns.kEach; ++i) {
+    const int r = member / 8 + i * columns.kRowStep;
+    int32_t row = -1;
+    if (r < unit.rows) {
+      row = d.p.row_index ? __ldg(d.p.row_index + unit.row + r) : unit.row + r;
+      if (row < 0 || row >= d.p.x_rows) row = -1;
+    }
+    columns.row[i] = row;
+  }
+#pragma unroll
+  for (int s = 0; s < kStages - 1; ++s) {
+    if (first + s * kStageTiles < last) columns.load(d, ring_x + s * kStageX, first + s * kStageTiles, member);
+    ptx::cp_async_commit();
+  }
+
+  // Scales of the run under way and zeros of the next one, as they lie in memory.
+  int32_t group = (first + d.group_start) / d.group_tiles;
+  int32_t left = (group + 1) * d.group_tiles - (first + d.group_start);  // tiles of the run to come
+  const int64_t quad = row_of_tiles * d.groups * kTileN + 4 * g;
+  uint4 raw_scale[2] = {};
+  uint32_t raw_zero[2] = {0x08080808u, 0x08080808u}, zero[4][2];
+  auto load_groups = [&](bool scales, bool zeros) {
+    if (!owner) return;
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const int64_t index = quad + (int64_t)group * kTileN + 32 * h;
+      if (scales) raw_scale[h] = load_scales(d, index);
+      if (zeros && d.p.zeros) raw_zero[h] = __ldg((const uint32_t*)(d.p.zeros + index));
+    }
+  };
+  if (first < last) {
+    load_groups(true, true);
+    widen_zeros<kHalf>(raw_zero[0], raw_zero[1], zero);
+    if (++group < d.groups) load_groups(false, true);
+  }
+
+  float run[kTokenTiles][4][4] = {}, sum[kTokenTiles][4][4] = {};
+  auto multiply = [&](const char* tile, const char* x, int j) {
+    const uint4 words = *(const uint4*)(tile + chunk_offset(g, t));
+    uint32_t a[4][4];
+    widen<kHalf>(words.x, zero[0], a[0]);
+    widen<kHalf>(words.y, zero[1], a[1]);
+    widen<kHalf>(words.z, zero[2], a[2]);
+    widen<kHalf>(words.w, zero[3], a[3]);
+    const int chunk = ((2 * j + (lane >> 3 & 1)) ^ (lane & 7)) << 4;
+    if constexpr (kTokenTiles == 1) {
+      uint32_t b[2];
+      ptx::ldmatrix_x2(b, x + (lane & 7) * kStageRow + chunk);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) ptx::mma_16816<kHalf>(run[0][i], a[i], b[0], b[1]);
+    } else {
+#pragma unroll
+      for (int n = 0; n < kTokenTiles; n += 2) {
+        if (n >= live) break;
+        uint32_t b[4];
+        ptx::ldmatrix_x4(b, x + (8 * n + (lane >> 4) * 8 + (lane & 7)) * kStageRow + chunk);
+#pragma unroll
+        for (int i = 0; i < 4; ++i) ptx::mma_16816<kHalf>(run[n][i], a[i], b[0], b[1]);
+        if (n + 1 < live)
+#pragma unroll
+          for (int i = 0; i < 4; ++i) ptx::mma_16816<kHalf>(run[n + 1][i], a[i], b[2], b[3]);
+      }
+    }
+  };
+  auto end_run = [&](bool more) {
+    float scale[2][4];
+#pragma unroll
+    for (int h = 0; h < 2; ++h) widen_scales(d.p.scale_type, raw_scale[h], scale[h]);
+    if (more) {
+      widen_zeros<kHalf>(raw_zero[0], raw_zero[1], zero);
+      load_groups(true, false);
+      if (++group < d.groups) load_groups(false, true);
+    }
+#pragma unroll
+    for (int n = 0; n < kTokenTiles; ++n)
+#pragma unroll
+      for (int a = 0; a < 4; ++a)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          sum[n][a][i] = ptx::fma(scale[i >> 1][a], run[n][a][i], sum[n][a][i]);
+          run[n][a][i] = 0.f;
+        }
+    left = d.group_tiles;
+  };
+
+  int stage = 0;
+  for (int32_t tile = first; tile < last; tile += kStageTiles) {
+    ptx::cp_async_wait<kStages - 2>();
+    sync_team<kTiles>(part);
+    const int32_t ahead = tile + (kStages - 1) * kStageTiles;
+    const int free_stage = stage == 0 ? kStages - 1 : stage - 1;  // read in the iteration before
+    if (ahead < last) {
+      load_weight(ahead, free_stage);
+      columns.load(d, ring_x + free_stage * kStageX, ahead, member);
+    }
+    ptx::cp_async_commit();
+    const char* const w = ring_w + stage * kStageWeight;
+    const char* const x = ring_x + stage * kStageX;
+    if (owner) {
+      if (tile + kStageTiles <= last && left >= kStageTiles) {
+#pragma unroll
+        for (int j = 0; j < kStageTiles; ++j) multiply(w + j * kTileBytes, x, j);
+        left -= kStageTiles;
+        if (!left || tile + kStageTiles == last) end_run(tile + kStageTiles < last);
+      } else {
+        const int tiles = min(kStageTiles, last - tile);
+#pragma unroll 1
+        for (int j = 0; j < tiles; ++j) {
+          multiply(w + j * kTileBytes, x, j);
+          if (!--left || tile + j + 1 == last) end_run(tile + j + 1 < last);
+        }
+      }
+    }
+    stage = stage == kStages - 1 ? 0 : stage + 1;
+  }
+  ptx::cp_async_wait<0>();
+  __syncthreads();
+
+  // sums[slot][part][token][row]: parts, then in the place of part 0 the split.
+  float* const sums = (float*)shared;
+  constexpr int kTileSums = kRows * kTileN;
+  {
+    float* const own = sums + (slot * kSplitParts + part) * kTileSums;
+#pragma unroll
+    for (int n = 0; n < kTokenTiles; ++n)
+#pragma unroll
+      for (int a = 0; a < 4; ++a)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) own[sum_index(8 * n + 2 * t + (i & 1), 16 * a + 8 * (i >> 1) + g)] = sum[n][a][i];
+  }
+  __syncthreads();
+  const int64_t split_first = (int64_t)unit.split * kSplitParts * d.p.plan.part_tiles;
+  const int parts = (int)min((d.k_tiles - split_first + d.p.plan.part_tiles - 1) / d.p.plan.part_tiles,
+                             (int64_t)kSplitParts);  // with tiles
+  const int quads = unit.rows * (kTileN / 4);        // of one n-tile
+  auto place = [&](int which, int item) {
+    return which * kSplitParts * kTileSums + sum_index(item / 16, item % 16 * 4);
+  };
+  auto split_sum = [&](int which, int item) {
+    const float* from = sums + place(which, item);
+    float4 v = *(const float4*)from;
+    for (int q = 1; q < parts; ++q) v = add4(v, *(const float4*)(from + q * kTileSums));
+    return v;
+  };
+
+  // Writes the items [begin, end), an item being four columns of one row of y; total(which, item) is their sum in slot
+  // `which`.
+  const bool gated = d.p.epilogue == Epilogue::kGated;
+  const int items = gated ? quads : kTiles * quads;
+  const int64_t columns_of_y = gated ? d.p.n / 2 : d.p.n;
+  auto finish = [&](int begin, int end, auto total) {
+    for (int item = begin + thread; item < end; item += kThreads) {
+      const int which = item >= quads, quad_item = item - which * quads;
+      const int64_t column = (int64_t)(unit.tile + which * d.next_tile) * kTileN + quad_item % 16 * 4;
+      if (column >= columns_of_y) continue;
+      const float4 sum4 = total(which, quad_item);
+      float v[4] = {sum4.x, sum4.y, sum4.z, sum4.w};
+      if (gated) {
+        const float4 up = total(1, quad_item);
+        v[0] = ptx::mul(silu(v[0]), up.x), v[1] = ptx::mul(silu(v[1]), up.y);
+        v[2] = ptx::mul(silu(v[2]), up.z), v[3] = ptx::mul(silu(v[3]), up.w);
+      }
+      if (d.p.bias)
+#pragma unroll
+        for (int i = 0; i < 4; ++i)
+          if (column + i < columns_of_y)
+            v[i] = ptx::add(v[i], ptx::to_float<kHalf>(((const uint16_t*)d.p.bias)[column + i]));
+      const int64_t to = (int64_t)(unit.row + quad_item / 16) * columns_of_y + column;
+      if (d.p.epilogue == Epilogue::kFloat) {
+        float* const y = (float*)d.p.y + to;
+        if (d.wide_y)
+          *(float4*)y = make_float4(v[0], v[1], v[2], v[3]);
+        else
+#pragma unroll
+          for (int i = 0; i < 4; ++i)
+            if (column + i < columns_of_y) y[i] = v[i];
+      } else {
+        uint16_t* const y = (uint16_t*)d.p.y + to;
+        if (d.wide_y)
+          *(uint2*)y = make_uint2(ptx::pack2<kHalf>(v[0], v[1]), ptx::pack2<kHalf>(v[2], v[3]));
+        else
+#pragma unroll
+          for (int i = 0; i < 4; ++i)
+            if (column + i < columns_of_y) y[i] = ptx::from_float<kHalf>(v[i]);
+      }
+    }
+  };
+
+  const int splits = d.p.plan.splits;
+  if (splits == 1) {
+    finish(0, items, split_sum);
+    return;
+  }
+#if M3_SM90
+  if (d.cluster) {  // every block adds the splits of its share
+    for (int item = thread; item < kTiles * quads; item += kThreads) {
+      const int which = item >= quads, quad_item = item - which * quads;
+      const float4 v = split_sum(which, quad_item);
+      *(float4*)(sums + place(which, quad_item)) = v;
+    }
+    ptx::cluster_arrive();
+    ptx::cluster_wait();
+    const int share = (items + splits - 1) / splits;
+    finish(unit.split * share, min((unit.split + 1) * share, items), [&](int which, int item) {
+      float4 each[8];
+#pragma unroll
+      for (int s = 0; s < 8; ++s)
+        if (s < splits) each[s] = ptx::load_cluster(sums + place(which, item), s);
+      float4 v = each[0];
+#pragma unroll
+      for (int s = 1; s < 8; ++s)
+        if (s < splits) v = add4(v, each[s]);
+      return v;
+    });
+    ptx::cluster_arrive();  // what others read here stays until they have
+    ptx::cluster_wait();
+    return;
+  }
+#endif
+  // The last block of the unit to arrive adds what all have written.
+  float* const own = d.p.workspace + (int64_t)unit.index * splits * kTiles * kTileSums;
+  for (int item = thread; item < kTiles * quads; item += kThreads) {
+    const int which = item >= quads, quad_item = item - which * quads;
+    *(float4*)(own + (unit.split * kTiles + which) * kTileSums + quad_item * 4) = split_sum(which, quad_item);
+  }
+  __syncthreads();
+  int* const arrived = (int*)(sums + kTiles * kSplitParts * kTileSums);
+  if (thread == 0) *arrived = ptx::add_acq_rel(d.p.counters + unit.index, 1);
+  __syncthreads();
+  if (*arrived != splits - 1) return;
+  if (thread == 0) d.p.counters[unit.index] = 0;
+  finish(0, items, [&](int which, int item) {
+    const float* from = own + which * kTileSums + item * 4;
+    float4 v = ptx::load_l2(from);
+    for (int s = 1; s < splits; ++s) v = add4(v, ptx::load_l2(from + (int64_t)s * kTiles * kTileSums));
+    return v;
+  });
+}
+
+// -- host -------------------------------------------------------------------------------------------------------------
+
+constexpr int shared_bytes(int token_tiles, int tiles) {
+  const int rows = 8 * token_tiles;
+  const int rings = kSplitParts * kStages * (rows * kStageRow + tiles * kStageWeight);
+  const int sums = tiles * kSplitParts * rows * kTileN * 4 + 16;
+  return rings > sums ? rings : sums;
+}
+
+// Which instantiation, and its grid. No choice here changes a bit of y.
+struct Shape {
+  int token_tiles, tiles;
+  int64_t units, chunks;  // chunks: of all experts, at most
+  bool cluster;
+};
+
+Shape shape_of(const Product& p) {
+  const int64_t busy = p.rows < p.experts ? p.rows : p.experts;
+  const bool gated = p.epilogue == Epilogue::kGated;
+  Shape shape{};
+  // Rows of an expert beyond one chunk read its weight again, from L2: chunks hold about twice the mean.
+  const int64_t rows = p.offsets && 2 * p.rows < p.rows * busy ? ceil_div64(2 * p.rows, busy) : p.rows;
+  const int most = device().shared_bytes < shared_bytes(4, 2) ? 2 : 4;
+  shape.token_tiles = rows <= 8 ? 1 : rows <= 16 ? 2 : most;
+  shape.tiles = gated || shape.token_tiles > 1 ? 2 : 1;
+  shape.units = gated ? p.n / (2 * kTileN) : ceil_div64(p.n_tiles(), shape.tiles);
+  const int chunk_rows = 8 * shape.token_tiles;
+  shape.chunks = p.offsets ? busy + (p.rows - busy) / chunk_rows : ceil_div64(p.rows, chunk_rows);
+  shape.cluster = p.plan.splits > 1 && p.plan.splits <= 8 && device().capability == 90;
+  return shape;
+}
+
+template <Half kHalf, int kTokenTiles, int kTiles>
+void start(const Product& p, const Shape& shape) {
+  constexpr const char* kOp = "int4_product";
+  const bool gated = p.epilogue == Epilogue::kGated;
+  Decode d{};
+  d.p = p;
+  d.n_tiles = (int32_t)p.n_tiles(), d.k_tiles = (int32_t)p.k_tiles(), d.groups = (int32_t)p.groups();
+  d.group_tiles = p.group_size < 0 ? INT32_MAX / 2 : (int32_t)(p.group_size / kTileK);
+  d.group_start = p.group_size < 0 ? 0 : (int32_t)(p.first_k % p.group_size / kTileK);
+  d.units = (int32_t)shape.units, d.chunks = (int32_t)shape.chunks;
+  d.next_tile = 1;
+  if (gated) d.next_tile = (int32_t)shape.units;
+  d.cluster = shape.cluster;
+  d.wide_x = p.k % 8 == 0 && (uintptr_t)p.x % 16 == 0;
+  const int64_t columns = gated ? p.n / 2 : p.n;
+  d.wide_y = columns % 4 == 0 && (uintptr_t)p.y % (p.epilogue == Epilogue::kFloat ? 16 : 8) == 0;
+  Launch how;
+  how.grid = dim3((unsigned)(shape.units * shape.chunks * p.plan.splits));
+  how.block = dim3(32 * kSplitParts * kTiles);
+  how.shared_bytes = shared_bytes(kTokenTiles, kTiles);
+  how.stream = (cudaStream_t)p.stream;
+  how.cluster = shape.cluster ? p.plan.splits : 1;
+  how.dependent = device().capability == 90;
+  launch(kOp, &decode<kHalf, kTokenTiles, kTiles>, how, d);
+}
+
+template <Half kHalf>
+void start(const Product& p, const Shape& shape) {
+  if (shape.token_tiles == 1 && shape.tiles == 1) return start<kHalf, 1, 1>(p, shape);
+  if (shape.token_tiles == 1) return start<kHalf, 1, 2>(p, shape);
+  if (shape.token_tiles == 2) return start<kHalf, 2, 2>(p, shape);
+  return start<kHalf, 4, 2>(p, shape);
+}
+
+}  // namespace
+
+int multiprocessors() { return device().multiprocessors; }
+
+int64_t decode_workspace(const Product& p) {
+  const Shape shape = shape_of(p);
+  if (p.plan.splits == 1 || shape.cluster || !p.rows) return 0;
+  return shape.units * shape.chunks * p.plan.splits * shape.tiles * shape.token_tiles * 8 * kTileN;
+}
+
+int64_t decode_counters(const Product& p) {
+  const Shape shape = shape_of(p);
+  return p.plan.splits == 1 || shape.cluster || !p.rows ? 0 : shape.units * shape.chunks;
+}
+
+void gemm_decode(const Product& p) {
+  if (!p.rows) return;
+  const Shape shape = shape_of(p);
+  if (shape.units * shape.chunks * p.plan.splits > INT32_MAX)
+    throw std::invalid_argument("int4_product: rows: want a grid of less than 2**31 blocks; got " +
+                                std::to_string(p.rows) + " rows");
+  if (p.x_type == DeviceType::kBf16)
+    start<Half::kBf16>(p, shape);
+  else
+    start<Half::kF16>(p, shape);
+}
+
+}  // namespace m3::int4
