@@ -89,17 +89,23 @@ __global__ void __launch_bounds__(S::kThreads, S::kBlocks) many_kernel(const __g
     const int64_t groups = groups_of(problem, tokens.expert, n_tile(row_tile)) + 4 * g + first_sub;
 
     float r[kSub][4][4];
-    uint32_t scale[kSub][2], zero[kSub][2], offset[kSub][2];  // as stored: of this run; of the next; what centred wants
+    Stored here[kSub][2], next[kSub][2];  // of this run's group, of the next one's
+    uint32_t offset[kSub][2];             // what centred subtracts
+    auto load_next = [&](int group) {
+      const int64_t at = groups + (int64_t)min(group, problem.groups - 1) * kTileN;
+#pragma unroll
+      for (int a = 0; a < kSub; ++a)
+#pragma unroll
+        for (int h = 0; h < 2; ++h) next[a][h] = load_group(problem, at + 32 * h + a);
+    };
     int group = 0, run_end = 0, next_end = problem.first_tiles, part_end = p.plan.part_tiles, parts = 0;
 #pragma unroll
-    for (int a = 0; a < kSub; ++a) {
+    for (int a = 0; a < kSub; ++a)
 #pragma unroll
       for (int j = 0; j < 4; ++j)
 #pragma unroll
         for (int i = 0; i < 4; ++i) part[a][j][i] = 0.f, r[a][j][i] = 0.f;
-#pragma unroll
-      for (int h = 0; h < 2; ++h) zero[a][h] = zero_bits(problem, groups + 32 * h + a), scale[a][h] = 0;
-    }
+    load_next(0);
 
 #pragma unroll
     for (int stage = 0; stage < S::kStages - 1; ++stage) fetch(stage);
@@ -115,15 +121,13 @@ __global__ void __launch_bounds__(S::kThreads, S::kBlocks) many_kernel(const __g
         const int k_tile = stage * S::kStageTiles + kk;
         if (k_tile >= problem.k_tiles) break;
         if (k_tile == run_end) {  // a group begins
-          const int64_t here = groups + (int64_t)group * kTileN;
-          const int64_t next = groups + (int64_t)min(group + 1, problem.groups - 1) * kTileN;
 #pragma unroll
           for (int a = 0; a < kSub; ++a) {
-            offset[a][0] = offset_of<kHalf, 0>(zero[a][0]), offset[a][1] = offset_of<kHalf, 1>(zero[a][1]);
-#pragma unroll
-            for (int h = 0; h < 2; ++h)
-              scale[a][h] = scale_bits(problem, here + 32 * h + a), zero[a][h] = zero_bits(problem, next + 32 * h + a);
+            here[a][0] = next[a][0], here[a][1] = next[a][1];
+            offset[a][0] = offset_of<kHalf, 0>(zero_of(problem, here[a][0]));
+            offset[a][1] = offset_of<kHalf, 1>(zero_of(problem, here[a][1]));
           }
+          load_next(group + 1);
           run_end = next_end, next_end += problem.group_tiles, ++group;
         }
         uint32_t words[4], b[2][4];
@@ -147,7 +151,7 @@ __global__ void __launch_bounds__(S::kThreads, S::kBlocks) many_kernel(const __g
         if (part_ends || k_tile + 1 == run_end) {
 #pragma unroll
           for (int a = 0; a < kSub; ++a) {
-            const float value[2] = {scale_value(problem, scale[a][0]), scale_value(problem, scale[a][1])};
+            const float value[2] = {scale_of(problem, here[a][0]), scale_of(problem, here[a][1])};
 #pragma unroll
             for (int j = 0; j < 4; ++j)
 #pragma unroll
@@ -197,14 +201,14 @@ __global__ void __launch_bounds__(S::kThreads, S::kBlocks) many_kernel(const __g
   }
 
   float* results = (float*)slots;  // slot 0; its owners have read it
+  const int at = staged<S::kRows>(t, 16 * first_sub + g) + first_token * S::kRows + kTileN * row_tile;
 #pragma unroll
   for (int a = 0; a < kSub; ++a)
 #pragma unroll
     for (int j = 0; j < 4; ++j)
 #pragma unroll
       for (int i = 0; i < 4; ++i)
-        staged<S::kRows>(results, first_token + 8 * j + 2 * t + i % 2,
-                         kTileN * row_tile + 16 * (first_sub + a) + g + 8 * (i / 2)) = part[a][j][i];
+        results[(at ^ (16 * (a % 2) + 8 * (i / 2))) + 32 * (a / 2) + (8 * j + i % 2) * S::kRows] = part[a][j][i];
   __syncthreads();
   store<kHalf, S::kRows>(problem, results, tokens.count, tokens.first, (int64_t)tile.x * S::kRows, thread, S::kThreads);
 }

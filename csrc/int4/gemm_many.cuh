@@ -133,19 +133,25 @@ M3_DEVICE int64_t groups_of(const Problem& p, int expert, int n_tile) {
   return ((int64_t)expert * p.n_tiles + n_tile) * p.groups * kTileN;
 }
 
-// A scale as it is stored, in the low bits, and as fp32: apart, so that nothing waits for the load before it must.
-M3_DEVICE uint32_t scale_bits(const Problem& p, int64_t at) {
-  return p.product.scale_type == DeviceType::kFp32 ? __ldg((const uint32_t*)p.product.scales + at)
-                                                   : (uint32_t)__ldg((const uint16_t*)p.product.scales + at);
+// A scale and a zero point as they are stored. Loads and what is made of them are apart, and a load has no branch, so
+// that nothing waits for it before the value is used: a scale of 16 bits is loaded twice, one of 32 bits in two halves.
+struct Stored {
+  uint16_t scale, scale_top;
+  uint8_t zero;
+};
+M3_DEVICE Stored load_group(const Problem& p, int64_t at) {
+  const int halves = p.product.scale_type == DeviceType::kFp32 ? 2 : 1;
+  const uint16_t* scale = (const uint16_t*)p.product.scales + at * halves;
+  const uint8_t* zero = p.product.zeros ? p.product.zeros + at : (const uint8_t*)p.product.scales;
+  return {__ldg(scale), __ldg(scale + halves - 1), __ldg(zero)};
 }
-M3_DEVICE float scale_value(const Problem& p, uint32_t bits) {
-  if (p.product.scale_type == DeviceType::kFp32) return __uint_as_float(bits);
-  return p.product.scale_type == DeviceType::kF16 ? ptx::to_float<Half::kF16>((uint16_t)bits)
-                                                  : ptx::to_float<Half::kBf16>((uint16_t)bits);
+M3_DEVICE float scale_of(const Problem& p, const Stored& stored) {
+  if (p.product.scale_type == DeviceType::kFp32)
+    return __uint_as_float((uint32_t)stored.scale_top << 16 | stored.scale);
+  return p.product.scale_type == DeviceType::kF16 ? ptx::to_float<Half::kF16>(stored.scale)
+                                                  : ptx::to_float<Half::kBf16>(stored.scale);
 }
-M3_DEVICE uint32_t zero_bits(const Problem& p, int64_t at) {
-  return p.product.zeros ? (uint32_t)__ldg(p.product.zeros + at) : 8u;
-}
+M3_DEVICE uint32_t zero_of(const Problem& p, const Stored& stored) { return p.product.zeros ? stored.zero : 8u; }
 
 // What `centred` subtracts, for a zero point of a row in the lower (h = 0) or upper (h = 1) half of a sub-tile.
 template <Half kHalf, int h>
@@ -180,17 +186,19 @@ M3_DEVICE float silu_mul(float gate, float up) {
   return ptx::mul(gate / (1.f + ptx::exp2(ptx::mul(-gate, kLog2E))), up);
 }
 
-// fp32 results on their way from fragments to rows of y: (tokens, kWidth), column xored so that the lanes of a warp,
-// which hold columns of eight rows of W and four pairs of tokens, meet no bank twice.
+// fp32 results on their way from fragments to rows of y: (tokens, kWidth), bits 3 and 4 of the column xored with bits 1
+// and 2 of the token, so that the lanes of a warp, which hold eight rows of W and four pairs of tokens, meet no bank
+// twice. Index of column `column`, below 64, of token 2 t; token 8 j + 2 t + 1 is at index + (8 j + 1) * kWidth, and
+// column ^ 8, column ^ 16 at index ^ 8, index ^ 16.
 template <int kWidth>
-M3_DEVICE float& staged(float* results, int token, int column) {
-  return results[token * kWidth + (column ^ (token >> 1 & 3) * 8)];
+M3_DEVICE int staged(int t, int column) {
+  return 2 * t * kWidth + (column ^ 8 * t);
 }
 
 // Rows first .. first + tokens - 1 of y from staged results; column0: of y. Called by `threads` threads.
 template <Half kHalf, int kWidth>
-M3_DEVICE void store(const Problem& problem, float* results, int tokens, int64_t first, int64_t column0, int thread,
-                     int threads) {
+M3_DEVICE void store(const Problem& problem, const float* results, int tokens, int64_t first, int64_t column0,
+                     int thread, int threads) {
   const Product& p = problem.product;
   const int64_t columns = p.epilogue == Epilogue::kGated ? p.n / 2 : p.n;
   for (int i = thread; i < tokens * (kWidth / 8); i += threads) {
@@ -198,9 +206,10 @@ M3_DEVICE void store(const Problem& problem, float* results, int tokens, int64_t
     const int64_t column = column0 + inside, at = (first + token) * columns + column;
     const int count = (int)min((int64_t)8, columns - column);
     if (count <= 0) continue;
+    const float* staged_row = results + token * kWidth + (inside ^ (token >> 1 & 3) * 8);
     float v[8];
-    *(float4*)v = *(const float4*)&staged<kWidth>(results, token, inside);
-    *(float4*)(v + 4) = *(const float4*)&staged<kWidth>(results, token, inside + 4);
+    *(float4*)v = *(const float4*)staged_row;
+    *(float4*)(v + 4) = *(const float4*)(staged_row + 4);
     if (p.epilogue == Epilogue::kFloat) {
       float* y = (float*)p.y + at;
       if (problem.y_aligned) {

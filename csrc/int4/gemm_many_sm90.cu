@@ -122,42 +122,41 @@ __global__ void __launch_bounds__(S::kThreads, 1) wgmma_kernel(const __grid_cons
       const Tokens tokens = tokens_at<S::kTokens>(problem, tile.y);
       if (tokens.count <= 0) continue;
       int64_t groups[kSub];
-      uint32_t scale[kSub][2], zero[kSub][2];  // of the next group, as stored
+      Stored next[kSub][2];
       uint32_t high[kSub][2], low[kSub][2], offset[kSub][2];
       int group = 0, left = 0;
-      auto load_group = [&] {
+      auto load_next = [&] {
 #pragma unroll
         for (int s = 0; s < kSub; ++s)
 #pragma unroll
-          for (int h = 0; h < 2; ++h) {
-            const int64_t at = groups[s] + (int64_t)min(group, problem.groups - 1) * kTileN + 32 * h;
-            scale[s][h] = scale_bits(problem, at), zero[s][h] = zero_bits(problem, at);
-          }
+          for (int h = 0; h < 2; ++h)
+            next[s][h] = load_group(problem, groups[s] + (int64_t)min(group, problem.groups - 1) * kTileN + 32 * h);
       };
       auto enter_group = [&] {
 #pragma unroll
         for (int s = 0; s < kSub; ++s) {
-          offset[s][0] = offset_of<kHalf, 0>(zero[s][0]), offset[s][1] = offset_of<kHalf, 1>(zero[s][1]);
+          offset[s][0] = offset_of<kHalf, 0>(zero_of(problem, next[s][0]));
+          offset[s][1] = offset_of<kHalf, 1>(zero_of(problem, next[s][1]));
 #pragma unroll
           for (int h = 0; h < 2; ++h) {
             if constexpr (S::kTwoScales) {
-              const float value = scale_value(problem, scale[s][h]);
+              const float value = scale_of(problem, next[s][h]);
               high[s][h] = ptx::pack2<kHalf>(value, value);
               const float rest = value - ptx::to_float<kHalf>((uint16_t)high[s][h]);
               low[s][h] = ptx::pack2<kHalf>(rest, rest);
             } else {
-              high[s][h] = scale[s][h] * 0x10001u;
+              high[s][h] = next[s][h].scale * 0x10001u;
             }
           }
         }
         left = group == 0 ? problem.first_tiles : problem.group_tiles;
         ++group;
-        load_group();
+        load_next();
       };
 #pragma unroll
       for (int s = 0; s < kSub; ++s)
         groups[s] = groups_of(problem, tokens.expert, n_tile(tile.x, warpgroup * kSub + s)) + 4 * g + sub;
-      load_group();
+      load_next();
 
       uint32_t fragment[2][kSub][4];  // the tensor cores read one set while the other is written
       int before = ring.stage;
@@ -166,16 +165,27 @@ __global__ void __launch_bounds__(S::kThreads, 1) wgmma_kernel(const __grid_cons
         const char* x = x_stages + ring.stage * S::kXBytes;
         const char* w =
             w_stages + ring.stage * S::kWBytes + warpgroup * kSub * S::kTileStage + chunk_offset(g, t) + 4 * sub;
+        uint32_t words[S::kStageTiles][kSub];
+#pragma unroll
+        for (int kk = 0; kk < S::kStageTiles; ++kk)
+#pragma unroll
+          for (int s = 0; s < kSub; ++s) words[kk][s] = *(const uint32_t*)(w + s * S::kTileStage + kk * kTileBytes);
+        const int tiles_left = problem.k_tiles - stage * S::kStageTiles;
+        if (tiles_left < S::kStageTiles) {  // beyond K x is 0, and W may be any finite number
+#pragma unroll
+          for (int kk = 1; kk < S::kStageTiles; ++kk)
+#pragma unroll
+            for (int s = 0; s < kSub; ++s)
+              if (kk >= tiles_left) words[kk][s] = 0;
+        }
 #pragma unroll
         for (int kk = 0; kk < S::kStageTiles; ++kk) {
           if (left == 0) enter_group();
           --left;
-          const bool inside = stage * S::kStageTiles + kk < problem.k_tiles;  // beyond: x is 0, W any finite number
 #pragma unroll
           for (int s = 0; s < kSub; ++s) {
             uint32_t (&a)[4] = fragment[kk % 2][s];
-            const uint32_t word = *(const uint32_t*)(w + s * S::kTileStage + kk * kTileBytes);
-            centred<kHalf>(inside ? word : 0, offset[s][0], offset[s][1], a);
+            centred<kHalf>(words[kk][s], offset[s][0], offset[s][1], a);
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
               if constexpr (S::kTwoScales)
@@ -201,6 +211,7 @@ __global__ void __launch_bounds__(S::kThreads, 1) wgmma_kernel(const __grid_cons
       if (lane == 0) ptx::mbarrier_arrive(empty + before);
 
       auto store_chunks = [&]<int kWidth>() {
+        const int at = staged<kWidth>(t, 16 * sub + g);
 #pragma unroll
         for (int chunk = 0; chunk < S::kTokens / S::kChunk; ++chunk) {
           if (chunk * S::kChunk < tokens.count) {
@@ -209,7 +220,7 @@ __global__ void __launch_bounds__(S::kThreads, 1) wgmma_kernel(const __grid_cons
             for (int s = 0; s < kWidth / kTileN; ++s)
 #pragma unroll
               for (int i = 0; i < S::kChunk / 2; ++i)
-                staged<kWidth>(results, i / 4 * 8 + 2 * t + i % 2, kTileN * s + 16 * sub + g + i % 4 / 2 * 8) =
+                results[(at ^ i % 4 / 2 * 8) + kTileN * s + (i / 4 * 8 + i % 2) * kWidth] =
                     acc[s][chunk * S::kChunk / 2 + i];
             ptx::bar_sync(1 + warpgroup, 128);
             store<kHalf, kWidth>(problem, results, min(S::kChunk, tokens.count - chunk * S::kChunk),
