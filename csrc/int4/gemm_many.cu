@@ -89,14 +89,14 @@ __global__ void __launch_bounds__(S::kThreads, S::kBlocks) many_kernel(const __g
     const int64_t groups = groups_of(problem, tokens.expert, n_tile(row_tile)) + 4 * g + first_sub;
 
     float r[kSub][4][4];
-    Stored here[kSub][2], next[kSub][2];  // of this run's group, of the next one's
-    uint32_t offset[kSub][2];             // what centred subtracts
-    auto load_next = [&](int group) {
+    uint32_t scale[kSub][2], offset[kSub][2];  // of this run: as stored; what centred subtracts
+    uint8_t zero[kSub][2];                     // of the next run
+    auto load_zeros = [&](int group) {
       const int64_t at = groups + (int64_t)min(group, problem.groups - 1) * kTileN;
 #pragma unroll
       for (int a = 0; a < kSub; ++a)
 #pragma unroll
-        for (int h = 0; h < 2; ++h) next[a][h] = load_group(problem, at + 32 * h + a);
+        for (int h = 0; h < 2; ++h) zero[a][h] = load_zero(problem, at + 32 * h + a);
     };
     int group = 0, run_end = 0, next_end = problem.first_tiles, part_end = p.plan.part_tiles, parts = 0;
 #pragma unroll
@@ -105,9 +105,9 @@ __global__ void __launch_bounds__(S::kThreads, S::kBlocks) many_kernel(const __g
       for (int j = 0; j < 4; ++j)
 #pragma unroll
         for (int i = 0; i < 4; ++i) part[a][j][i] = 0.f, r[a][j][i] = 0.f;
-    load_next(0);
+    load_zeros(0);
 
-#pragma unroll
+#pragma unroll 1
     for (int stage = 0; stage < S::kStages - 1; ++stage) fetch(stage);
     for (int stage = 0; stage < stages; ++stage) {
       ptx::cp_async_wait<S::kStages - 2>();
@@ -116,42 +116,48 @@ __global__ void __launch_bounds__(S::kThreads, S::kBlocks) many_kernel(const __g
       const char* x = x_stages + stage % S::kStages * S::kXBytes;
       const char* w = w_stages + stage % S::kStages * S::kWBytes + row_tile * S::kStageTiles * kTileBytes +
                       chunk_offset(g, t) + 4 * first_sub;
+      uint32_t words[S::kStageTiles][kSub], b[S::kStageTiles][2][4];  // all loads of the stage before its products
+#pragma unroll
+      for (int kk = 0; kk < S::kStageTiles; ++kk) {
+        if constexpr (kSub == 4)
+          *(uint4*)words[kk] = *(const uint4*)(w + kk * kTileBytes);
+        else
+          *(uint2*)words[kk] = *(const uint2*)(w + kk * kTileBytes);
+#pragma unroll
+        for (int pair = 0; pair < 2; ++pair)  // tokens 16 pair .. 16 pair + 15
+          ptx::ldmatrix_x4(b[kk][pair],
+                           x + x_offset(first_token + 16 * pair + lane / 16 * 8 + lane % 8, 2 * kk + lane / 8 % 2));
+      }
 #pragma unroll
       for (int kk = 0; kk < S::kStageTiles; ++kk) {
         const int k_tile = stage * S::kStageTiles + kk;
-        if (k_tile >= problem.k_tiles) break;
+        if (k_tile >= problem.k_tiles) continue;
         if (k_tile == run_end) {  // a group begins
 #pragma unroll
           for (int a = 0; a < kSub; ++a) {
-            here[a][0] = next[a][0], here[a][1] = next[a][1];
-            offset[a][0] = offset_of<kHalf, 0>(zero_of(problem, here[a][0]));
-            offset[a][1] = offset_of<kHalf, 1>(zero_of(problem, here[a][1]));
+            offset[a][0] = offset_of<kHalf, 0>(zero_of(problem, zero[a][0]));
+            offset[a][1] = offset_of<kHalf, 1>(zero_of(problem, zero[a][1]));
+#pragma unroll
+            for (int h = 0; h < 2; ++h)
+              scale[a][h] = load_scale(problem, groups + (int64_t)group * kTileN + 32 * h + a);
           }
-          load_next(group + 1);
+          load_zeros(group + 1);
           run_end = next_end, next_end += problem.group_tiles, ++group;
         }
-        uint32_t words[4], b[2][4];
-        if constexpr (kSub == 4)
-          *(uint4*)words = *(const uint4*)(w + kk * kTileBytes);
-        else
-          *(uint2*)words = *(const uint2*)(w + kk * kTileBytes);
-#pragma unroll
-        for (int pair = 0; pair < 2; ++pair)  // tokens 16 pair .. 16 pair + 15
-          ptx::ldmatrix_x4(b[pair],
-                           x + x_offset(first_token + 16 * pair + lane / 16 * 8 + lane % 8, 2 * kk + lane / 8 % 2));
 #pragma unroll
         for (int a = 0; a < kSub; ++a) {
           uint32_t fragment[4];
-          centred<kHalf>(words[a], offset[a][0], offset[a][1], fragment);
+          centred<kHalf>(words[kk][a], offset[a][0], offset[a][1], fragment);
 #pragma unroll
           for (int j = 0; j < 4; ++j)
-            ptx::mma_16816<kHalf>(r[a][j], fragment, b[j / 2][j % 2 * 2], b[j / 2][j % 2 * 2 + 1]);
+            ptx::mma_16816<kHalf>(r[a][j], fragment, b[kk][j / 2][j % 2 * 2], b[kk][j / 2][j % 2 * 2 + 1]);
         }
         const bool last = k_tile + 1 == problem.k_tiles, part_ends = last || k_tile + 1 == part_end;
         if (part_ends || k_tile + 1 == run_end) {
 #pragma unroll
           for (int a = 0; a < kSub; ++a) {
-            const float value[2] = {scale_of(problem, here[a][0]), scale_of(problem, here[a][1])};
+            const int upper = in_upper_half(problem, a);
+            const float value[2] = {scale_of(problem, scale[a][0], upper), scale_of(problem, scale[a][1], upper)};
 #pragma unroll
             for (int j = 0; j < 4; ++j)
 #pragma unroll
@@ -210,7 +216,8 @@ __global__ void __launch_bounds__(S::kThreads, S::kBlocks) many_kernel(const __g
       for (int i = 0; i < 4; ++i)
         results[(at ^ (16 * (a % 2) + 8 * (i / 2))) + 32 * (a / 2) + (8 * j + i % 2) * S::kRows] = part[a][j][i];
   __syncthreads();
-  store<kHalf, S::kRows>(problem, results, tokens.count, tokens.first, (int64_t)tile.x * S::kRows, thread, S::kThreads);
+  store<kHalf, S::kRows>(problem, results, S::kTiles == 2 ? 4 : 3, tokens.count, tokens.first,
+                         (int64_t)tile.x * S::kRows, thread, S::kThreads);
 }
 
 template <class S>

@@ -133,25 +133,25 @@ M3_DEVICE int64_t groups_of(const Problem& p, int expert, int n_tile) {
   return ((int64_t)expert * p.n_tiles + n_tile) * p.groups * kTileN;
 }
 
-// A scale and a zero point as they are stored. Loads and what is made of them are apart, and a load has no branch, so
-// that nothing waits for it before the value is used: a scale of 16 bits is loaded twice, one of 32 bits in two halves.
-struct Stored {
-  uint16_t scale, scale_top;
-  uint8_t zero;
-};
-M3_DEVICE Stored load_group(const Problem& p, int64_t at) {
-  const int halves = p.product.scale_type == DeviceType::kFp32 ? 2 : 1;
-  const uint16_t* scale = (const uint16_t*)p.product.scales + at * halves;
-  const uint8_t* zero = p.product.zeros ? p.product.zeros + at : (const uint8_t*)p.product.scales;
-  return {__ldg(scale), __ldg(scale + halves - 1), __ldg(zero)};
+// A scale and a zero point as they are stored. What is made of them is apart from the loads, and a load has no branch,
+// so that nothing waits for it before the value is used. A scale travels as the aligned word that holds it.
+M3_DEVICE uint32_t load_scale(const Problem& p, int64_t at) {
+  const uintptr_t address = (uintptr_t)p.product.scales + at * (p.product.scale_type == DeviceType::kFp32 ? 4 : 2);
+  return __ldg((const uint32_t*)(address & ~(uintptr_t)3));
 }
-M3_DEVICE float scale_of(const Problem& p, const Stored& stored) {
-  if (p.product.scale_type == DeviceType::kFp32)
-    return __uint_as_float((uint32_t)stored.scale_top << 16 | stored.scale);
-  return p.product.scale_type == DeviceType::kF16 ? ptx::to_float<Half::kF16>(stored.scale)
-                                                  : ptx::to_float<Half::kBf16>(stored.scale);
+// 1 if scale `at`, where it has 16 bits, is the upper half of its word.
+M3_DEVICE int in_upper_half(const Problem& p, int64_t at) {
+  return (int)(((uintptr_t)p.product.scales / 2 + (uintptr_t)at) & 1);
 }
-M3_DEVICE uint32_t zero_of(const Problem& p, const Stored& stored) { return p.product.zeros ? stored.zero : 8u; }
+M3_DEVICE float scale_of(const Problem& p, uint32_t word, int upper) {
+  const uint16_t half = (uint16_t)(upper ? word >> 16 : word);
+  if (p.product.scale_type == DeviceType::kFp32) return __uint_as_float(word);
+  return p.product.scale_type == DeviceType::kF16 ? ptx::to_float<Half::kF16>(half) : ptx::to_float<Half::kBf16>(half);
+}
+M3_DEVICE uint8_t load_zero(const Problem& p, int64_t at) {
+  return __ldg(p.product.zeros ? p.product.zeros + at : (const uint8_t*)p.product.scales);
+}
+M3_DEVICE uint32_t zero_of(const Problem& p, uint8_t stored) { return p.product.zeros ? stored : 8u; }
 
 // What `centred` subtracts, for a zero point of a row in the lower (h = 0) or upper (h = 1) half of a sub-tile.
 template <Half kHalf, int h>
@@ -183,7 +183,7 @@ M3_DEVICE void centred(uint32_t word, uint32_t offset0, uint32_t offset1, uint32
 // -- y ----------------------------------------------------------------------------------------------------------------
 M3_DEVICE float silu_mul(float gate, float up) {
   constexpr float kLog2E = 1.44269504f;
-  return ptx::mul(gate / (1.f + ptx::exp2(ptx::mul(-gate, kLog2E))), up);
+  return ptx::mul(ptx::mul(gate, ptx::reciprocal(ptx::add(1.f, ptx::exp2(ptx::mul(-gate, kLog2E))))), up);
 }
 
 // fp32 results on their way from fragments to rows of y: (tokens, kWidth), bits 3 and 4 of the column xored with bits 1
@@ -195,14 +195,15 @@ M3_DEVICE int staged(int t, int column) {
   return 2 * t * kWidth + (column ^ 8 * t);
 }
 
-// Rows first .. first + tokens - 1 of y from staged results; column0: of y. Called by `threads` threads.
+// Rows first .. first + tokens - 1 of y, its columns from column0 on, from the first 8 << log_chunks staged columns.
+// Called by `threads` threads.
 template <Half kHalf, int kWidth>
-M3_DEVICE void store(const Problem& problem, const float* results, int tokens, int64_t first, int64_t column0,
-                     int thread, int threads) {
+M3_DEVICE void store(const Problem& problem, const float* results, int log_chunks, int tokens, int64_t first,
+                     int64_t column0, int thread, int threads) {
   const Product& p = problem.product;
   const int64_t columns = p.epilogue == Epilogue::kGated ? p.n / 2 : p.n;
-  for (int i = thread; i < tokens * (kWidth / 8); i += threads) {
-    const int token = i / (kWidth / 8), inside = i % (kWidth / 8) * 8;
+  for (int i = thread; i < tokens << log_chunks; i += threads) {
+    const int token = i >> log_chunks, inside = (i - (token << log_chunks)) * 8;
     const int64_t column = column0 + inside, at = (first + token) * columns + column;
     const int count = (int)min((int64_t)8, columns - column);
     if (count <= 0) continue;

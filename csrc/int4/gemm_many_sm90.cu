@@ -1,4 +1,6 @@
 // y = x W^T for many rows at the rate of wgmma (sm_90a): y^T = W x^T, A from registers, B by way of shared memory.
+#include <algorithm>
+
 #include "int4/gemm_many.cuh"
 
 namespace m3::int4 {
@@ -122,30 +124,34 @@ __global__ void __launch_bounds__(S::kThreads, 1) wgmma_kernel(const __grid_cons
       const Tokens tokens = tokens_at<S::kTokens>(problem, tile.y);
       if (tokens.count <= 0) continue;
       int64_t groups[kSub];
-      Stored next[kSub][2];
+      uint32_t next_scale[kSub][2];
+      uint8_t next_zero[kSub][2];
       uint32_t high[kSub][2], low[kSub][2], offset[kSub][2];
       int group = 0, left = 0;
+      const int upper = in_upper_half(problem, sub);
       auto load_next = [&] {
 #pragma unroll
         for (int s = 0; s < kSub; ++s)
 #pragma unroll
-          for (int h = 0; h < 2; ++h)
-            next[s][h] = load_group(problem, groups[s] + (int64_t)min(group, problem.groups - 1) * kTileN + 32 * h);
+          for (int h = 0; h < 2; ++h) {
+            const int64_t at = groups[s] + (int64_t)min(group, problem.groups - 1) * kTileN + 32 * h;
+            next_scale[s][h] = load_scale(problem, at), next_zero[s][h] = load_zero(problem, at);
+          }
       };
       auto enter_group = [&] {
 #pragma unroll
         for (int s = 0; s < kSub; ++s) {
-          offset[s][0] = offset_of<kHalf, 0>(zero_of(problem, next[s][0]));
-          offset[s][1] = offset_of<kHalf, 1>(zero_of(problem, next[s][1]));
+          offset[s][0] = offset_of<kHalf, 0>(zero_of(problem, next_zero[s][0]));
+          offset[s][1] = offset_of<kHalf, 1>(zero_of(problem, next_zero[s][1]));
 #pragma unroll
           for (int h = 0; h < 2; ++h) {
             if constexpr (S::kTwoScales) {
-              const float value = scale_of(problem, next[s][h]);
+              const float value = scale_of(problem, next_scale[s][h], upper);
               high[s][h] = ptx::pack2<kHalf>(value, value);
               const float rest = value - ptx::to_float<kHalf>((uint16_t)high[s][h]);
               low[s][h] = ptx::pack2<kHalf>(rest, rest);
             } else {
-              high[s][h] = next[s][h].scale * 0x10001u;
+              high[s][h] = ptx::prmt(next_scale[s][h], 0, upper ? 0x3232 : 0x1010);
             }
           }
         }
@@ -210,34 +216,32 @@ __global__ void __launch_bounds__(S::kThreads, 1) wgmma_kernel(const __grid_cons
       for (int s = 0; s < kSub; ++s) ptx::wgmma_hold(acc[s]);
       if (lane == 0) ptx::mbarrier_arrive(empty + before);
 
-      auto store_chunks = [&]<int kWidth>() {
-        const int at = staged<kWidth>(t, 16 * sub + g);
-#pragma unroll
-        for (int chunk = 0; chunk < S::kTokens / S::kChunk; ++chunk) {
-          if (chunk * S::kChunk < tokens.count) {
-            ptx::bar_sync(1 + warpgroup, 128);  // what was staged before has been stored
-#pragma unroll
-            for (int s = 0; s < kWidth / kTileN; ++s)
-#pragma unroll
-              for (int i = 0; i < S::kChunk / 2; ++i)
-                results[(at ^ i % 4 / 2 * 8) + kTileN * s + (i / 4 * 8 + i % 2) * kWidth] =
-                    acc[s][chunk * S::kChunk / 2 + i];
-            ptx::bar_sync(1 + warpgroup, 128);
-            store<kHalf, kWidth>(problem, results, min(S::kChunk, tokens.count - chunk * S::kChunk),
-                                 tokens.first + chunk * S::kChunk,
-                                 ((int64_t)tile.x * S::kConsumers + warpgroup) * kWidth, thread, 128);
-          }
-        }
-      };
       if constexpr (kSub == 2) {
         if (gated) {
 #pragma unroll
           for (int i = 0; i < S::kTokens / 2; ++i) acc[0][i] = silu_mul(acc[0][i], acc[1][i]);
-          store_chunks.template operator()<kTileN>();
-          continue;
         }
       }
-      store_chunks.template operator()<kSub * kTileN>();
+      constexpr int kWidth = kSub * kTileN;
+      const int out_width = gated ? kTileN : kWidth, at = staged<kWidth>(t, 16 * sub + g);
+#pragma unroll 1
+      for (int chunk = 0; chunk * S::kChunk < tokens.count; ++chunk) {
+        ptx::bar_sync(1 + warpgroup, 128);  // what was staged before has been stored
+#pragma unroll
+        for (int c = 0; c < S::kTokens / S::kChunk; ++c)
+          if (c == chunk) {
+#pragma unroll
+            for (int s = 0; s < kSub; ++s)
+#pragma unroll
+              for (int i = 0; i < S::kChunk / 2; ++i)
+                results[(at ^ i % 4 / 2 * 8) + kTileN * s + (i / 4 * 8 + i % 2) * kWidth] =
+                    acc[s][c * S::kChunk / 2 + i];
+          }
+        ptx::bar_sync(1 + warpgroup, 128);
+        store<kHalf, kWidth>(problem, results, out_width == 128 ? 4 : 3,
+                             min(S::kChunk, tokens.count - chunk * S::kChunk), tokens.first + chunk * S::kChunk,
+                             ((int64_t)tile.x * S::kConsumers + warpgroup) * out_width, thread, 128);
+      }
     }
   }
 #endif
@@ -255,16 +259,28 @@ void run(const Product& p) {
          problem);
 }
 
+// Cycles for each 64 columns of K: those of the tensor cores, or those in which L2 brings x and W, and some to meet.
+template <class S>
+int64_t cost(const Product& p) {
+  constexpr int64_t kProducts = 2048, kBytes = 26, kMeet = 64;  // a multiprocessor's in a cycle
+  constexpr int64_t kMath = (int64_t)S::kRows * S::kTokens * S::kColumns / kProducts;
+  constexpr int64_t kTraffic = (S::kXBytes + S::kWBytes) / kBytes;
+  const int64_t rows = ceil_div64(p.rows, p.experts), processors = device().multiprocessors;
+  const int64_t tiles = p.experts * ceil_div64(rows, S::kTokens) * ceil_div64(p.n, S::kRows);
+  return ceil_div64(tiles, processors) * (std::max(kMath, kTraffic) + kMeet);
+}
+
+// The shape that takes least time by `cost`.
 template <Half kHalf, bool kTwoScales>
 void choose(const Product& p) {
-  const int64_t rows_of_one = p.rows / p.experts, processors = device().multiprocessors;
-  const int64_t token_tiles = ceil_div64(p.rows, 128);
-  if (rows_of_one <= 64 && p.rows > 0)
-    run<Shape<kHalf, kTwoScales, 2, 64>>(p);
-  else if (p.epilogue == Epilogue::kGated || token_tiles * ceil_div64(p.n, 256) >= processors)
-    run<Shape<kHalf, kTwoScales, 2, 128>>(p);
-  else
-    run<Shape<kHalf, kTwoScales, 1, 128>>(p);
+  using A = Shape<kHalf, kTwoScales, 2, 128>;
+  using B = Shape<kHalf, kTwoScales, 2, 64>;
+  using C = Shape<kHalf, kTwoScales, 1, 128>;
+  using D = Shape<kHalf, kTwoScales, 1, 64>;
+  const int64_t a = cost<A>(p), b = cost<B>(p), c = cost<C>(p), d = cost<D>(p);
+  if (p.epilogue == Epilogue::kGated) return a <= b ? run<A>(p) : run<B>(p);  // a gate and its up in one thread
+  const int64_t least = std::min({a, b, c, d});
+  a == least ? run<A>(p) : b == least ? run<B>(p) : c == least ? run<C>(p) : run<D>(p);
 }
 
 }  // namespace
