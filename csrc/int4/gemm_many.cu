@@ -59,9 +59,12 @@ __global__ void __launch_bounds__(S::kThreads, S::kBlocks) many_kernel(const __g
   auto slot = [&](int which, int i) -> float4& {
     return slots[(which * (S::kSlotBytes / 16 / S::kThreads) + i) * S::kThreads + thread];
   };
-  int64_t source[S::kCopies];
+  const uint16_t* source[S::kCopies];  // what this thread copies of x in stage 0; null: zeros
 #pragma unroll
-  for (int i = 0; i < S::kCopies; ++i) source[i] = source_row(problem, tokens, thread / 4 + i * (S::kThreads / 4));
+  for (int i = 0; i < S::kCopies; ++i) {
+    const int row = source_row(problem, tokens, thread / 4 + i * (S::kThreads / 4));
+    source[i] = row < 0 ? nullptr : (const uint16_t*)p.x + row * p.k + thread % 4 * 8;
+  }
 
   const bool gated = p.epilogue == Epilogue::kGated, several = p.plan.splits > 1;
   const int stages = (problem.k_tiles + S::kStageTiles - 1) / S::kStageTiles;
@@ -71,18 +74,20 @@ __global__ void __launch_bounds__(S::kThreads, S::kBlocks) many_kernel(const __g
     auto n_tile = [&](int i) {  // beyond the weight: the last one, whose results are dropped
       return min(tile.x * S::kTiles + i, problem.out_tiles - 1) + pass * problem.out_tiles;
     };
+    constexpr int kChunks = S::kStageTiles * kTileBytes / 16;  // of one n-tile's part of a stage
+    const char* packed = tile_of(problem, tokens.expert, n_tile(thread / kChunks), 0) + thread % kChunks * 16;
+    const int packed_tiles = thread < S::kTiles * kChunks ? problem.k_tiles - thread % kChunks * 16 / kTileBytes : 0;
     auto fetch = [&](int stage) {
       if (stage < stages) {
         char* x = x_stages + stage % S::kStages * S::kXBytes;
+        char* w = w_stages + stage % S::kStages * S::kWBytes;
+        const int column = stage * S::kColumns;
 #pragma unroll
         for (int i = 0; i < S::kCopies; ++i)
-          copy_x(problem, source[i], stage * S::kColumns + thread % 4 * 8,
+          copy_x(problem, source[i] + column, source[i] != nullptr, (int)p.k - thread % 4 * 8 - column,
                  x + x_offset(thread / 4 + i * (S::kThreads / 4), thread % 4));
-        constexpr int kChunks = S::kStageTiles * kTileBytes / 16;  // of one n-tile
-        const int k_tile = stage * S::kStageTiles, inside = thread % kChunks;
-        if (thread < S::kTiles * kChunks && k_tile + inside * 16 / kTileBytes < problem.k_tiles)
-          ptx::cp_async_16(w_stages + stage % S::kStages * S::kWBytes + thread * 16,
-                           tile_of(problem, tokens.expert, n_tile(thread / kChunks), k_tile) + inside * 16);
+        if (stage * S::kStageTiles < packed_tiles)
+          ptx::cp_async_16(w + thread * 16, packed + (int64_t)stage * (S::kStageTiles * kTileBytes));
       }
       ptx::cp_async_commit();
     };

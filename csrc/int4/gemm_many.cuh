@@ -97,29 +97,26 @@ M3_DEVICE Tokens tokens_at(const Problem& problem, int tile) {
 }
 
 // -- x ----------------------------------------------------------------------------------------------------------------
-// Row of x that token `i` of a tile reads; -1: zeros.
-M3_DEVICE int64_t source_row(const Problem& problem, const Tokens& tokens, int i) {
+// Row of x that token `i` of a tile reads; -1: none.
+M3_DEVICE int source_row(const Problem& problem, const Tokens& tokens, int i) {
   if (i >= tokens.count) return -1;
   const Product& p = problem.product;
   const int64_t row = p.row_index ? (int64_t)p.row_index[tokens.first + i] : tokens.first + i;
-  return row >= 0 && row < p.x_rows ? row : -1;
+  return row >= 0 && row < p.x_rows ? (int)row : -1;
 }
 
-// Columns column .. column + 7 of a row of x to 16 bytes of shared memory, asynchronously if x is aligned; zeros
-// beyond.
-M3_DEVICE void copy_x(const Problem& problem, int64_t row, int column, char* shared) {
-  const Product& p = problem.product;
-  const uint16_t* from = (const uint16_t*)p.x + row * p.k + column;
+// Eight columns of x to 16 bytes of shared memory, asynchronously if x is aligned. `left` of them and what follows are
+// inside the row, which may be none or negative; zeros are written beyond it, and where there is no row.
+M3_DEVICE void copy_x(const Problem& problem, const uint16_t* from, bool row, int left, char* shared) {
   if (problem.x_aligned) {
-    const bool inside = row >= 0 && column < p.k;
-    ptx::cp_async_16(shared, inside ? from : p.x, inside ? 16 : 0);
+    const bool inside = row && left > 0;
+    ptx::cp_async_16(shared, inside ? from : (const uint16_t*)problem.product.x, inside ? 16 : 0);
     return;
   }
   uint32_t words[4] = {};
-  const int count = row < 0 ? 0 : (int)min((int64_t)8, p.k - column);
 #pragma unroll
   for (int i = 0; i < 8; ++i)
-    if (i < count) words[i / 2] |= (uint32_t)from[i] << 16 * (i % 2);
+    if (row && i < left) words[i / 2] |= (uint32_t)from[i] << 16 * (i % 2);
   *(uint4*)shared = make_uint4(words[0], words[1], words[2], words[3]);
 }
 

@@ -75,7 +75,7 @@ __global__ void __launch_bounds__(S::kThreads, 1) wgmma_kernel(const __grid_cons
 
   Ring ring;
   if (warpgroup == S::kConsumers) {  // -- producer
-    ptx::registers_down<40>();
+    ptx::registers_down<56>();
     Ring copied;     // the oldest stage whose x is under way
     int behind = 0;  // stages under way
     for (int index = (int)blockIdx.x; index < all; index += (int)gridDim.x) {
@@ -84,7 +84,7 @@ __global__ void __launch_bounds__(S::kThreads, 1) wgmma_kernel(const __grid_cons
       if (tokens.count <= 0) continue;
       int source[S::kTokens / 16];
 #pragma unroll
-      for (int i = 0; i < S::kTokens / 16; ++i) source[i] = (int)source_row(problem, tokens, thread / 8 + 16 * i);
+      for (int i = 0; i < S::kTokens / 16; ++i) source[i] = source_row(problem, tokens, thread / 8 + 16 * i);
       for (int stage = 0; stage < stages; ++stage) {
         ptx::mbarrier_wait(empty + ring.stage, ring.phase ^ 1);
         if (thread == 0) {
@@ -97,9 +97,11 @@ __global__ void __launch_bounds__(S::kThreads, 1) wgmma_kernel(const __grid_cons
                            tile_of(problem, tokens.expert, n_tile(tile.x, i), k_tile), bytes, full + ring.stage);
         }
         char* x = x_stages + ring.stage * S::kXBytes + thread / 8 * 128 + (thread % 8 ^ thread / 8 % 8) * 16;
+        const int column = stage * S::kColumns + thread % 8 * 8;
 #pragma unroll
         for (int i = 0; i < S::kTokens / 16; ++i)
-          copy_x(problem, source[i], stage * S::kColumns + thread % 8 * 8, x + i * 16 * 128);
+          copy_x(problem, (const uint16_t*)p.x + ((int64_t)source[i] * (int)p.k + column), source[i] >= 0,
+                 (int)p.k - column, x + i * 16 * 128);
         ptx::cp_async_commit();
         advance<kStages>(ring);
         if (++behind > S::kBehind) {
@@ -114,7 +116,7 @@ __global__ void __launch_bounds__(S::kThreads, 1) wgmma_kernel(const __grid_cons
     ptx::fence_async();
     for (; behind; --behind) ptx::mbarrier_arrive(full + copied.stage), advance<kStages>(copied);
   } else {  // -- consumers
-    ptx::registers_up<232>();
+    ptx::registers_up<224>();
     float* results = all_results + warpgroup * S::kResults;
     // Warp w multiplies, in row g, the row of sub-tile w ^ g / 2: the words of a warp then lie in 32 different banks.
     const int sub = warp ^ (g >> 1);

@@ -225,9 +225,9 @@ def test_wgmma_rounds_a_weight_as_torch_does(scale_dtype: torch.dtype) -> None:
 @both
 @half
 def test_a_row_is_the_same_in_every_tile(which: str, dtype: torch.dtype) -> None:
-    x, weight, _ = inputs(140, 200, 330, group_size=64, dtype=dtype)
+    x, weight, _ = inputs(140, 136, 200, group_size=64, dtype=dtype)
     configure(1, seed=0)
-    plan = (3, 4, 2)
+    plan = (3, 3, 2)
     y = product(which, x, weight, epilogue=FLOAT, plan=plan)
     for rows, multiprocessors in ((1, 1), (64, 2), (65, 1), (100, 132)):
         configure(multiprocessors, seed=rows)
@@ -251,16 +251,14 @@ def test_what_is_not_finite_stays_in_its_row(which: str, value: float) -> None:
 
 @pytest.mark.skipif(GPU, reason="orders are drawn on the emulated device")
 @both
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", (1, 2))
 def test_no_order_of_threads_changes_a_bit(which: str, seed: int) -> None:
-    x, weight, _ = inputs(150, 150, 400, group_size=128, dtype=torch.bfloat16)
+    x, weight, _ = inputs(130, 130, 300, group_size=128, dtype=torch.bfloat16)
     results = []
-    for multiprocessors in (1, 3):
-        configure(multiprocessors, seed=0)
-        results.append(product(which, x, weight, epilogue=FLOAT, plan=(25, 1, 1)))
-        configure(multiprocessors, seed=seed + 1)
-        results.append(product(which, x, weight, epilogue=FLOAT, plan=(25, 1, 1)))
-    assert all(bitwise_equal(result, results[0]) for result in results)
+    for multiprocessors, order in ((3, 0), (1, seed), (3, seed)):
+        configure(multiprocessors, order)
+        results.append(product(which, x, weight, epilogue=FLOAT, plan=(19, 1, 1)))
+    assert bitwise_equal(results[0], results[1]) and bitwise_equal(results[0], results[2])
 
 
 # -- gather, experts, gate --------------------------------------------------------------------------------------------
@@ -316,7 +314,7 @@ def gated(y: Tensor) -> Tensor:
 def test_gate(which: str, dtype: torch.dtype, experts: bool) -> None:
     bounds = [0, 100, 100, 133]
     configure(2, seed=11)
-    x, weight, _ = inputs(133, 384, 200, group_size=64, experts=3, dtype=dtype)
+    x, weight, _ = inputs(133, 384, 72, group_size=48, experts=3, dtype=dtype)
     x = x * 4
     if experts:
         y = product(which, x, weight, offsets=bounds, epilogue=GATED)
