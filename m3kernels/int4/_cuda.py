@@ -265,9 +265,7 @@ def int4_moe(
     kernel = crossover(_capability(x), rows, experts, row_invariant).kernel
     with cuda.on_device(x):
         offsets, row_token, slot_row = route(topk_ids, experts)
-        source, index = x, row_token
-        if w13.perm is not None:
-            source, index = gather(x, w13.perm, rows, row_token, offsets), None
+        source, index = (x, row_token) if w13.perm is None else (gather(x, w13.perm, rows, row_token, offsets), None)
         if intermediate_size % TILE_N == 0:
             hidden = product(kernel, source, w13, rows, GATED, row_index=index, offsets=offsets)
         else:  # gate and up of one column lie in different places of their tiles

@@ -1,4 +1,4 @@
-"""Which CUDA kernel serves a product, by architecture and rows: the whole choice, as data. Nothing is tuned at run time.
+"""Which CUDA kernel serves a product, by architecture and rows: the whole choice, as data; nothing is tuned on the fly.
 
     decode   streams the packed weight once for up to 64 rows: bound by memory
     many     dequantises tiles in registers for mma.sync; the bits of decode, for every number of rows
