@@ -82,7 +82,7 @@ M3_DEVICE void place_slots(const Buckets& b, const Routing& p, int64_t first, in
     }
     row = __shfl_sync(~0u, row, leader) + __popc(same & ((1u << lane) - 1));
     if (bucket >= 0) {
-      p.row_token[row] = (int)(slot / p.topk);
+      p.row_token[row] = (int)((uint32_t)slot / (uint32_t)p.topk);
       p.slot_row[slot] = bucket < p.experts ? row : -1;
     }
     __syncthreads();
@@ -177,24 +177,32 @@ M3_DEVICE void store_halves(uint16_t* to, const float (&from)[kWidth]) {
     *to = ptx::from_float<kHalf>(from[0]);
 }
 
-// Grid: (tokens * blocks of columns). A thread owns kWidth columns of a token; the loads of its slots do not depend on
-// each other, so that several are under way.
+// Grid: (tokens * blocks of columns). A thread owns kWidth columns of a token, and has the loads of eight slots under
+// way before it adds the first.
 template <Half kHalf, int kWidth>
 __global__ void __launch_bounds__(kElementThreads) combine_kernel(const Combination p) {
-  const int64_t blocks = ceil_div64(p.columns, kElementThreads * kWidth), token = blockIdx.x / blocks;
-  const int64_t column = (blockIdx.x % blocks * kElementThreads + threadIdx.x) * kWidth;
+  constexpr int kAtOnce = 8;
+  const uint32_t blocks = (uint32_t)ceil_div64(p.columns, kElementThreads * kWidth), token = blockIdx.x / blocks;
+  const int64_t column = (blockIdx.x % blocks * (int64_t)kElementThreads + threadIdx.x) * kWidth;
   if (column >= p.columns) return;
   const int64_t rows = p.tokens * p.topk;
   float sum[kWidth] = {};
-#pragma unroll 4
-  for (int64_t slot = token * p.topk; slot < (token + 1) * p.topk; ++slot) {
-    const int64_t row = p.slot_row[slot];
-    if (row < 0 || row >= rows) continue;
-    float term[kWidth];
-    load_floats(term, p.rows + row * p.columns + column);
-    const float weight = p.weights[slot];
+  for (int64_t first = token * p.topk, last = first + p.topk; first < last; first += kAtOnce) {
+    float term[kAtOnce][kWidth], weight[kAtOnce];
+    bool there[kAtOnce];
 #pragma unroll
-    for (int i = 0; i < kWidth; ++i) sum[i] = ptx::fma(term[i], weight, sum[i]);
+    for (int j = 0; j < kAtOnce; ++j) {
+      const int64_t row = first + j < last ? p.slot_row[first + j] : -1;
+      there[j] = row >= 0 && row < rows;
+      if (!there[j]) continue;
+      load_floats(term[j], p.rows + row * p.columns + column);
+      weight[j] = p.weights[first + j];
+    }
+#pragma unroll
+    for (int j = 0; j < kAtOnce; ++j)
+#pragma unroll
+      for (int i = 0; i < kWidth; ++i)
+        if (there[j]) sum[i] = ptx::fma(term[j][i], weight[j], sum[i]);
   }
   store_halves<kHalf>((uint16_t*)p.y + token * p.columns + column, sum);
 }
@@ -202,8 +210,9 @@ __global__ void __launch_bounds__(kElementThreads) combine_kernel(const Combinat
 // Grid: (rows * blocks of columns). A thread owns kWidth columns of y.
 template <Half kHalf, int kWidth>
 __global__ void __launch_bounds__(kElementThreads) gate_kernel(const float* x, int64_t columns, uint16_t* y) {
-  const int64_t blocks = ceil_div64(columns, kElementThreads * kWidth), row = blockIdx.x / blocks;
-  const int64_t column = (blockIdx.x % blocks * kElementThreads + threadIdx.x) * kWidth;
+  const uint32_t blocks = (uint32_t)ceil_div64(columns, kElementThreads * kWidth);
+  const int64_t row = blockIdx.x / blocks;
+  const int64_t column = (blockIdx.x % blocks * (int64_t)kElementThreads + threadIdx.x) * kWidth;
   if (column >= columns) return;
   float gates[kWidth], ups[kWidth];
   load_floats(gates, x + row * 2 * columns + column);
@@ -219,7 +228,8 @@ constexpr int kGatherThreads = 256, kGatherColumns = 8 * kGatherThreads;
 // find the row's. Reads of x are scattered within one row, which L1 holds.
 __global__ void __launch_bounds__(kGatherThreads) gather_kernel(const Gathering p) {
   int* found = (int*)shared_memory();
-  const int64_t blocks = ceil_div64(p.columns, kGatherColumns), row = blockIdx.x / blocks;
+  const uint32_t blocks = (uint32_t)ceil_div64(p.columns, kGatherColumns);
+  const int64_t row = blockIdx.x / blocks;
   if (threadIdx.x == 0) *found = p.offsets ? -1 : 0;
   __syncthreads();
   if (p.offsets)
@@ -230,7 +240,7 @@ __global__ void __launch_bounds__(kGatherThreads) gather_kernel(const Gathering 
   const bool there = expert >= 0 && source >= 0 && source < p.x_rows;
   const uint16_t* x = (const uint16_t*)p.x + source * p.columns;
   const int32_t* perm = p.perm + expert * p.columns;
-  const int64_t first = blockIdx.x % blocks * kGatherColumns + threadIdx.x;
+  const int64_t first = blockIdx.x % blocks * (int64_t)kGatherColumns + threadIdx.x;
 #pragma unroll
   for (int i = 0; i < kGatherColumns / kGatherThreads; ++i) {
     const int64_t column = first + i * kGatherThreads;
