@@ -253,7 +253,7 @@ M3_DEVICE void load_chunk(Chunk& chunk, const Dense& p, const Cut& c, uint32_t t
 // them of use. Values pass through shared memory, so that y is written a row of 128 columns at a time; rows there are 8
 // elements longer, so that lanes meet different banks.
 template <DeviceType kType, bool kGather>
-__global__ void __launch_bounds__(kThreads) dequantize_kernel(const Dense p, const Cut c) {
+__global__ void __launch_bounds__(kThreads, 4) dequantize_kernel(const Dense p, const Cut c) {
   using Element = std::conditional_t<kType == DeviceType::kFp32, float, uint16_t>;
   constexpr int kStride = kBlockColumns + 8, kVector = 16 / (int)sizeof(Element);
   Element* staged = (Element*)shared_memory();  // (64, kStride)
