@@ -8,6 +8,7 @@ pack_tiles and quantize_tiles, which load weights.
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 import torch
@@ -51,8 +52,13 @@ def _span(tensor: Tensor | None, dtype: torch.dtype | None = None) -> tuple[int,
 def _capability(tensor: Tensor) -> int:
     if cuda.EMULATED:
         major, minor = _cuda_ext.build_info()["devices"][0]["capability"]
-    else:
-        major, minor = torch.cuda.get_device_capability(tensor.device)
+        return 10 * major + minor
+    return _capability_of(tensor.device)
+
+
+@functools.cache
+def _capability_of(device: torch.device) -> int:
+    major, minor = torch.cuda.get_device_capability(device)
     return 10 * major + minor
 
 

@@ -10,6 +10,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -27,29 +28,43 @@ class Crossover(NamedTuple):
 
 
 DECODE = Crossover(64, "decode", "reasoned")
-MANY = (DECODE, Crossover(None, "many", "reasoned"))
-WGMMA = (DECODE, Crossover(None, "wgmma", "reasoned"))
-DENSE_FROM_1025 = (DECODE, Crossover(1024, "many", "reasoned"), Crossover(None, "dense", "reasoned"))
-DENSE_FROM_257 = (DECODE, Crossover(256, "many", "reasoned"), Crossover(None, "dense", "reasoned"))
+# With 32 rows on average, an expert of more than 64, which decode would stream twice, is rare.
+DECODE_EXPERTS = Crossover(32, "decode", "reasoned")
+MANY = Crossover(None, "many", "reasoned")
+WGMMA = Crossover(None, "wgmma", "reasoned")
+DENSE = Crossover(None, "dense", "reasoned")  # not for experts: torch would need their offsets on the host
 
-# Oldest compute capability -> regime -> its crossovers. "experts" has no dense kernel: it would need offsets on the
-# host.
-TABLE: dict[int, dict[str, tuple[Crossover, ...]]] = {
-    80: {"row_invariant": MANY, "free": DENSE_FROM_1025, "free_experts": MANY},
-    86: {"row_invariant": MANY, "free": DENSE_FROM_1025, "free_experts": MANY},
-    89: {"row_invariant": MANY, "free": DENSE_FROM_1025, "free_experts": MANY},
-    90: {"row_invariant": MANY, "free": WGMMA, "free_experts": WGMMA},
-    100: {"row_invariant": MANY, "free": DENSE_FROM_257, "free_experts": MANY},
-    120: {"row_invariant": MANY, "free": DENSE_FROM_257, "free_experts": MANY},
+AMPERE = {
+    "row_invariant": (DECODE, MANY),
+    "row_invariant_experts": (DECODE_EXPERTS, MANY),
+    "free": (DECODE, Crossover(1024, "many", "reasoned"), DENSE),  # mma.sync on packed tiles: 0.9 of cuBLAS at best
+    "free_experts": (DECODE_EXPERTS, MANY),
+}
+HOPPER = AMPERE | {"free": (DECODE, WGMMA), "free_experts": (DECODE_EXPERTS, WGMMA)}
+BLACKWELL = AMPERE | {"free": (DECODE, Crossover(256, "many", "reasoned"), DENSE)}  # cuBLAS has tcgen05, we have not
+
+TABLE: dict[int, dict[str, tuple[Crossover, ...]]] = {  # from this compute capability on
+    80: AMPERE,
+    86: AMPERE,
+    89: AMPERE,
+    90: HOPPER,
+    100: BLACKWELL,
+    120: BLACKWELL,
 }
 
 
-def crossover(capability: int, rows: int, experts: int | None, row_invariant: bool) -> Crossover:
-    """The row of TABLE for a product of ``rows`` rows (of all experts) on a device of this capability (90 is 9.0)."""
+@functools.cache
+def crossovers(capability: int, experts: bool, row_invariant: bool) -> tuple[Crossover, ...]:
+    """The rows of TABLE for a device of this capability (90 is 9.0)."""
     regimes = TABLE[max(least for least in TABLE if least <= max(capability, min(TABLE)))]
-    regime = "row_invariant" if row_invariant else "free" if experts is None else "free_experts"
+    return regimes[("row_invariant" if row_invariant else "free") + ("_experts" if experts else "")]
+
+
+def crossover(capability: int, rows: int, experts: int | None, row_invariant: bool) -> Crossover:
+    """The row of TABLE that serves ``rows`` rows (of all experts)."""
     each = rows if experts is None else ceil_div(rows, experts)
-    return next(choice for choice in regimes[regime] if choice.up_to is None or each <= choice.up_to)
+    choices = crossovers(capability, experts is not None, row_invariant)
+    return next(choice for choice in choices if choice.up_to is None or each <= choice.up_to)
 
 
 def kernel_for(
