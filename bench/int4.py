@@ -299,7 +299,7 @@ def make_moe_problem(
     x, w13, w2 = x.to(x_dtype).float().to(device), w13.to(device), w2.to(device)
     tensors = (w13.qweight, w13.scales, w13.zeros, w13.perm, w2.qweight, w2.scales, w2.zeros, w2.perm)
     numbers = (shape.hidden, shape.intermediate, shape.group_size, 0, 0)
-    expected = reference.int4_moe(x.double(), ids, weights, *tensors, *numbers, "exact")
+    expected = reference.int4_moe(x.double(), ids, weights, *tensors, *numbers, True, "exact")
     return MoeProblem(shape=shape, x=x, w13=w13, w2=w2, topk_ids=ids, topk_weights=weights, expected=expected)
 
 

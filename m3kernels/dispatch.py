@@ -14,6 +14,8 @@ import os
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import torch
+
 ROOMS = {  # per device type, best first; the only such list
     "cpu": ("cpu", "reference"),
     "cuda": ("cuda", "triton", "reference"),
@@ -58,6 +60,20 @@ def rooms(package: str, op: str, device: str) -> tuple[Room, ...]:
         function = getattr(module, op, None)
         found.append(Room(name, function, module.unsupported, "" if function else f"has no {op}"))
     return tuple(found)
+
+
+def offered(package: str, function: str, tensor: torch.Tensor) -> Callable[..., Any] | None:
+    """The first room's ``function`` for this tensor, or None: for work that is no op, whose bits are those of torch.
+
+    Nothing is refused: where no room offers it, or none of those that M3KERNELS_BACKEND allows, the caller's torch
+    serves. So it does for what has no memory to point at: tracing, compiling, tensor subclasses.
+    """
+    if type(tensor) is not torch.Tensor or torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+        return None
+    for room in rooms(package, function, tensor.device.type):
+        if room.function and room.unsupported and not room.unsupported(function, tensor):
+            return room.function
+    return None
 
 
 def explain(package: str, op: str, *args: Any) -> list[tuple[str, str]]:

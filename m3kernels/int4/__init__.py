@@ -9,6 +9,7 @@ from m3kernels.int4.convert import (
     to_compressed_tensors,
     to_gptq,
 )
+from m3kernels.int4.crossovers import kernel_for
 from m3kernels.int4.ops import int4_dequantize, int4_gemm, int4_grouped_gemm, int4_moe
 from m3kernels.int4.quantize import quantize_weight
 from m3kernels.int4.types import Int4Weight
@@ -23,6 +24,7 @@ __all__ = [
     "int4_gemm",
     "int4_grouped_gemm",
     "int4_moe",
+    "kernel_for",
     "quantize_weight",
     "to_awq",
     "to_compressed_tensors",

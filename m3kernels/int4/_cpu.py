@@ -60,6 +60,7 @@ def int4_gemm(
     in_features: int,
     group_size: int,
     first_k: int,
+    row_invariant: bool,
     activations: str,
 ) -> Tensor:
     y = x.new_empty(x.shape[0], out_features)
@@ -82,6 +83,7 @@ def int4_grouped_gemm(
     in_features: int,
     group_size: int,
     first_k: int,
+    row_invariant: bool,
     activations: str,
 ) -> Tensor:
     y = x.new_empty(x.shape[0], out_features)
@@ -110,6 +112,7 @@ def int4_moe(
     group_size: int,
     w13_first_k: int,
     w2_first_k: int,
+    row_invariant: bool,
     activations: str,
 ) -> Tensor:
     y = torch.empty_like(x)

@@ -701,6 +701,7 @@ def int4_gemm(
     in_features: int,
     group_size: int,
     first_k: int,
+    row_invariant: bool,
     activations: str,
 ) -> Tensor:
     if not len(x):
@@ -720,6 +721,7 @@ def int4_grouped_gemm(
     in_features: int,
     group_size: int,
     first_k: int,
+    row_invariant: bool,
     activations: str,
 ) -> Tensor:
     if not len(x):
@@ -750,6 +752,7 @@ def int4_moe(
     group_size: int,
     w13_first_k: int,
     w2_first_k: int,
+    row_invariant: bool,
     activations: str,
 ) -> Tensor:
     (tokens, topk), experts, device = topk_ids.shape, len(w13_qweight), x.device

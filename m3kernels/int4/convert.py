@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from m3kernels.checks import has_data, refuse
+from m3kernels.dispatch import offered
 from m3kernels.int4.types import (
     SCALE_DTYPES,
     SYMMETRIC_ZERO,
@@ -29,6 +30,8 @@ from m3kernels.int4.types import (
     check_group_size,
     check_perm,
     num_groups,
+    pack_groups,
+    pack_nibbles,
 )
 
 AWQ_COLUMNS = (0, 2, 4, 6, 1, 3, 5, 7)  # column, among the 8 of a word, of nibble i
@@ -57,6 +60,47 @@ def nibbles_to_words(nibbles: Tensor) -> Tensor:
     rows, columns = nibbles.shape
     pairs = torch.nn.functional.pad(nibbles, (0, -columns % 8)).reshape(rows, -1, 2)
     return (pairs[..., 0] | (pairs[..., 1] << 4)).contiguous().view(torch.int32)
+
+
+def nibbles_of_pairs(words: Tensor) -> Tensor:
+    """(R, C) int32 of the AWQ order -> (R, 8 C) uint8."""
+    return words_to_nibbles(words).unflatten(1, (-1, 8))[..., AWQ_NIBBLES].flatten(1)
+
+
+def weight_of_words(
+    words: Tensor,
+    layout: str,
+    scales: Tensor,
+    zeros: Tensor | None,
+    *,
+    in_features: int,
+    group_size: int,
+    perm: Tensor | None = None,
+) -> Int4Weight:
+    """The Int4Weight of checked tensors: words as they are in a file, scales and zeros (N, G), perm from stored_order.
+
+    ``layout`` says where W[n, k] is: "rows": (N, K/8) words along k; "columns": (K/8, N); "pairs": (K, N/8) in AWQ's
+    order. Where the CUDA room takes the words, they become tiles in one pass; the bits are the same.
+    """
+    n, k = len(scales), in_features
+    if native := offered(__package__, "pack_tiles", words):
+        tiles = native(words, layout, n, k, perm)
+    else:
+        q = {
+            "rows": lambda: words_to_nibbles(words)[:, :k],
+            "columns": lambda: words_to_nibbles(words.T),
+            "pairs": lambda: nibbles_of_pairs(words).T,
+        }[layout]()
+        tiles = pack_nibbles(q if perm is None else q.index_select(1, perm.long()))
+    return Int4Weight(
+        qweight=tiles,
+        scales=pack_groups(scales),
+        zeros=None if zeros is None else pack_groups(zeros),
+        perm=perm,
+        out_features=n,
+        in_features=k,
+        group_size=group_size,
+    )
 
 
 # -- checks -----------------------------------------------------------------------------------------------------------
@@ -211,10 +255,8 @@ def from_gptq(
     check_finite(op, "scales", scales)
     zeros = words_to_nibbles(qzeros) + (1 if version == 1 else 0)
     points = check_symmetric(op, "qzeros", symmetric, zeros)
-    q = words_to_nibbles(qweight.T)
-    if perm is not None:
-        q = q.index_select(1, perm.long())
-    return Int4Weight.pack(q, scales.T, None if points is None else points.T, group_size=group_size, perm=perm)
+    points = None if points is None else points.T
+    return weight_of_words(qweight, "columns", scales.T, points, in_features=k, group_size=group_size, perm=perm)
 
 
 def to_gptq(weight: Int4Weight, *, version: int = 1) -> dict[str, Tensor]:
@@ -258,11 +300,9 @@ def from_awq(
     qzeros = check_tensor(op, "qzeros", qzeros, (groups, n // 8), WORDS, device)
     scales = check_tensor(op, "scales", scales, (groups, n), SCALE_DTYPES, device)
     check_finite(op, "scales", scales)
-    q, zeros = (
-        words_to_nibbles(words).unflatten(1, (-1, 8))[..., AWQ_NIBBLES].flatten(1) for words in (qweight, qzeros)
-    )
-    points = check_symmetric(op, "qzeros", symmetric, zeros)
-    return Int4Weight.pack(q.T, scales.T, None if points is None else points.T, group_size=group_size)
+    points = check_symmetric(op, "qzeros", symmetric, nibbles_of_pairs(qzeros))
+    points = None if points is None else points.T
+    return weight_of_words(qweight, "pairs", scales.T, points, in_features=k, group_size=group_size)
 
 
 def to_awq(weight: Int4Weight) -> dict[str, Tensor]:
@@ -324,10 +364,7 @@ def from_compressed_tensors(
     if weight_g_idx is not None:
         weight_g_idx = check_tensor(op, "weight_g_idx", weight_g_idx, (k,), INDICES, device)
         perm = stored_order(op, "weight_g_idx", weight_g_idx, group_size, groups)
-    q = words_to_nibbles(weight_packed)[:, :k]
-    if perm is not None:
-        q = q.index_select(1, perm.long())
-    return Int4Weight.pack(q, weight_scale, zeros, group_size=group_size, perm=perm)
+    return weight_of_words(weight_packed, "rows", weight_scale, zeros, in_features=k, group_size=group_size, perm=perm)
 
 
 def to_compressed_tensors(weight: Int4Weight) -> dict[str, Tensor]:

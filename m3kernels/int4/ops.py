@@ -1,7 +1,8 @@
 """INT4 weight-only matrix products: public functions, their checks, and the ops m3kernels::int4_*.
 
-Every room is deterministic and row-invariant: row i of a result is bitwise the same for every number of rows, every
-neighbour and every thread count. Weights are never materialised. Formulas: reference.py; layout: types.py.
+Every room is deterministic and, unless row_invariant=False, row-invariant: row i of a result is bitwise the same for
+every number of rows, every neighbour and every thread count; and weights are never materialised. Formulas:
+reference.py; layout: types.py.
 """
 
 from __future__ import annotations
@@ -21,13 +22,22 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 DTYPE_NAMES = "float32, bfloat16 or float16"
 
 
-def int4_gemm(x: Tensor, weight: Int4Weight, bias: Tensor | None = None, *, activations: str = "auto") -> Tensor:
+def int4_gemm(
+    x: Tensor,
+    weight: Int4Weight,
+    bias: Tensor | None = None,
+    *,
+    row_invariant: bool = True,
+    activations: str = "auto",
+) -> Tensor:
     """x @ W.T + bias with W packed in INT4; differentiable in x and bias.
 
     Args:
         x: (..., K) fp32, bf16 or fp16, on the device of weight.
         weight: plain Int4Weight (N, K).
         bias: (N,) of x's dtype, or None.
+        row_invariant: True: the bits of a row never depend on the number of rows. False: on a GPU, a product of many
+            rows may run on a faster kernel whose bits differ (kernel_for says which); elsewhere nothing changes.
         activations: "exact": dequantised weights times x as given, fp32 accumulation. "int16", "int8": x rounded per
             row and block of at most 128 columns, integer accumulation, CPU only; relative error (RMS) at most 5e-5
             and 8e-3; rows with outliers or non-finite values are computed exactly. "auto": the fastest of the room
@@ -40,17 +50,20 @@ def int4_gemm(x: Tensor, weight: Int4Weight, bias: Tensor | None = None, *, acti
     """
     check_weight("int4_gemm", "weight", weight, experts=False)
     check_x("int4_gemm", x, weight)
+    check_row_invariant("int4_gemm", row_invariant)
     check_activations("int4_gemm", activations)
     if bias is not None and not (
         is_strided(bias) and bias.shape == (weight.out_features,) and bias.dtype == x.dtype and bias.device == x.device
     ):
         raise refuse("int4_gemm", "bias", f"({weight.out_features},) {x.dtype} on {x.device}, like x", bias)
     if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
-        return _Gemm.apply(x, bias, weight, activations)
-    return _run_gemm(x, bias, weight, activations)
+        return _Gemm.apply(x, bias, weight, row_invariant, activations)
+    return _run_gemm(x, bias, weight, row_invariant, activations)
 
 
-def int4_grouped_gemm(x: Tensor, weight: Int4Weight, offsets: Tensor, *, activations: str = "auto") -> Tensor:
+def int4_grouped_gemm(
+    x: Tensor, weight: Int4Weight, offsets: Tensor, *, row_invariant: bool = True, activations: str = "auto"
+) -> Tensor:
     """y[i] = x[i] @ W[e].T for the expert e with offsets[e] <= i < offsets[e + 1].
 
     Args:
@@ -58,7 +71,7 @@ def int4_grouped_gemm(x: Tensor, weight: Int4Weight, offsets: Tensor, *, activat
         weight: stack of E experts (N, K).
         offsets: (E + 1,) int32 or int64, 0 = offsets[0] <= ... <= offsets[E] = M, on the device of x (its values are
             checked on CPU only: reading them on a GPU would synchronise).
-        activations: as in int4_gemm.
+        row_invariant, activations: as in int4_gemm.
     Returns: (M, N) of x's dtype. Raises: as int4_gemm. Not differentiable.
     """
     op = "int4_grouped_gemm"
@@ -66,6 +79,7 @@ def int4_grouped_gemm(x: Tensor, weight: Int4Weight, offsets: Tensor, *, activat
     if isinstance(x, Tensor) and x.ndim != 2:
         raise refuse(op, "x", f"(M, {weight.in_features})", x)
     check_x(op, x, weight)
+    check_row_invariant(op, row_invariant)
     check_activations(op, activations)
     check_no_grad(op, x)
     size = (weight.num_experts or 0) + 1
@@ -76,7 +90,9 @@ def int4_grouped_gemm(x: Tensor, weight: Int4Weight, offsets: Tensor, *, activat
         bounds = offsets.tolist()
         if bounds[0] != 0 or bounds[-1] != len(x) or any(a > b for a, b in itertools.pairwise(bounds)):
             raise refuse(op, "offsets", f"0 = offsets[0] <= ... <= offsets[-1] = {len(x)}", f"{bounds[:8]}")
-    return _grouped_gemm(x.contiguous(), offsets.to(torch.int64).contiguous(), *flat(weight), activations)
+    return _grouped_gemm(
+        x.contiguous(), offsets.to(torch.int64).contiguous(), *flat(weight), row_invariant, activations
+    )
 
 
 def int4_moe(
@@ -86,6 +102,7 @@ def int4_moe(
     topk_ids: Tensor,
     topk_weights: Tensor,
     *,
+    row_invariant: bool = True,
     activations: str = "auto",
 ) -> Tensor:
     """y[t] = sum_j topk_weights[t, j] * W2[e] @ (silu(G) * U), [G; U] = W13[e] @ x[t], e = topk_ids[t, j].
@@ -95,7 +112,7 @@ def int4_moe(
         w13: stack of E experts (2 * I, D): gate rows, then up rows. w2: stack of E experts (D, I); same group_size.
         topk_ids: (T, k) int32 or int64 in [0, E), on x's device; values are checked on CPU only.
         topk_weights: (T, k) fp32, or x's dtype.
-        activations: as in int4_gemm, for both products.
+        row_invariant, activations: as in int4_gemm, for both products.
     Returns: (T, D) of x's dtype; the k terms are added in the order of topk_ids, in fp32.
     Raises: as int4_gemm. Not differentiable.
     """
@@ -106,6 +123,7 @@ def int4_moe(
     if isinstance(x, Tensor) and x.ndim != 2:
         raise refuse(op, "x", f"(T, {hidden})", x)
     check_x(op, x, w13)
+    check_row_invariant(op, row_invariant)
     check_activations(op, activations)
     check_no_grad(op, x)
     facts = (w2.num_experts, w2.out_features, 2 * w2.in_features, w2.group_size, w2.device)
@@ -133,6 +151,7 @@ def int4_moe(
         w13.group_size,
         w13.first_k,
         w2.first_k,
+        row_invariant,
         activations,
     )
 
@@ -171,6 +190,11 @@ def check_activations(op: str, activations: object) -> None:
         raise refuse(op, "activations", ", ".join(map(repr, ACTIVATIONS)), activations)
 
 
+def check_row_invariant(op: str, row_invariant: object) -> None:
+    if not isinstance(row_invariant, bool):
+        raise refuse(op, "row_invariant", "True or False", row_invariant)
+
+
 def check_no_grad(op: str, x: Tensor) -> None:
     if x.requires_grad and torch.is_grad_enabled():
         raise refuse(
@@ -185,13 +209,13 @@ def flat(weight: Int4Weight) -> tuple[Any, ...]:
     return (weight.qweight, weight.scales, weight.zeros, weight.perm, *numbers)
 
 
-def _run_gemm(x: Tensor, bias: Tensor | None, weight: Int4Weight, activations: str) -> Tensor:
+def _run_gemm(x: Tensor, bias: Tensor | None, weight: Int4Weight, row_invariant: bool, activations: str) -> Tensor:
     qweight, scales, zeros, perm, *numbers = flat(weight)
     bias = None if bias is None else bias.contiguous()
     if x.ndim == 2:
-        return _gemm(x.contiguous(), qweight, scales, zeros, perm, bias, *numbers, activations)
+        return _gemm(x.contiguous(), qweight, scales, zeros, perm, bias, *numbers, row_invariant, activations)
     rows = x.reshape(-1, weight.in_features).contiguous()
-    y = _gemm(rows, qweight, scales, zeros, perm, bias, *numbers, activations)
+    y = _gemm(rows, qweight, scales, zeros, perm, bias, *numbers, row_invariant, activations)
     return y.view(*x.shape[:-1], weight.out_features)
 
 
@@ -199,15 +223,17 @@ class _Gemm(torch.autograd.Function):
     """int4_gemm when a gradient is wanted: dx = dy @ dequantised W, db = sum of dy. The weight has none."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, bias: Tensor | None, weight: Int4Weight, activations: str) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, bias: Tensor | None, weight: Int4Weight, row_invariant: bool, activations: str
+    ) -> Tensor:
         ctx.weight = weight
-        return _run_gemm(x, bias, weight, activations)
+        return _run_gemm(x, bias, weight, row_invariant, activations)
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
         dx = dy @ int4_dequantize(ctx.weight, dy.dtype) if ctx.needs_input_grad[0] else None
         db = dy.reshape(-1, dy.shape[-1]).sum(0) if ctx.needs_input_grad[1] else None
-        return dx, db, None, None
+        return dx, db, None, None, None
 
 
 WEIGHT = "Tensor qweight, Tensor scales, Tensor? zeros, Tensor? perm"
@@ -215,12 +241,12 @@ NUMBERS = "int out_features, int in_features, int group_size, int first_k"
 
 _gemm = define(
     __package__,
-    f"int4_gemm(Tensor x, {WEIGHT}, Tensor? bias, {NUMBERS}, str activations) -> Tensor",
+    f"int4_gemm(Tensor x, {WEIGHT}, Tensor? bias, {NUMBERS}, bool row_invariant, str activations) -> Tensor",
     fake=lambda x, qweight, scales, zeros, perm, bias, out_features, *_: x.new_empty(x.shape[0], out_features),
 )
 _grouped_gemm = define(
     __package__,
-    f"int4_grouped_gemm(Tensor x, Tensor offsets, {WEIGHT}, {NUMBERS}, str activations) -> Tensor",
+    f"int4_grouped_gemm(Tensor x, Tensor offsets, {WEIGHT}, {NUMBERS}, bool row_invariant, str activations) -> Tensor",
     fake=lambda x, offsets, qweight, scales, zeros, perm, out_features, *_: x.new_empty(x.shape[0], out_features),
 )
 _moe = define(
@@ -229,7 +255,7 @@ _moe = define(
     "Tensor w13_qweight, Tensor w13_scales, Tensor? w13_zeros, Tensor? w13_perm, "
     "Tensor w2_qweight, Tensor w2_scales, Tensor? w2_zeros, Tensor? w2_perm, "
     "int hidden_size, int intermediate_size, int group_size, int w13_first_k, int w2_first_k, "
-    "str activations) -> Tensor",
+    "bool row_invariant, str activations) -> Tensor",
     fake=lambda x, *_: torch.empty_like(x),
 )
 _dequantize = define(

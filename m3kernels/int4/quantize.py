@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from m3kernels.checks import has_data, refuse
+from m3kernels.dispatch import offered
 from m3kernels.int4.types import SCALE_DTYPES, SYMMETRIC_ZERO, Int4Weight, check_group_size, num_groups
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -67,7 +68,9 @@ def minmax_range(w: Tensor, symmetric: bool) -> Tensor:
         scales = w.abs().amax(-1) * (2 / 15)
     else:
         low, high = w.amin(-1).clamp(max=0), w.amax(-1).clamp(min=0)
-        scales = torch.maximum(high / LARGEST_Q - low / LARGEST_Q, high / (LARGEST_Q - SMALLEST_ZERO))
+        # Divided by tensors: by a number, torch on a GPU multiplies by its reciprocal, and the bits are others.
+        steps, upper_steps = high.new_full((), LARGEST_Q), high.new_full((), LARGEST_Q - SMALLEST_ZERO)
+        scales = torch.maximum(high / steps - low / steps, high / upper_steps)
     return torch.where(scales > 0, scales, 1.0)
 
 
@@ -174,9 +177,22 @@ def quantize_weight(
         raise refuse(op, "weight", "(N, K) or (E, N, K) float32, bfloat16 or float16, strided, not empty", weight)
 
     *lead, k = weight.shape
+    weight = weight.detach()
+    if method == "minmax" and (native := offered(__package__, "quantize_tiles", weight)):
+        found = native(weight, group_size, symmetric, scale_dtype)
+        if found is not None:  # else a weight is out of contract: below it is found and named
+            tiles, scales, zeros = found
+            return Int4Weight(
+                qweight=tiles,
+                scales=scales,
+                zeros=zeros,
+                out_features=lead[-1],
+                in_features=k,
+                group_size=group_size,
+            )
     groups = num_groups(k, group_size)
     size = k if groups == 1 else group_size
-    rows = weight.detach().reshape(-1, k)
+    rows = weight.reshape(-1, k)
     q = torch.empty(rows.shape, dtype=torch.uint8, device=weight.device)
     scales = torch.empty(len(rows), groups, dtype=scale_dtype, device=weight.device)
     zeros = torch.empty(len(rows), groups, dtype=torch.uint8, device=weight.device)

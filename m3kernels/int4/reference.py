@@ -157,6 +157,7 @@ def int4_gemm(
     in_features: int,
     group_size: int,
     first_k: int,
+    row_invariant: bool,
     activations: str,
 ) -> Tensor:
     weight = weight_of(qweight, scales, zeros, perm, out_features, in_features, group_size, first_k)
@@ -175,6 +176,7 @@ def int4_grouped_gemm(
     in_features: int,
     group_size: int,
     first_k: int,
+    row_invariant: bool,
     activations: str,
 ) -> Tensor:
     weight = weight_of(qweight, scales, zeros, perm, out_features, in_features, group_size, first_k)
@@ -200,6 +202,7 @@ def int4_moe(
     group_size: int,
     w13_first_k: int,
     w2_first_k: int,
+    row_invariant: bool,
     activations: str,
 ) -> Tensor:
     two_i = 2 * intermediate_size

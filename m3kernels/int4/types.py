@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from m3kernels.checks import describe, has_data, is_strided, refuse
+from m3kernels.dispatch import offered
 
 TILE_N, TILE_K = 64, 16
 HUGE_PAGE = 2 << 20  # bytes
@@ -64,6 +65,8 @@ def _swizzle(device: torch.device) -> tuple[Tensor, Tensor]:
 
 def pack_nibbles(q: Tensor) -> Tensor:
     """(..., N, K) uint8 in 0..15 -> (..., ceil(N/64), ceil(K/16), 128) int32 tiles. Padding nibbles are 0."""
+    if native := offered(__package__, "pack_tiles", q):
+        return native(q, "bytes", q.shape[-2], q.shape[-1], None)
     *lead, n, k = q.shape
     nt, kt = ceil_div(n, TILE_N), ceil_div(k, TILE_K)
     q = torch.nn.functional.pad(q, (0, kt * TILE_K - k, 0, nt * TILE_N - n)).reshape(-1, nt, 4, 2, 8, kt, 2, 4, 2)

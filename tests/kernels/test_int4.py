@@ -563,12 +563,12 @@ def test_opcheck(backend: str) -> None:
     w13_tensors, w2_tensors = flat(w13)[:4], flat(w2)[:4]
     ops = torch.ops.m3kernels
     for activations in ("exact", "auto"):
-        gemm = (x, qweight, scales, zeros, perm, bias, *numbers, activations)
+        gemm = (x, qweight, scales, zeros, perm, bias, *numbers, True, activations)
         torch.library.opcheck(ops.int4_gemm.default, gemm)
         torch.library.opcheck(
-            ops.int4_grouped_gemm.default, (rows, torch.tensor([0, 2, 2, 6]), *flat(stack), activations)
+            ops.int4_grouped_gemm.default, (rows, torch.tensor([0, 2, 2, 6]), *flat(stack), True, activations)
         )
-        moe = (tokens, ids, scores, *w13_tensors, *w2_tensors, 48, 80, 32, 0, 0, activations)
+        moe = (tokens, ids, scores, *w13_tensors, *w2_tensors, 48, 80, 32, 0, 0, True, activations)
         torch.library.opcheck(ops.int4_moe.default, moe)
     torch.library.opcheck(ops.int4_dequantize.default, (*flat(weight), torch.bfloat16))
 

@@ -48,7 +48,7 @@ def test_exact_is_within_tolerance(isa: str, case: str) -> None:
 def test_rounded_modes_are_the_reference(isa: str, case: str, activations: str) -> None:
     x, weight, bias = make_inputs(**CASES[case])
     tensors, numbers = flat(weight)[:4], flat(weight)[4:]
-    expected = reference_gemm(x, *tensors, bias, *numbers, activations)
+    expected = reference_gemm(x, *tensors, bias, *numbers, True, activations)
     assert relative_error(int4_gemm(x, weight, bias, activations=activations), expected)[0] < 1e-6
 
 

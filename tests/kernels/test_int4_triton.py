@@ -289,10 +289,10 @@ def test_opcheck(backend: str) -> None:
     rows, stack, _ = inputs(3, 20, 32, group_size=32, experts=2)
     tokens, w13, w2, ids, scores = moe_inputs(2, 16, 16, 2, 1, torch.float32, group_size=32)
     ops = torch.ops.m3kernels
-    torch.library.opcheck(ops.int4_gemm.default, (x, qweight, scales, zeros, perm, bias, *numbers, "auto"))
+    torch.library.opcheck(ops.int4_gemm.default, (x, qweight, scales, zeros, perm, bias, *numbers, True, "auto"))
     offsets = torch.tensor([0, 1, 3], device=DEVICE)
-    torch.library.opcheck(ops.int4_grouped_gemm.default, (rows, offsets, *flat(stack), "auto"))
-    moe = (tokens, ids, scores, *flat(w13)[:4], *flat(w2)[:4], 16, 16, 32, 0, 0, "auto")
+    torch.library.opcheck(ops.int4_grouped_gemm.default, (rows, offsets, *flat(stack), True, "auto"))
+    moe = (tokens, ids, scores, *flat(w13)[:4], *flat(w2)[:4], 16, 16, 32, 0, 0, True, "auto")
     torch.library.opcheck(ops.int4_moe.default, moe)
     torch.library.opcheck(ops.int4_dequantize.default, (*flat(weight), torch.float16))
 
