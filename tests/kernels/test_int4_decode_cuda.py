@@ -32,7 +32,14 @@ class Device(NamedTuple):
     seed: int
 
 
-DEVICES = [Device(80, 3, 1), Device(80, 16, 2), Device(90, 1, 3), Device(90, 4, 4), Device(90, 16, 5), Device(120, 8, 6)]
+DEVICES = [
+    Device(80, 3, 1),
+    Device(80, 16, 2),
+    Device(90, 1, 3),
+    Device(90, 4, 4),
+    Device(90, 16, 5),
+    Device(120, 8, 6),
+]
 
 
 def play(device: Device) -> None:
