@@ -19,6 +19,7 @@ struct Decode {
   int32_t group_start;  // k-tiles of the first group that lie before the weight
   int32_t units;        // blocks that cover n, for one chunk of rows and one split
   int32_t chunks;       // of rows, if dense
+  uint32_t row_bytes;   // of x
   int32_t next_tile;    // from a block's first n-tile to its second
   bool cluster;         // the splits of a unit are one cluster, else they meet in the workspace
   bool wide_x, wide_y;  // rows of x are 16-byte aligned; quads of y lie in one row, aligned
@@ -152,34 +153,50 @@ M3_DEVICE float silu(float x) {
   return ptx::mul(x, ptx::reciprocal(ptx::add(1.f, ptx::exp2(ptx::mul(x, -1.4426950408889634f)))));
 }
 
-// Rows of x of one part, a stage at a time: kRows rows of 128 bytes, each 16-byte chunk c of row r at c ^ (r % 8).
+// What one thread copies of the rows of x of its part: kRows rows of 128 bytes a stage, each 16-byte chunk c of row r
+// at c ^ (r % 8). A thread has one column of chunks, and every kRowStep-th row.
 template <int kRows, int kTeam>
 struct Columns {
-  static constexpr int kEach = kRows * (kStageRow / 16) / kTeam;  // chunks that a thread copies
   static constexpr int kRowStep = kTeam / (kStageRow / 16);
-  int32_t row[kEach];  // of x; -1: zeros
-  int32_t rows;        // those from here on are not even written
+  static constexpr int kEach = kRows / kRowStep;
+  const char* from;      // this column of row 0, in the stage to come
+  int32_t left;          // columns from there to k
+  uint32_t row[kEach];   // of x
+  uint32_t present = 0;  // bit i: row[i] is one of x; otherwise zeros
+  int32_t thread;
 
-  __device__ __forceinline__ void load(const Decode& d, char* stage, int32_t tile, int thread) const {
-    const int chunk = thread % 8;
-    const int64_t column = (int64_t)tile * kTileK + chunk * 8;
+  __device__ __forceinline__ Columns(const Decode& d, const Unit& unit, int32_t tile, int thread_) : thread(thread_) {
+    const int64_t column = (int64_t)tile * kTileK + thread % 8 * 8;
+    from = (const char*)d.p.x + 2 * column;
+    left = (int32_t)(d.p.k - column);
 #pragma unroll
     for (int i = 0; i < kEach; ++i) {
       const int r = thread / 8 + i * kRowStep;
-      if (r >= rows) break;
-      char* to = stage + r * kStageRow + ((chunk ^ (r & 7)) << 4);
-      const int64_t left = row[i] < 0 ? 0 : d.p.k - column;
-      const uint16_t* from = (const uint16_t*)d.p.x + (left > 0 ? row[i] * d.p.k + column : 0);
-      if (d.wide_x) {
-        ptx::cp_async_16(to, from, left > 0 ? 16 : 0);
-      } else {
-        uint32_t pair[4] = {};
+      int32_t index = -1;
+      if (r < unit.rows) index = d.p.row_index ? __ldg(d.p.row_index + unit.row + r) : unit.row + r;
+      const bool good = index >= 0 && index < d.p.x_rows;
+      row[i] = good ? (uint32_t)index : 0;
+      present |= (uint32_t)good << i;
+    }
+  }
+
+  // Rows from 8 * live on are left as they are.
+  __device__ __forceinline__ void load(const Decode& d, char* stage, int live) {
 #pragma unroll
-        for (int j = 0; j < 8; ++j)
-          if (j < left) pair[j / 2] |= (uint32_t)from[j] << 16 * (j % 2);
-        *(uint4*)to = make_uint4(pair[0], pair[1], pair[2], pair[3]);
+    for (int i = 0; i < kEach; ++i) {
+      const int r = thread / 8 + i * kRowStep;
+      if (kRows > 16 && r >= 8 * live) break;
+      char* const to = stage + r * kStageRow + (((thread ^ r) & 7) << 4);
+      const char* const source = from + (uint64_t)row[i] * d.row_bytes;
+      const int32_t valid = present >> i & 1 ? left : 0;
+      if (d.wide_x) {
+        ptx::cp_async_16(to, source, valid > 0 ? 16 : 0);
+      } else {
+#pragma unroll 1
+        for (int j = 0; j < 8; ++j) ((uint16_t*)to)[j] = j < valid ? ((const uint16_t*)source)[j] : (uint16_t)0;
       }
     }
+    from += kStageRow, left -= kStageRow / 2;
   }
 };
 
@@ -220,32 +237,20 @@ __global__ void __launch_bounds__(32 * kSplitParts * kTiles, kTokenTiles == 4 ? 
   const int64_t row_of_tiles = unit.expert * d.n_tiles + (owner ? n_tile : 0);
   const char* const weight = (const char*)d.p.qweight + row_of_tiles * d.k_tiles * kTileBytes + lane * 16;
 
-  const int member = slot * 32 + lane;
-  Columns<kRows, kTeam> columns;
-  columns.rows = 8 * live;
+  const char* to_come = weight + (int64_t)first * kTileBytes;
   auto load_weight = [&](int32_t tile, int stage) {
-    if (!owner) return;
 #pragma unroll
     for (int j = 0; j < kStageTiles; ++j)
-      if (tile + j < last)
-        ptx::cp_async_16(ring_w + stage * kStageWeight + j * kTileBytes + lane * 16,
-                         weight + (int64_t)(tile + j) * kTileBytes);
+      if (owner && tile + j < last)
+        ptx::cp_async_16(ring_w + stage * kStageWeight + j * kTileBytes + lane * 16, to_come + j * kTileBytes);
+    to_come += kStageWeight;
   };
 #pragma unroll
   for (int s = 0; s < kStages - 1; ++s) load_weight(first + s * kStageTiles, s);
-#pragma unroll
-  for (int i = 0; i < columns.kEach; ++i) {
-    const int r = member / 8 + i * columns.kRowStep;
-    int32_t row = -1;
-    if (r < unit.rows) {
-      row = d.p.row_index ? __ldg(d.p.row_index + unit.row + r) : unit.row + r;
-      if (row < 0 || row >= d.p.x_rows) row = -1;
-    }
-    columns.row[i] = row;
-  }
-#pragma unroll
+  Columns<kRows, kTeam> columns(d, unit, first, slot * 32 + lane);
+#pragma unroll 1
   for (int s = 0; s < kStages - 1; ++s) {
-    if (first + s * kStageTiles < last) columns.load(d, ring_x + s * kStageX, first + s * kStageTiles, member);
+    if (first + s * kStageTiles < last) columns.load(d, ring_x + s * kStageX, live);
     ptx::cp_async_commit();
   }
 
@@ -287,14 +292,14 @@ __global__ void __launch_bounds__(32 * kSplitParts * kTiles, kTokenTiles == 4 ? 
     } else {
 #pragma unroll
       for (int n = 0; n < kTokenTiles; n += 2) {
-        if (n >= live) break;
+        if (n && n >= live) break;
         uint32_t b[4];
         ptx::ldmatrix_x4(b, x + (8 * n + (lane >> 4) * 8 + (lane & 7)) * kStageRow + chunk);
 #pragma unroll
-        for (int i = 0; i < 4; ++i) ptx::mma_16816<kHalf>(run[n][i], a[i], b[0], b[1]);
-        if (n + 1 < live)
-#pragma unroll
-          for (int i = 0; i < 4; ++i) ptx::mma_16816<kHalf>(run[n + 1][i], a[i], b[2], b[3]);
+        for (int i = 0; i < 4; ++i) {
+          ptx::mma_16816<kHalf>(run[n][i], a[i], b[0], b[1]);
+          ptx::mma_16816<kHalf>(run[n + 1][i], a[i], b[2], b[3]);
+        }
       }
     }
   };
@@ -327,7 +332,7 @@ __global__ void __launch_bounds__(32 * kSplitParts * kTiles, kTokenTiles == 4 ? 
     const int free_stage = stage == 0 ? kStages - 1 : stage - 1;  // read in the iteration before
     if (ahead < last) {
       load_weight(ahead, free_stage);
-      columns.load(d, ring_x + free_stage * kStageX, ahead, member);
+      columns.load(d, ring_x + free_stage * kStageX, live);
     }
     ptx::cp_async_commit();
     const char* const w = ring_w + stage * kStageWeight;
@@ -375,102 +380,112 @@ __global__ void __launch_bounds__(32 * kSplitParts * kTiles, kTokenTiles == 4 ? 
   auto split_sum = [&](int which, int item) {
     const float* from = sums + place(which, item);
     float4 v = *(const float4*)from;
+#pragma unroll 1
     for (int q = 1; q < parts; ++q) v = add4(v, *(const float4*)(from + q * kTileSums));
     return v;
   };
 
-  // Writes the items [begin, end), an item being four columns of one row of y; total(which, item) is their sum in slot
-  // `which`.
-  const bool gated = d.p.epilogue == Epilogue::kGated;
-  const int items = gated ? quads : kTiles * quads;
-  const int64_t columns_of_y = gated ? d.p.n / 2 : d.p.n;
-  auto finish = [&](int begin, int end, auto total) {
-    for (int item = begin + thread; item < end; item += kThreads) {
-      const int which = item >= quads, quad_item = item - which * quads;
-      const int64_t column = (int64_t)(unit.tile + which * d.next_tile) * kTileN + quad_item % 16 * 4;
-      if (column >= columns_of_y) continue;
-      const float4 sum4 = total(which, quad_item);
-      float v[4] = {sum4.x, sum4.y, sum4.z, sum4.w};
-      if (gated) {
-        const float4 up = total(1, quad_item);
-        v[0] = ptx::mul(silu(v[0]), up.x), v[1] = ptx::mul(silu(v[1]), up.y);
-        v[2] = ptx::mul(silu(v[2]), up.z), v[3] = ptx::mul(silu(v[3]), up.w);
-      }
-      if (d.p.bias)
-#pragma unroll
-        for (int i = 0; i < 4; ++i)
-          if (column + i < columns_of_y)
-            v[i] = ptx::add(v[i], ptx::to_float<kHalf>(((const uint16_t*)d.p.bias)[column + i]));
-      const int64_t to = (int64_t)(unit.row + quad_item / 16) * columns_of_y + column;
-      if (d.p.epilogue == Epilogue::kFloat) {
-        float* const y = (float*)d.p.y + to;
-        if (d.wide_y)
-          *(float4*)y = make_float4(v[0], v[1], v[2], v[3]);
-        else
-#pragma unroll
-          for (int i = 0; i < 4; ++i)
-            if (column + i < columns_of_y) y[i] = v[i];
-      } else {
-        uint16_t* const y = (uint16_t*)d.p.y + to;
-        if (d.wide_y)
-          *(uint2*)y = make_uint2(ptx::pack2<kHalf>(v[0], v[1]), ptx::pack2<kHalf>(v[2], v[3]));
-        else
-#pragma unroll
-          for (int i = 0; i < 4; ++i)
-            if (column + i < columns_of_y) y[i] = ptx::from_float<kHalf>(v[i]);
-      }
-    }
-  };
-
+  // A split's sum stays in shared memory for the cluster, or goes to the workspace, where the last block to arrive
+  // adds.
   const int splits = d.p.plan.splits;
-  if (splits == 1) {
-    finish(0, items, split_sum);
-    return;
-  }
-#if M3_SM90
-  if (d.cluster) {  // every block adds the splits of its share
+  float* const meeting = d.p.workspace + (int64_t)unit.index * splits * kTiles * kTileSums;
+  const bool gated = d.p.epilogue == Epilogue::kGated;
+  const int items = gated ? quads : kTiles * quads;  // of y: four columns of a row
+  int begin = thread, end = items;
+  if (splits > 1) {
+#pragma unroll 1
     for (int item = thread; item < kTiles * quads; item += kThreads) {
       const int which = item >= quads, quad_item = item - which * quads;
       const float4 v = split_sum(which, quad_item);
-      *(float4*)(sums + place(which, quad_item)) = v;
+      if (d.cluster)
+        *(float4*)(sums + place(which, quad_item)) = v;
+      else
+        *(float4*)(meeting + (unit.split * kTiles + which) * kTileSums + quad_item * 4) = v;
     }
-    ptx::cluster_arrive();
-    ptx::cluster_wait();
-    const int share = (items + splits - 1) / splits;
-    finish(unit.split * share, min((unit.split + 1) * share, items), [&](int which, int item) {
+    if (d.cluster) {  // every block adds the splits of its share
+#if M3_SM90
+      ptx::cluster_arrive();
+      ptx::cluster_wait();
+#endif
+      const int share = (items + splits - 1) / splits;
+      begin += unit.split * share, end = min((unit.split + 1) * share, items);
+    } else {
+      __syncthreads();
+      int* const arrived = (int*)(sums + kTiles * kSplitParts * kTileSums);
+      if (thread == 0) *arrived = ptx::add_acq_rel(d.p.counters + unit.index, 1);
+      __syncthreads();
+      if (*arrived != splits - 1) return;
+      if (thread == 0) d.p.counters[unit.index] = 0;
+    }
+  }
+  auto total = [&](int which, int item) {
+    if (splits == 1) return split_sum(which, item);
+    float4 v;
+#if M3_SM90
+    if (d.cluster) {
+      const float* const from = sums + place(which, item);
       float4 each[8];
 #pragma unroll
       for (int s = 0; s < 8; ++s)
-        if (s < splits) each[s] = ptx::load_cluster(sums + place(which, item), s);
-      float4 v = each[0];
+        if (s < splits) each[s] = ptx::load_cluster(from, s);
+      v = each[0];
 #pragma unroll
       for (int s = 1; s < 8; ++s)
         if (s < splits) v = add4(v, each[s]);
       return v;
-    });
-    ptx::cluster_arrive();  // what others read here stays until they have
+    }
+#endif
+    const float* const from = meeting + which * kTileSums + item * 4;
+    v = ptx::load_l2(from);
+#pragma unroll 1
+    for (int s = 1; s < splits; ++s) v = add4(v, ptx::load_l2(from + s * kTiles * kTileSums));
+    return v;
+  };
+
+  const int64_t width = gated ? d.p.n / 2 : d.p.n;  // of y
+#pragma unroll 1
+  for (int item = begin; item < end; item += kThreads) {
+    const int which = item >= quads, quad_item = item - which * quads;
+    const int64_t column = (int64_t)(unit.tile + which * d.next_tile) * kTileN + quad_item % 16 * 4;
+    if (column >= width) continue;
+    const float4 whole = total(which, quad_item);
+    float v[4] = {whole.x, whole.y, whole.z, whole.w};
+    if (gated) {
+      const float4 up = total(1, quad_item);
+      v[0] = ptx::mul(silu(v[0]), up.x), v[1] = ptx::mul(silu(v[1]), up.y);
+      v[2] = ptx::mul(silu(v[2]), up.z), v[3] = ptx::mul(silu(v[3]), up.w);
+    }
+    const int valid = (int)min(width - column, (int64_t)4);
+    if (d.p.bias)
+#pragma unroll
+      for (int i = 0; i < 4; ++i)
+        if (i < valid) v[i] = ptx::add(v[i], ptx::to_float<kHalf>(((const uint16_t*)d.p.bias)[column + i]));
+    const int64_t to = (int64_t)(unit.row + quad_item / 16) * width + column;
+    const uint2 halves = make_uint2(ptx::pack2<kHalf>(v[0], v[1]), ptx::pack2<kHalf>(v[2], v[3]));
+    if (d.p.epilogue == Epilogue::kFloat) {
+      float* const y = (float*)d.p.y + to;
+      if (d.wide_y)
+        *(float4*)y = make_float4(v[0], v[1], v[2], v[3]);
+      else
+#pragma unroll
+        for (int i = 0; i < 4; ++i)
+          if (i < valid) y[i] = v[i];
+    } else {
+      uint16_t* const y = (uint16_t*)d.p.y + to;
+      if (d.wide_y)
+        *(uint2*)y = halves;
+      else
+#pragma unroll
+        for (int i = 0; i < 4; ++i)
+          if (i < valid) y[i] = (uint16_t)((i < 2 ? halves.x : halves.y) >> 16 * (i % 2));
+    }
+  }
+#if M3_SM90
+  if (d.cluster) {  // what others read here stays until they have
+    ptx::cluster_arrive();
     ptx::cluster_wait();
-    return;
   }
 #endif
-  // The last block of the unit to arrive adds what all have written.
-  float* const own = d.p.workspace + (int64_t)unit.index * splits * kTiles * kTileSums;
-  for (int item = thread; item < kTiles * quads; item += kThreads) {
-    const int which = item >= quads, quad_item = item - which * quads;
-    *(float4*)(own + (unit.split * kTiles + which) * kTileSums + quad_item * 4) = split_sum(which, quad_item);
-  }
-  __syncthreads();
-  int* const arrived = (int*)(sums + kTiles * kSplitParts * kTileSums);
-  if (thread == 0) *arrived = ptx::add_acq_rel(d.p.counters + unit.index, 1);
-  __syncthreads();
-  if (*arrived != splits - 1) return;
-  if (thread == 0) d.p.counters[unit.index] = 0;
-  finish(0, items, [&](int which, int item) {
-    const float* from = own + which * kTileSums + item * 4;
-    float4 v = ptx::load_l2(from);
-    for (int s = 1; s < splits; ++s) v = add4(v, ptx::load_l2(from + (int64_t)s * kTiles * kTileSums));
-    return v;
-  });
 }
 
 // -- host -------------------------------------------------------------------------------------------------------------
@@ -514,6 +529,7 @@ void start(const Product& p, const Shape& shape) {
   d.n_tiles = (int32_t)p.n_tiles(), d.k_tiles = (int32_t)p.k_tiles(), d.groups = (int32_t)p.groups();
   d.group_tiles = p.group_size < 0 ? INT32_MAX / 2 : (int32_t)(p.group_size / kTileK);
   d.group_start = p.group_size < 0 ? 0 : (int32_t)(p.first_k % p.group_size / kTileK);
+  d.row_bytes = (uint32_t)(2 * p.k);
   d.units = (int32_t)shape.units, d.chunks = (int32_t)shape.chunks;
   d.next_tile = 1;
   if (gated) d.next_tile = (int32_t)shape.units;
