@@ -81,6 +81,8 @@ void complete_meetings(Warp& warp) {
     Meeting& meeting = warp.meetings[i];
     if (!meeting.arrived || meeting.arrived != (meeting.mask & warp.live)) continue;
     meeting.compute(meeting.operands);
+    for (bool* met : meeting.met)
+      if (met) *met = true;
     warp.meetings.erase(warp.meetings.begin() + (long)i--);
   }
 }
@@ -203,13 +205,8 @@ void meet(const char* what, uint32_t mask, void* operand, const std::function<vo
   found->operands[fiber->lane] = operand;
   if (found->arrived == (mask & warp.live)) return complete_meetings(warp);
   bool met = false;
-  auto inner = found->compute;
-  bool* flag = &met;
-  found->compute = [inner, flag](void* const* operands) {
-    inner(operands);
-    *flag = true;
-  };
-  wait(what, [flag] { return *flag; });
+  found->met[fiber->lane] = &met;
+  wait(what, [flag = &met] { return *flag; });
 }
 
 void barrier(const char* what, Barrier& b, int expected, bool stay) {

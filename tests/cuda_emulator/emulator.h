@@ -36,6 +36,7 @@ struct Meeting {
   const char* what = nullptr;
   uint32_t mask = 0, arrived = 0;
   void* operands[32] = {};
+  bool* met[32] = {};  // told when it is over
   std::function<void(void* const* operands)> compute;
 };
 
