@@ -2,6 +2,7 @@
 // that Python has validated.
 #include "common/border.h"
 #include "spec_decode/attention_cuda.h"
+#include "spec_decode/commit_cuda.h"
 
 namespace py = pybind11;
 
@@ -94,11 +95,70 @@ void tree_attention_of(const ShapeTuple& shape, const RowsTuple& q, const PagedT
   tree_attention(c, at<void>(stream));
 }
 
+using CachesTuple = std::tuple<std::vector<uintptr_t>, int,                          // addresses, bytes of a unit
+                               std::tuple<int64_t, int64_t, int64_t, int64_t>,       // pages, page size, heads, row
+                               std::tuple<int64_t, int64_t, int64_t>>;               // pages, slots, heads; in units
+using HiddenTuple = std::tuple<SpanTuple, int64_t, int64_t, SpanTuple>;  // hidden, nodes, bytes of one; accepted
+
+// Spans in bytes for hidden and accepted, in elements for the others.
+void tree_commit_of(const SpanTuple& accept_index, const SpanTuple& accept_length, int64_t requests, int64_t width,
+                    const SpanTuple& block_table, int64_t table_width, const SpanTuple& cache_seqlens,
+                    const std::vector<CachesTuple>& groups, const HiddenTuple& hidden, const SpanTuple& new_seqlens,
+                    uintptr_t stream) {
+  constexpr const char* op = "tree_commit";
+  constexpr int64_t kMost = INT32_MAX;
+  check(width >= 1 && width <= kMost && requests >= 0 && requests <= kMost, op, "accept_index", "(B, S), S at least 1",
+        width);
+  check_span(op, "accept_index", accept_index, elements(op, "accept_index", {requests, width}), false);
+  check_span(op, "accept_length", accept_length, requests, false);
+  check_span(op, "cache_seqlens", cache_seqlens, requests, false);
+  check_span(op, "cache_seqlens", new_seqlens, requests, false);
+  check(table_width >= 0 && table_width <= kMost, op, "block_table", "(B, max_pages)", table_width);
+  check_span(op, "block_table", block_table, elements(op, "block_table", {requests, table_width}), false);
+  DeviceCommit c{};
+  c.requests = requests, c.width = width, c.table_width = table_width;
+  c.accept_index = at<const int32_t>(accept_index), c.accept_length = at<const int32_t>(accept_length);
+  c.block_table = at<const int32_t>(block_table), c.cache_seqlens = at<const int32_t>(cache_seqlens);
+  c.new_seqlens = at<int32_t>(new_seqlens);
+  const auto& [from, nodes, bytes, accepted] = hidden;
+  check(nodes >= 0 && nodes <= kMost && bytes >= 0 && bytes % 2 == 0, op, "hidden", "(B, N, C)", bytes);
+  check_span(op, "hidden", from, elements(op, "hidden", {requests, nodes, bytes}), false);
+  check_span(op, "hidden", accepted, elements(op, "hidden", {requests, width, bytes}), false);
+  c.nodes = nodes, c.hidden_bytes = bytes, c.accepted = at<void>(accepted);
+  c.hidden = bytes ? at<const void>(from) : nullptr;
+  if (bytes && !nodes) c.hidden = c.accepted;  // nothing of it is read: every slot is zero
+  std::vector<Caches> launches;
+  for (const auto& [addresses, unit, shape, strides] : groups) {
+    Caches caches{};
+    caches.unit = unit;
+    std::tie(caches.pages, caches.page_size, caches.heads, caches.row) = shape;
+    std::tie(caches.page, caches.slot, caches.head) = strides;
+    check(unit == 1 || unit == 2 || unit == 4 || unit == 16, op, "k_caches", "units of 1, 2, 4 or 16 bytes", unit);
+    elements(op, "k_caches", {caches.pages, caches.page_size, caches.heads, caches.row, unit});
+    check(caches.pages >= 0 && caches.page_size >= 1 && caches.heads >= 0 && caches.row >= 0, op, "k_caches",
+          "sizes of at least 0", "others");
+    check(caches.page >= 0 && caches.slot >= 0 && caches.head >= 0, op, "k_caches", "strides of at least 0", "others");
+    for (uintptr_t address : addresses) {
+      check(address && address % unit == 0, op, "k_caches", "addresses at multiples of a unit", address);
+      if (!caches.count) launches.push_back(caches);
+      launches.back().data[launches.back().count++] = address;
+      caches.count = (caches.count + 1) % kMostCaches;
+    }
+  }
+  if (launches.empty()) launches.push_back({.count = 0, .unit = 16, .page_size = 1});
+  py::gil_scoped_release release;
+  for (const Caches& caches : launches) {
+    tree_commit(c, caches, at<void>(stream));
+    c.new_seqlens = nullptr, c.hidden = nullptr;
+  }
+}
+
 }  // namespace
 
 void bind_attention_cuda(py::module_& m) {
   m.def("spec_decode_attention_memory", &memory_of);
   m.def("spec_decode_tree_attention", &tree_attention_of);
+  m.def("spec_decode_tree_commit", &tree_commit_of);
 }
 
 }  // namespace m3::spec_decode
