@@ -324,8 +324,11 @@ M3_DEVICE void finish(const DeviceAttention& c, int64_t token, int head, int col
 // plan.partial: sums of one split go to memory, (tokens, heads, splits, head_size) and then (.., 2). Else all splits in
 // order, their joint sums waiting in memory (tokens, heads, head_size) where they are more than one, and the result.
 template <Half kHalf, int kHead, bool kInt8>
-__global__ __launch_bounds__(32 * Shape<kHead>::kMostTiles < 128 ? 128 : 32 * Shape<kHead>::kMostTiles)
-    void attention_kernel(const __grid_constant__ DeviceAttention c, const __grid_constant__ Plan plan) {
+__global__ __launch_bounds__(
+    32 * Shape<kHead>::kMostTiles < 128
+        ? 128
+        : 32 * Shape<kHead>::kMostTiles) void attention_kernel(const __grid_constant__ DeviceAttention c,
+                                                               const __grid_constant__ Plan plan) {
   using S = Shape<kHead>;
   constexpr int kChunk = S::kChunk, kSplitChunks = kSplit / kChunk;
   const int tid = threadIdx.x, lane = tid % 32, warp = tid / 32, g = lane / 4, t = lane % 4;
@@ -339,8 +342,13 @@ __global__ __launch_bounds__(32 * Shape<kHead>::kMostTiles < 128 ? 128 : 32 * Sh
   const Places at = places<kHead>(kInt8, plan.tiles, plan.queries);
   int2* bounds = (int2*)(shared + at.bounds);
   int* rows = (int*)(shared + at.rows) + min(warp, plan.tiles - 1) * kChunk;
-  Loader<kHalf, kHead, kInt8> loader{c, c.block_table + request.b * c.table_width, kv_head, shared,
-                                     (Slot*)(shared + at.slots), shared + at.raw, (float*)(shared + at.scales)};
+  Loader<kHalf, kHead, kInt8> loader{c,
+                                     c.block_table + request.b * c.table_width,
+                                     kv_head,
+                                     shared,
+                                     (Slot*)(shared + at.slots),
+                                     shared + at.raw,
+                                     (float*)(shared + at.scales)};
   Slot* slots = loader.slots;
 
   for (int i = warp; i < active; i += blockDim.x / 32) {
@@ -401,8 +409,8 @@ __global__ __launch_bounds__(32 * Shape<kHead>::kMostTiles < 128 ? 128 : 32 * Sh
         const int64_t token = request.first + begin + query[r];
         q.a[k][i] = 0;
         if (real[r] && column < c.head_size)
-          q.a[k][i] = __ldg((const uint32_t*)((const uint16_t*)c.q + token * c.q_token + head[r] * c.q_head + column)) ^
-                      sign;
+          q.a[k][i] =
+              __ldg((const uint32_t*)((const uint16_t*)c.q + token * c.q_token + head[r] * c.q_head + column)) ^ sign;
       }
   } else {
     for (int i = tid; i < plan.tiles * 16 * kHead / 2; i += blockDim.x) {

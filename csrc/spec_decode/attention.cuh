@@ -58,9 +58,7 @@ M3_DEVICE float join(const Joint& joint, float before, float after) {
 }
 
 // What multiplies a row's sums: 1 / l; 0 without keys, nan of a request whose lengths are impossible.
-M3_DEVICE float normalizer(float l, bool impossible) {
-  return impossible ? NAN : l == 0.f ? 0.f : 1.f / l;
-}
+M3_DEVICE float normalizer(float l, bool impossible) { return impossible ? NAN : l == 0.f ? 0.f : 1.f / l; }
 
 M3_DEVICE float sigmoid(float gate) { return 1.f / ptx::add(1.f, ptx::exp2(ptx::mul(gate, -1.4426950408889634f))); }
 
@@ -74,8 +72,8 @@ struct Tiles {
 };
 
 // One chunk for a warp's rows. kShared: every position counts for every row, and position i is row i of `tiles`. Else
-// position `first` + i counts for row r iff from[r] <= first + i < to[r], and rows that are not `active` stay untouched.
-// Queries: `q` in registers, or 16 rows of shared memory like those of keys.
+// position `first` + i counts for row r iff from[r] <= first + i < to[r], and rows that are not `active` stay
+// untouched. Queries: `q` in registers, or 16 rows of shared memory like those of keys.
 template <Half kHalf, int kHead, bool kInt8, bool kShared, class Queries>
 M3_DEVICE void attend(State<kHead>& s, const Queries& q, const Tiles& tiles, float scale, int first,
                       const int (&from)[2], const int (&to)[2], const bool (&active)[2]) {

@@ -11,12 +11,12 @@ namespace {
 
 constexpr const char* kOp = "tree_attention";
 
-using RowsTuple = std::tuple<uintptr_t, int, int64_t, int64_t>;        // q: address, dtype; tokens, heads in elements
-using PagedTuple = std::tuple<uintptr_t, int64_t, int64_t, int64_t>;   // address; pages, slots, heads in elements
-using ShapeTuple = std::tuple<int64_t, int64_t, int64_t, int64_t>;     // tokens, heads, kv heads, head size
-using PagesTuple = std::tuple<int64_t, int64_t, int64_t, int64_t>;     // requests, pages, page size, max_pages
-using MaskTuple = std::tuple<SpanTuple, int64_t, SpanTuple>;           // mask_bits, its words a row; tree_lens
-using GateTuple = std::tuple<uintptr_t, int, bool, int64_t>;           // address, dtype, one a head, row in elements
+using RowsTuple = std::tuple<uintptr_t, int, int64_t, int64_t>;       // q: address, dtype; tokens, heads in elements
+using PagedTuple = std::tuple<uintptr_t, int64_t, int64_t, int64_t>;  // address; pages, slots, heads in elements
+using ShapeTuple = std::tuple<int64_t, int64_t, int64_t, int64_t>;    // tokens, heads, kv heads, head size
+using PagesTuple = std::tuple<int64_t, int64_t, int64_t, int64_t>;    // requests, pages, page size, max_pages
+using MaskTuple = std::tuple<SpanTuple, int64_t, SpanTuple>;          // mask_bits, its words a row; tree_lens
+using GateTuple = std::tuple<uintptr_t, int, bool, int64_t>;          // address, dtype, one a head, row in elements
 
 template <class T>
 Paged<T> paged(const char* name, const PagedTuple& tensor, int64_t element, int64_t alignment) {
@@ -80,7 +80,8 @@ void tree_attention_of(const ShapeTuple& shape, const RowsTuple& q, const PagedT
   c.mask_bits = at<const int32_t>(mask_bits), c.mask_words = words, c.tree_lens = at<const int32_t>(tree_lens);
   check(c.mask_bits || !c.tree_lens, kOp, "tree_lens", "none without mask_bits", "some");
   const auto& [gate_address, gate_type, gate_one, gate_row] = gate;
-  check(gate_type == (int)DeviceType::kFloat32 || gate_type == type, kOp, "gate", "float32 or the type of q", gate_type);
+  check(gate_type == (int)DeviceType::kFloat32 || gate_type == type, kOp, "gate", "float32 or the type of q",
+        gate_type);
   check(gate_row >= 0, kOp, "gate", "a stride of at least 0", gate_row);
   c.gate = at<const void>(gate_address), c.gate_type = (DeviceType)gate_type, c.gate_one = gate_one;
   c.gate_row = gate_row;
@@ -95,10 +96,10 @@ void tree_attention_of(const ShapeTuple& shape, const RowsTuple& q, const PagedT
   tree_attention(c, at<void>(stream));
 }
 
-using CachesTuple = std::tuple<std::vector<uintptr_t>, int,                          // addresses, bytes of a unit
-                               std::tuple<int64_t, int64_t, int64_t, int64_t>,       // pages, page size, heads, row
-                               std::tuple<int64_t, int64_t, int64_t>>;               // pages, slots, heads; in units
-using HiddenTuple = std::tuple<SpanTuple, int64_t, int64_t, SpanTuple>;  // hidden, nodes, bytes of one; accepted
+using CachesTuple = std::tuple<std::vector<uintptr_t>, int,                     // addresses, bytes of a unit
+                               std::tuple<int64_t, int64_t, int64_t, int64_t>,  // pages, page size, heads, row
+                               std::tuple<int64_t, int64_t, int64_t>>;          // pages, slots, heads; in units
+using HiddenTuple = std::tuple<SpanTuple, int64_t, int64_t, SpanTuple>;         // hidden, nodes, bytes of one; accepted
 
 // Spans in bytes for hidden and accepted, in elements for the others.
 void tree_commit_of(const SpanTuple& accept_index, const SpanTuple& accept_length, int64_t requests, int64_t width,

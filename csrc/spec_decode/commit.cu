@@ -114,10 +114,14 @@ void run(const DeviceCommit& c, const Caches& caches, cudaStream_t stream) {
 void tree_commit(const DeviceCommit& c, const Caches& caches, void* stream) {
   const auto on = (cudaStream_t)stream;
   switch (caches.unit) {
-    case 16: return run<uint4>(c, caches, on);
-    case 4: return run<uint32_t>(c, caches, on);
-    case 2: return run<uint16_t>(c, caches, on);
-    default: return run<uint8_t>(c, caches, on);
+    case 16:
+      return run<uint4>(c, caches, on);
+    case 4:
+      return run<uint32_t>(c, caches, on);
+    case 2:
+      return run<uint16_t>(c, caches, on);
+    default:
+      return run<uint8_t>(c, caches, on);
   }
 }
 
