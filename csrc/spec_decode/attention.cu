@@ -1,0 +1,652 @@
+// Tree attention over a paged cache, on CUDA: attention of one split or of all, then the join of splits.
+#include "spec_decode/attention.cuh"
+
+#include <algorithm>
+#include <bit>
+#include <climits>
+#include <type_traits>
+
+#include "common/launch.cuh"
+#include "spec_decode/attention_cuda.h"
+
+namespace m3::spec_decode {
+namespace {
+
+constexpr const char* kOp = "tree_attention";
+constexpr int64_t kMemory = int64_t{64} << 20;  // bytes of partial sums; beyond, a block takes its splits in turn
+
+// -- plan -------------------------------------------------------------------------------------------------------------
+// How one call is cut. Nothing here changes a bit of a result.
+struct Plan {
+  int tiles;       // warps with rows; a block owns 16 tiles rows
+  int threads;     // at least 128: the others load
+  int query_rows;  // rows of a query in a block: a power of two, its heads of one kv head, or a part of them
+  int parts;       // blocks that share the heads of a query
+  int queries;     // of a block
+  int splits;      // of the longest request
+  bool partial;    // a block owns one split, and the splits are joined by a second kernel
+};
+
+// Places in shared memory, in bytes.
+struct Places {
+  int raw, zero, queries, slots, rows, bounds, scales, bytes;
+};
+
+template <int kHead>
+__host__ __device__ constexpr Places places(bool int8, int tiles, int queries) {
+  using S = Shape<kHead>;
+  Places p{};
+  p.raw = 4 * S::kTileBytes;
+  p.zero = p.raw + (int8 ? S::kTileBytes : 0);
+  p.queries = p.zero + S::kRowBytes;
+  p.slots = p.queries + (S::kQueriesInRegisters ? 0 : tiles * 16 * S::kRowBytes);
+  p.rows = p.slots + 2 * S::kChunk * 16;
+  p.scales = p.rows + tiles * S::kChunk * 4;
+  p.bounds = p.scales + (int8 ? 4 * S::kChunk * 4 : 0);
+  p.bytes = p.bounds + queries * 8;
+  return p;
+}
+
+template <int kHead>
+Plan plan_of(const DeviceAttention& c) {
+  using S = Shape<kHead>;
+  const Device& gpu = device();
+  const int64_t group = std::bit_ceil((uint64_t)(c.heads / c.kv_heads));
+  Plan plan{};
+  const int64_t splits = (c.table_width * c.page_size + kSplit - 1) / kSplit;
+  plan.splits = (int)std::min<int64_t>(splits, INT32_MAX);
+  const auto cut = [&](int tiles) {
+    plan.tiles = tiles, plan.threads = std::max(128, 32 * tiles);
+    plan.query_rows = (int)std::min<int64_t>(group, 16 * tiles);
+    plan.parts = (int)(group / plan.query_rows), plan.queries = 16 * tiles / plan.query_rows;
+  };
+  const auto blocks = [&] { return (c.tokens + plan.queries - 1) / plan.queries * c.kv_heads * plan.parts; };
+  const int64_t rows = (c.tokens + c.requests - 1) / std::max<int64_t>(c.requests, 1) * group;
+  cut((int)std::clamp<int64_t>(std::bit_ceil((uint64_t)(rows + 15) / 16), 1, S::kMostTiles));
+  while (plan.tiles > 1 && (places<kHead>(c.int8, plan.tiles, plan.queries).bytes > gpu.shared_bytes ||
+                            blocks() * std::max(plan.splits, 1) < gpu.multiprocessors))
+    cut(plan.tiles / 2);
+  const int64_t resident = gpu.multiprocessors * (plan.tiles > 4 ? 1 : 2);
+  const int64_t bytes = c.tokens * c.heads * splits * (c.head_size + 2) * 4;
+  plan.partial = splits > 1 && splits < 65536 && 4 * blocks() < 3 * resident && bytes <= kMemory;
+  return plan;
+}
+
+template <class F>
+auto with_head(int64_t head_size, F f) {
+  if (head_size <= 64) return f(std::integral_constant<int, 64>());
+  if (head_size <= 128) return f(std::integral_constant<int, 128>());
+  return f(std::integral_constant<int, 256>());
+}
+
+// -- requests, rows, slots --------------------------------------------------------------------------------------------
+// What a block or warp finds out about a request. Lengths that cannot be attend to nothing.
+struct Request {
+  int b, first, queries;  // its queries are tokens first .. first + queries - 1
+  int prefix, tree;       // keys before its tree, and of it
+  bool impossible;
+};
+
+M3_DEVICE int boundary(const DeviceAttention& c, int b) { return min(max(__ldg(c.cu_seqlens + b), 0), (int)c.tokens); }
+
+// The last request b with boundary(b) / queries + b * spare <= block: with spare 1, each has room for the blocks of its
+// queries there; that of a token has queries 1, spare 0. Found by a whole warp, 32 candidates at a time.
+M3_DEVICE Request request_of(const DeviceAttention& c, int block, int queries, int spare) {
+  const int lane = threadIdx.x % 32;
+  int low = 0, count = (int)c.requests;
+  while (count > 1) {
+    const int step = (count + 31) / 32, b = low + lane * step;
+    const bool before = lane * step < count && boundary(c, b) / queries + b * spare <= block;
+    const int found = __popc(__ballot_sync(~0u, before || lane == 0)) - 1;
+    low += found * step;
+    count = min(step, count - found * step);
+  }
+  Request r{};
+  r.b = low, r.first = boundary(c, low), r.queries = max(boundary(c, low + 1) - r.first, 0);
+  const int length = __ldg(c.cache_seqlens + low);
+  r.tree = c.tree_lens ? __ldg(c.tree_lens + low) : r.queries;
+  r.impossible = r.tree < 0 || r.tree > length || length > c.table_width * c.page_size;
+  r.prefix = length - r.tree;
+  if (r.impossible) r.prefix = r.tree = 0;
+  return r;
+}
+
+// Word i of the mask of a query: the tree slots 32 i .. 32 i + 31 that it attends to.
+M3_DEVICE uint32_t attended(const DeviceAttention& c, const Request& r, int64_t token, int word) {
+  if (word >= c.mask_words || 32 * (int64_t)word >= r.tree) return 0;
+  const uint32_t bits = (uint32_t)__ldg(c.mask_bits + token * c.mask_words + word);
+  const int left = r.tree - 32 * word;
+  return left < 32 ? bits & ((1u << left) - 1) : bits;
+}
+
+// Positions that a query attends to: [x, y). Found by a whole warp.
+M3_DEVICE int2 positions_of(const DeviceAttention& c, const Request& r, int query) {
+  int end = r.prefix + query + 1;
+  if (c.mask_bits) {
+    int count = 0;
+    for (int word = threadIdx.x % 32; 32 * (int64_t)word < r.tree; word += 32)
+      count += __popc(attended(c, r, r.first + query, word));
+#pragma unroll
+    for (int step = 16; step; step /= 2) count += __shfl_xor_sync(~0u, count, step);
+    end = r.prefix + count;
+  }
+  if (r.impossible) end = 0;
+  return make_int2(c.window ? max(end - c.window, 0) : 0, end);
+}
+
+// rows[i], i < count: the slot of position first + i of a query, less `base`; -1 where not in [from, to).
+// `listed`: positions from the prefix on are the tree slots of the mask. By a whole warp.
+M3_DEVICE void list_rows(const DeviceAttention& c, const Request& r, int query, bool listed, int first, int count,
+                         int base, int from, int to, int* rows) {
+  const int lane = threadIdx.x % 32;
+  __syncwarp();
+  for (int i = lane; i < count; i += 32) {
+    const int position = first + i;
+    rows[i] = position >= from && position < to && (!listed || position < r.prefix) ? position - base : -1;
+  }
+  __syncwarp();
+  if (!listed) return;
+  int position = r.prefix;
+  for (int word = 0; 32 * (int64_t)word < r.tree && position < first + count; word += 32) {
+    uint32_t bits = attended(c, r, r.first + query, word + lane);
+    int before = __popc(bits);
+#pragma unroll
+    for (int step = 1; step < 32; step *= 2) {
+      const int other = __shfl_up_sync(~0u, before, step);
+      if (lane >= step) before += other;
+    }
+    int at = position + before - __popc(bits);
+    position += __shfl_sync(~0u, before, 31);
+    for (; bits && at < first + count; bits &= bits - 1, ++at)
+      if (at >= first && at >= from && at < to)
+        rows[at - first] = r.prefix + 32 * (word + lane) + __ffs((int)bits) - 1 - base;
+  }
+  __syncwarp();
+}
+
+// Where a slot lies. page: -1 none wanted, kNowhere the table names no page.
+struct Slot {
+  int page, inside;
+  float k_scale, v_scale;
+};
+constexpr int kNowhere = -2;
+
+// -- attention --------------------------------------------------------------------------------------------------------
+template <int kHead>
+struct RegisterQueries {
+  uint32_t a[kHead / 16][4];
+  __device__ __forceinline__ void load(uint32_t (&to)[4], int k) const {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) to[i] = a[k][i];
+  }
+};
+
+template <int kHead>
+struct SharedQueries {
+  const char* row;  // this lane's, of ldmatrix
+  int turn;
+  __device__ __forceinline__ void load(uint32_t (&to)[4], int k) const { ptx::ldmatrix_x4(to, row + (32 * k ^ turn)); }
+};
+
+template <Half kHalf, int kHead, bool kInt8>
+struct Loader {
+  using S = Shape<kHead>;
+  const DeviceAttention& c;
+  const int32_t* table;
+  int64_t kv_head;
+  char* shared;
+  Slot* slots;
+  char* raw;
+  float* scales;
+
+  __device__ __forceinline__ Slot look_up(int slot, bool wanted) const {
+    Slot found{-1, 0, 0.f, 0.f};
+    if (!wanted) return found;
+    const int page = (unsigned)slot / (unsigned)c.page_size, block = __ldg(table + page);
+    if (block < 0 || block >= c.pages) {
+      found.page = kNowhere;
+      return found;
+    }
+    found.page = block, found.inside = slot - page * (int)c.page_size;
+    if constexpr (kInt8) {
+      const auto scale = [&](const Paged<float>& of) {
+        return __ldg(of.data + found.page * of.page + found.inside * of.slot + kv_head * of.head);
+      };
+      found.k_scale = scale(c.k_scale), found.v_scale = scale(c.v_scale);
+    }
+    return found;
+  }
+
+  __device__ __forceinline__ const char* address(const Paged<void>& of, const Slot& at) const {
+    constexpr int kElement = kInt8 ? 1 : 2;
+    const int page = max(at.page, 0);
+    return (const char*)of.data + (page * of.page + at.inside * of.slot + kv_head * of.head) * kElement;
+  }
+
+  // Starts the copies of the chunk whose slots are slots[kChunk * side ..], to tile `tile` or to `raw`.
+  __device__ __forceinline__ void issue(int side, int tile) const {
+    constexpr int kPieces = kInt8 ? S::kPieces / 2 : S::kPieces, kPiece = kInt8 ? 16 : 8;
+    char* keys = kInt8 ? raw : shared + tile * 2 * S::kTileBytes;
+    char* values = keys + (kInt8 ? S::kTileBytes / 2 : S::kTileBytes);
+    for (int i = threadIdx.x; i < S::kChunk * kPieces; i += blockDim.x) {
+      const int row = i / kPieces, piece = i % kPieces;
+      const Slot at = slots[S::kChunk * side + row];
+      const int valid = at.page >= 0 && piece * kPiece < c.head_size ? 16 : 0;
+      const int to = (row * kPieces + (kInt8 ? piece : piece ^ (row & 7))) * 16, from = valid ? piece * 16 : 0;
+      if (!kInt8 && at.page == kNowhere)
+        *(uint4*)(keys + to) = make_uint4(0x7FFF7FFFu, 0x7FFF7FFFu, 0x7FFF7FFFu, 0x7FFF7FFFu);  // nan
+      else
+        ptx::cp_async_16(keys + to, address(c.k, at) + from, valid);
+      ptx::cp_async_16(values + to, address(c.v, at) + from, valid);
+    }
+    ptx::cp_async_commit();
+  }
+
+  // Integers that have arrived in `raw`, as 16-bit floats in tile `tile`, with the scales of its rows.
+  __device__ __forceinline__ void widen(int side, int tile) const {
+    constexpr int kPieces = S::kPieces / 2;
+    char* tiles = shared + tile * 2 * S::kTileBytes;
+    for (int i = threadIdx.x; i < 2 * S::kChunk * kPieces; i += blockDim.x) {
+      const bool value = i >= S::kChunk * kPieces;
+      const int row = i / kPieces % S::kChunk, piece = i % kPieces;
+      const Slot& at = slots[S::kChunk * side + row];
+      const uint4 integers = *(const uint4*)(raw + i * 16);
+      const uint32_t four[4] = {integers.x, integers.y, integers.z, integers.w};
+      const float factor = kHalf == Half::kF16 && value ? at.v_scale : 1.f;
+      uint32_t two[8];
+#pragma unroll
+      for (int j = 0; j < 8; ++j) {
+        const int shift = 16 * (j % 2);
+        const float low = (float)(int8_t)(four[j / 2] >> shift), high = (float)(int8_t)(four[j / 2] >> (shift + 8));
+        two[j] = ptx::pack2<kHalf>(ptx::mul(low, factor), ptx::mul(high, factor));
+        if (!value && at.page == kNowhere) two[j] = 0x7FFF7FFFu;
+        if (value && at.page < 0) two[j] = 0;
+      }
+      char* to = tiles + (value ? S::kTileBytes : 0) + row * S::kRowBytes;
+      *(uint4*)(to + ((2 * piece ^ (row & 7)) << 4)) = make_uint4(two[0], two[1], two[2], two[3]);
+      *(uint4*)(to + ((2 * piece + 1 ^ (row & 7)) << 4)) = make_uint4(two[4], two[5], two[6], two[7]);
+    }
+    for (int i = threadIdx.x; i < S::kChunk; i += blockDim.x) {
+      scales[S::kChunk * tile + i] = slots[S::kChunk * side + i].k_scale;
+      scales[S::kChunk * (2 + tile) + i] = slots[S::kChunk * side + i].v_scale;
+    }
+  }
+
+  // Waits for a chunk that was issued; afterwards `tile` can be read, and the other tile and `raw` written.
+  __device__ __forceinline__ void arrive(int side, int tile) const {
+    ptx::cp_async_wait<0>();
+    __syncthreads();
+    if constexpr (kInt8) {
+      widen(side, tile);
+      __syncthreads();
+    }
+  }
+};
+
+// Whether the values of a chunk in shared memory are all finite, for a whole warp.
+template <Half kHalf, int kHead>
+M3_DEVICE bool finite(const char* values) {
+  constexpr uint32_t kLow = kHalf == Half::kBf16 ? 0x7F80 : 0x7C00, kHigh = kLow << 16;
+  bool good = true;
+  for (int i = threadIdx.x % 32; i < Shape<kHead>::kTileBytes / 16; i += 32) {
+    const uint4 piece = *(const uint4*)(values + i * 16);
+    for (const uint32_t two : {piece.x, piece.y, piece.z, piece.w})
+      good = good && (two & kLow) != kLow && (two & kHigh) != kHigh;
+  }
+  return __all_sync(~0u, good);
+}
+
+M3_DEVICE float gate_of(const DeviceAttention& c, int64_t token, int head, int column) {
+  const int64_t at = token * c.gate_row + (c.gate_one ? head : head * c.head_size + column);
+  if (c.gate_type == DeviceType::kFloat32) return __ldg((const float*)c.gate + at);
+  const uint16_t bits = __ldg((const uint16_t*)c.gate + at);
+  return c.gate_type == DeviceType::kBfloat16 ? ptx::to_float<Half::kBf16>(bits) : ptx::to_float<Half::kF16>(bits);
+}
+
+// Two columns of a row of the result: gated and rounded.
+template <Half kHalf>
+M3_DEVICE void finish(const DeviceAttention& c, int64_t token, int head, int column, float factor, float x, float y) {
+  x = ptx::mul(x, factor), y = ptx::mul(y, factor);
+  if (c.gate) {
+    x = ptx::mul(x, sigmoid(gate_of(c, token, head, column)));
+    y = ptx::mul(y, sigmoid(gate_of(c, token, head, column + 1)));
+  }
+  *(uint32_t*)((uint16_t*)c.out + (token * c.heads + head) * c.head_size + column) = ptx::pack2<kHalf>(x, y);
+}
+
+// Grid: (blocks of queries, kv heads * parts of their query heads, splits if plan.partial). A block owns 16 plan.tiles
+// rows: plan.queries queries of one request, each with plan.query_rows query heads of one kv head; request b has room
+// for blocks from cu[b] / queries + b on, the surplus returns. A warp owns 16 rows and all their keys, so that keys and
+// values cross shared memory once for all of a block's rows, and rows never meet. All threads copy chunks of keys and
+// values to two tiles, one ahead of the products. Chunks that end inside the prefix are read once. From there on, in a
+// tree, rows attend to slots of their own: if the rest of the prefix and the tree fit the two tiles, they are read
+// once, and a warp picks the rows of each query by their addresses; else slots are gathered query by query.
+// plan.partial: sums of one split go to memory, (tokens, heads, splits, head_size) and then (.., 2). Else all splits in
+// order, their joint sums waiting in memory (tokens, heads, head_size) where they are more than one, and the result.
+template <Half kHalf, int kHead, bool kInt8>
+__global__ __launch_bounds__(
+    32 * Shape<kHead>::kMostTiles < 128
+        ? 128
+        : 32 * Shape<kHead>::kMostTiles) void attention_kernel(const __grid_constant__ DeviceAttention c,
+                                                               const __grid_constant__ Plan plan) {
+  using S = Shape<kHead>;
+  constexpr int kChunk = S::kChunk, kSplitChunks = kSplit / kChunk;
+  const int tid = threadIdx.x, lane = tid % 32, warp = tid / 32, g = lane / 4, t = lane % 4;
+  const Request request = request_of(c, blockIdx.x, plan.queries, 1);
+  const int begin = (int)(blockIdx.x - (request.first / plan.queries + request.b)) * plan.queries;
+  if (begin < 0 || begin >= request.queries) return;
+  const int active = min(request.queries - begin, plan.queries);
+  const int kv_head = blockIdx.y / plan.parts, part = blockIdx.y % plan.parts;
+  const int group = (int)(c.heads / c.kv_heads);
+  char* shared = shared_memory();
+  const Places at = places<kHead>(kInt8, plan.tiles, plan.queries);
+  int2* bounds = (int2*)(shared + at.bounds);
+  int* rows = (int*)(shared + at.rows) + min(warp, plan.tiles - 1) * kChunk;
+  Loader<kHalf, kHead, kInt8> loader{c,
+                                     c.block_table + request.b * c.table_width,
+                                     kv_head,
+                                     shared,
+                                     (Slot*)(shared + at.slots),
+                                     shared + at.raw,
+                                     (float*)(shared + at.scales)};
+  Slot* slots = loader.slots;
+
+  for (int i = warp; i < active; i += blockDim.x / 32) {
+    const int2 found = positions_of(c, request, begin + i);
+    if (lane == 0) bounds[i] = found;
+  }
+  if (tid < S::kPieces) *(uint4*)(shared + at.zero + tid * 16) = make_uint4(0, 0, 0, 0);
+  __syncthreads();
+  int first_position = INT_MAX, last_position = 0;  // of the block
+  for (int i = lane; i < active; i += 32)
+    if (bounds[i].x < bounds[i].y)
+      first_position = min(first_position, bounds[i].x), last_position = max(last_position, bounds[i].y);
+  first_position = __reduce_min_sync(~0u, first_position), last_position = __reduce_max_sync(~0u, last_position);
+
+  // Chunks [low, high), of which [low, own) hold the same slots for every row.
+  int low = last_position ? first_position / kChunk : 0, high = (last_position + kChunk - 1) / kChunk;
+  if (plan.partial) {
+    low = max(low, (int)blockIdx.z * kSplitChunks), high = min(high, ((int)blockIdx.z + 1) * kSplitChunks);
+    if (low >= high) return;
+  }
+  const bool tree = c.mask_bits;
+  const int own = tree ? max(min(request.prefix / kChunk, high), low) : high;
+  const int base = request.prefix / kChunk * kChunk;
+  const bool resident = request.prefix - base + request.tree <= 2 * kChunk;
+
+  // This lane's rows g and g + 8 of the warp's tile, and what all rows of the tile have in common.
+  const int first_query = warp * 16 / plan.query_rows;
+  int query[2], head[2], from[2], to[2];
+  bool real[2];
+  int least_from = INT_MAX, most_from = 0, least_to = INT_MAX, most_to = 0;
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    const int row = warp * 16 + g + 8 * r;
+    query[r] = row / plan.query_rows;
+    const int in_group = part * plan.query_rows + row % plan.query_rows;
+    head[r] = kv_head * group + in_group;
+    real[r] = warp < plan.tiles && query[r] < active && in_group < group;
+    from[r] = real[r] ? bounds[query[r]].x : 0, to[r] = real[r] ? bounds[query[r]].y : 0;
+    if (real[r]) {
+      least_from = min(least_from, from[r]), most_from = max(most_from, from[r]);
+      least_to = min(least_to, to[r]), most_to = max(most_to, to[r]);
+    }
+  }
+  least_from = __reduce_min_sync(~0u, least_from), most_from = __reduce_max_sync(~0u, most_from);
+  least_to = __reduce_min_sync(~0u, least_to), most_to = __reduce_max_sync(~0u, most_to);
+  const int last_query = min((warp * 16 + 15) / plan.query_rows, active - 1);  // of the tile
+
+  // Queries; a scale below 0 turns their signs.
+  std::conditional_t<S::kQueriesInRegisters, RegisterQueries<kHead>, SharedQueries<kHead>> q;
+  const uint32_t sign = c.scale < 0 ? 0x80008000u : 0;
+  const float scale = fabsf(c.scale);
+  if constexpr (S::kQueriesInRegisters) {
+#pragma unroll
+    for (int k = 0; k < kHead / 16; ++k)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const int r = i % 2, column = 16 * k + 2 * t + 8 * (i / 2);
+        const int64_t token = request.first + begin + query[r];
+        q.a[k][i] = 0;
+        if (real[r] && column < c.head_size)
+          q.a[k][i] =
+              __ldg((const uint32_t*)((const uint16_t*)c.q + token * c.q_token + head[r] * c.q_head + column)) ^ sign;
+      }
+  } else {
+    for (int i = tid; i < plan.tiles * 16 * kHead / 2; i += blockDim.x) {
+      const int row = i / (kHead / 2), column = i % (kHead / 2) * 2;
+      const int in_group = part * plan.query_rows + row % plan.query_rows, of = row / plan.query_rows;
+      const int64_t token = request.first + begin + of;
+      uint32_t two = 0;
+      if (of < active && in_group < group && column < c.head_size)
+        two = __ldg((const uint32_t*)((const uint16_t*)c.q + token * c.q_token +
+                                      (kv_head * group + in_group) * c.q_head + column)) ^
+              sign;
+      *(uint32_t*)(shared + at.queries + row * S::kRowBytes + ((column / 8 ^ (row & 7)) << 4) + column % 8 * 2) = two;
+    }
+    const int row = min(warp, plan.tiles - 1) * 16 + lane % 16;
+    q.row = shared + at.queries + row * S::kRowBytes, q.turn = ((row & 7) ^ lane >> 4) << 4;
+  }
+
+  State<kHead> s;
+  State<kHead>::clear(s);
+  float total_m[2] = {-INFINITY, -INFINITY}, total_l[2] = {0.f, 0.f};
+  bool joined = false, loaded = false;
+  const float* scales = loader.scales;
+  if (low < own) {
+    for (int i = tid; i < 2 * kChunk; i += blockDim.x) {
+      const int slot = (low + i / kChunk) * kChunk + i % kChunk;
+      slots[(low + i / kChunk) % 2 * kChunk + i % kChunk] = loader.look_up(slot, slot < last_position);
+    }
+    __syncthreads();
+    loader.issue(low % 2, kInt8 ? 0 : low % 2);
+  }
+
+  for (int chunk = low;; ++chunk) {
+    if (chunk >= high || (chunk > low && chunk % kSplitChunks == 0)) {  // a split is complete
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        s.l[r] = ptx::add(s.l[r], __shfl_xor_sync(~0u, s.l[r], 1));
+        s.l[r] = ptx::add(s.l[r], __shfl_xor_sync(~0u, s.l[r], 2));
+        const int64_t row = (request.first + begin + query[r]) * c.heads + head[r];
+        float* sums = c.memory + row * c.head_size;
+        if (joined) {
+          const Joint joint = join(total_m[r], total_l[r], s.m[r], s.l[r]);
+          s.m[r] = joint.m, s.l[r] = joint.l;
+#pragma unroll
+          for (int j = 0; j < kHead / 8; ++j)
+            if (real[r] && 8 * j < c.head_size) {
+              const float2 before = *(const float2*)(sums + 8 * j + 2 * t);
+              s.acc[j][2 * r] = join(joint, before.x, s.acc[j][2 * r]);
+              s.acc[j][2 * r + 1] = join(joint, before.y, s.acc[j][2 * r + 1]);
+            }
+        }
+        total_m[r] = s.m[r], total_l[r] = s.l[r];
+        if (chunk < high) {
+#pragma unroll
+          for (int j = 0; j < kHead / 8; ++j)
+            if (real[r] && 8 * j < c.head_size)
+              *(float2*)(sums + 8 * j + 2 * t) = make_float2(s.acc[j][2 * r], s.acc[j][2 * r + 1]);
+        }
+      }
+      if (chunk >= high) break;
+      State<kHead>::clear(s);
+      joined = true;
+    }
+
+    // One pass over the chunk, or one for each query whose slots are gathered.
+    const int first = chunk * kChunk;
+    const bool in_tree = chunk >= own, gathered = in_tree && !resident;
+    Slot ahead{};
+    for (int pass = 0; pass < (gathered ? active : 1); ++pass) {
+      int offset = 0;  // slot of row 0 of the tiles
+      if (!in_tree) {
+        const int tile = kInt8 ? 0 : chunk % 2;
+        loader.arrive(chunk % 2, tile);
+        if (chunk + 1 < own) loader.issue((chunk + 1) % 2, kInt8 ? 0 : 1 - tile);
+        if (tid < kChunk && chunk + 2 < own) {
+          const int slot = first + 2 * kChunk + tid;
+          ahead = loader.look_up(slot, slot < last_position);
+        }
+        offset = first - tile * kChunk;
+      } else if (resident) {
+        offset = base;
+        if (!loaded) {
+          __syncthreads();
+          const int end = request.prefix + request.tree;
+          for (int i = tid; i < 2 * kChunk; i += blockDim.x) slots[i] = loader.look_up(base + i, base + i < end);
+          __syncthreads();
+          loader.issue(0, 0);
+          if constexpr (kInt8) loader.arrive(0, 0);  // there is one place for integers
+          loader.issue(1, 1);
+          loader.arrive(1, 1);
+          loaded = true;
+        }
+      } else {
+        offset = first;
+        __syncthreads();
+        if (warp == 0)
+          list_rows(c, request, begin + pass, true, first, kChunk, 0, bounds[pass].x, bounds[pass].y, rows);
+        __syncthreads();
+        for (int i = tid; i < kChunk; i += blockDim.x) {
+          const int slot = ((int*)(shared + at.rows))[i];
+          slots[i] = loader.look_up(slot, slot >= 0);
+        }
+        __syncthreads();
+        loader.issue(0, 0);
+        loader.arrive(0, 0);
+      }
+
+      const bool some = most_to > first && least_from < first + kChunk;
+      if (warp < plan.tiles && some) {
+        Tiles tiles{shared, shared + at.zero, rows, scales, scales + 2 * kChunk};
+        if (!in_tree && most_from <= first && least_to >= first + kChunk) {
+          const int tile = kInt8 ? 0 : chunk % 2;
+          tiles.keys += tile * 2 * S::kTileBytes;
+          attend<kHalf, kHead, kInt8, true>(s, q, tiles, scale, first, from, to, real);
+        } else {
+          // Together: zeros as weights would let infinite values of others through.
+          bool together = false;
+          if (!in_tree && last_query > first_query)
+            together = finite<kHalf, kHead>(shared + (kInt8 ? 0 : chunk % 2) * 2 * S::kTileBytes + S::kTileBytes);
+          for (int i = first_query; i <= last_query; ++i) {
+            const int x = together ? least_from : bounds[i].x, y = together ? most_to : bounds[i].y;
+            if ((gathered && i != pass) || x >= first + kChunk || y <= first) continue;
+            list_rows(c, request, begin + i, in_tree && !gathered, first, kChunk, offset, x, y, rows);
+            bool counts[2];
+#pragma unroll
+            for (int r = 0; r < 2; ++r)
+              counts[r] = real[r] && (together || query[r] == i) && from[r] < first + kChunk && to[r] > first;
+            attend<kHalf, kHead, kInt8, false>(s, q, tiles, scale, first, from, to, counts);
+            if (together) break;
+          }
+        }
+      }
+    }
+    if (!in_tree && tid < kChunk && chunk + 2 < own) slots[chunk % 2 * kChunk + tid] = ahead;
+  }
+
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    if (!real[r]) continue;
+    const int64_t token = request.first + begin + query[r];
+    if (plan.partial) {
+      const int64_t row = (token * c.heads + head[r]) * plan.splits + blockIdx.z;
+      const int64_t rows_in_all = c.tokens * c.heads * plan.splits;
+#pragma unroll
+      for (int j = 0; j < kHead / 8; ++j)
+        if (8 * j < c.head_size)
+          *(float2*)(c.memory + row * c.head_size + 8 * j + 2 * t) = make_float2(s.acc[j][2 * r], s.acc[j][2 * r + 1]);
+      if (t == 0) *(float2*)(c.memory + rows_in_all * c.head_size + 2 * row) = make_float2(s.m[r], s.l[r]);
+    } else {
+      const float factor = normalizer(s.l[r], request.impossible);
+#pragma unroll
+      for (int j = 0; j < kHead / 8; ++j)
+        if (8 * j < c.head_size)
+          finish<kHalf>(c, token, head[r], 8 * j + 2 * t, factor, s.acc[j][2 * r], s.acc[j][2 * r + 1]);
+    }
+  }
+}
+
+// Grid: (tokens, blocks of 4 heads). A warp joins the splits of one row in ascending order and writes the result.
+template <Half kHalf>
+__global__ __launch_bounds__(128) void join_kernel(const __grid_constant__ DeviceAttention c, int splits) {
+  constexpr int kPieces = 2;  // of 4 columns a lane
+  const int token = blockIdx.x, head = blockIdx.y * 4 + threadIdx.x / 32, lane = threadIdx.x % 32;
+  if (head >= c.heads) return;
+  const Request request = request_of(c, token, 1, 0);
+  const int2 positions = positions_of(c, request, token - request.first);
+  const int64_t row = ((int64_t)token * c.heads + head) * splits;
+  const float* sums = c.memory + row * c.head_size;
+  const float* pairs = c.memory + c.tokens * c.heads * splits * c.head_size + 2 * row;
+  float m = -INFINITY, l = 0.f, acc[kPieces][4] = {};
+  ptx::grid_wait();
+  const int last = (positions.y + kSplit - 1) / kSplit;
+#pragma unroll 4
+  for (int split = positions.x / kSplit; split < last; ++split) {
+    const float2 next = __ldcg((const float2*)(pairs + 2 * split));
+    const Joint joint = join(m, l, next.x, next.y);
+    m = joint.m, l = joint.l;
+#pragma unroll
+    for (int i = 0; i < kPieces; ++i) {
+      const int column = 4 * (lane + 32 * i);
+      if (column >= c.head_size) continue;
+      const float4 four = ptx::load_l2(sums + split * c.head_size + column);
+      acc[i][0] = join(joint, acc[i][0], four.x), acc[i][1] = join(joint, acc[i][1], four.y);
+      acc[i][2] = join(joint, acc[i][2], four.z), acc[i][3] = join(joint, acc[i][3], four.w);
+    }
+  }
+  const float factor = normalizer(l, request.impossible);
+#pragma unroll
+  for (int i = 0; i < kPieces; ++i) {
+    const int column = 4 * (lane + 32 * i);
+    if (column >= c.head_size) continue;
+    finish<kHalf>(c, token, head, column, factor, acc[i][0], acc[i][1]);
+    finish<kHalf>(c, token, head, column + 2, factor, acc[i][2], acc[i][3]);
+  }
+}
+
+template <Half kHalf, int kHead, bool kInt8>
+void run(const DeviceAttention& c, cudaStream_t stream) {
+  const Plan plan = plan_of<kHead>(c);
+  Launch how{};
+  how.grid = dim3((unsigned)(c.tokens / plan.queries + c.requests), (unsigned)(c.kv_heads * plan.parts),
+                  plan.partial ? plan.splits : 1);
+  how.block = dim3(plan.threads), how.stream = stream;
+  how.shared_bytes = places<kHead>(kInt8, plan.tiles, plan.queries).bytes;
+  launch(kOp, attention_kernel<kHalf, kHead, kInt8>, how, c, plan);
+  if (!plan.partial) return;
+  Launch joining{};
+  joining.grid = dim3((unsigned)c.tokens, (unsigned)((c.heads + 3) / 4)), joining.block = dim3(128);
+  joining.stream = stream, joining.dependent = device().capability >= 90;
+  launch(kOp, join_kernel<kHalf>, joining, c, plan.splits);
+}
+
+template <Half kHalf>
+void run(const DeviceAttention& c, cudaStream_t stream) {
+  with_head(c.head_size, [&](auto head) {
+    if (c.int8)
+      run<kHalf, head.value, true>(c, stream);
+    else
+      run<kHalf, head.value, false>(c, stream);
+  });
+}
+
+}  // namespace
+
+int64_t attention_memory(const DeviceAttention& c) {
+  const Plan plan = with_head(c.head_size, [&](auto head) { return plan_of<head.value>(c); });
+  if (plan.splits <= 1) return 0;
+  const int64_t rows = c.tokens * c.heads;
+  return plan.partial ? rows * plan.splits * (c.head_size + 2) : rows * c.head_size;
+}
+
+void tree_attention(const DeviceAttention& c, void* stream) {
+  if (!c.tokens) return;
+  if (c.type == DeviceType::kFloat16)
+    run<Half::kF16>(c, (cudaStream_t)stream);
+  else
+    run<Half::kBf16>(c, (cudaStream_t)stream);
+}
+
+}  // namespace m3::spec_decode
