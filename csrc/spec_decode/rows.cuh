@@ -22,7 +22,6 @@ constexpr int kThreads = 512, kWarps = kThreads / 32;
 constexpr int kNeighbours = 8;                 // tokens of a lane
 constexpr int kSegment = 32 * kNeighbours;     // of a warp
 constexpr int kStep = kThreads * kNeighbours;  // of a block
-constexpr int kFlight = 4;                     // loads of a thread under way
 constexpr uint32_t kLargest = 0x7F7FFFFF;      // key of the smallest finite x
 constexpr float kClip = 1e30f;
 constexpr unsigned kAll = ~0u;
@@ -90,26 +89,30 @@ M3_DEVICE double coin(const Noise& noise, uint32_t stream) {
   return (double)((uint64_t)four.x << 21 | four.y >> 11) * 0x1p-53;
 }
 
-// log E of a token whose word of the race is given, E exponential.
-static __device__ __noinline__ double log_noise(const Noise& noise, int token, uint32_t word) {
+// (z - top) / heat - log E of a token whose word of the race is given, E exponential.
+static __device__ __noinline__ double score_of(float z, float top, float heat, uint64_t seed, uint64_t position,
+                                               int token, uint32_t word) {
   double u = ((double)word + 0.5) * kWord;
-  if (word < kSmall)
-    u = ((double)word + ((double)pick(words(noise, token >> 2, kRefined), token & 3) + 0.5) * kWord) * kWord;
-  return log(-log1p(-min(u, 1 - 0x1p-24)));
+  if (word < kSmall) {
+    const uint32_t finer = pick(words({seed, position}, (uint32_t)token >> 2, kRefined), token & 3);
+    u = ((double)word + ((double)finer + 0.5) * kWord) * kWord;
+  }
+  return ((double)z - (double)top) / (double)heat - log(-log1p(-min(u, 1 - 0x1p-24)));
 }
 
-// The best of scores x - log E so far. Scores are computed in fp64 from z, but only those that can win: E is at least
-// its u, so a score above `best` has u < exp(x - best).
+// The best of scores x - log E so far. Scores are computed in fp64, but only those that can win: E is at least its u,
+// so a score above `best` has u < exp(x - best).
 struct Race {
   double best = -INFINITY;
+  float bar = -INFINITY;  // best, rounded
   int token = INT32_MAX;
 
   __device__ __forceinline__ void enter(const Noise& noise, const Scale& scale, float z, float x, int v,
                                         uint32_t word) {
-    const float bound = ptx::exp2(ptx::mul((float)(x - best), 1.4426950f));
+    const float bound = ptx::exp2(ptx::mul(ptx::add(x, -bar), 1.4426950f));
     if (ptx::mul((float)word, 0x1p-32f) > ptx::mul(bound, 1.001f)) return;
-    const double score = ((double)z - (double)scale.top) / (double)scale.heat - log_noise(noise, v, word);
-    if (score > best || (score == best && v < token)) best = score, token = v;
+    const double score = score_of(z, scale.top, scale.heat, noise.seed, noise.position, v, word);
+    if (score > best || (score == best && v < token)) best = score, bar = (float)score, token = v;
   }
 };
 
@@ -245,14 +248,14 @@ M3_DEVICE Mass scan_before(Mass value, Board* board, Mass& total) {
   return before + upto - value;
 }
 
-// -- finding a place by mass
-// -------------------------------------------------------------------------------------------- The largest key below
-// which, strictly, lies less than `target`, for 1 <= target <= the sum of all weights: digit by digit. `each` calls its
-// argument with (key, weight) for all items of this thread; whole: of the whole team. bins: kBins masses of shared
-// memory.
+// -- finding a place by mass ------------------------------------------------------------------------------------------
+// The largest key below which, strictly, lies less than `target`, for 1 <= target <= the sum of all weights: digit by
+// digit. `each` calls its argument with (key, weight) for all items of this thread; whole: the items are the team's,
+// else each rank's own. bins: kBins masses of shared memory.
 template <class Each>
 M3_DEVICE uint32_t place_of(Team& team, Mass* bins, Mass target, bool whole, Each each) {
   uint32_t prefix = 0;
+#pragma unroll 1
   for (int level = 0; level < 3; ++level) {
     const int shift = 20 - 10 * level;
     for (int i = threadIdx.x; i < kBins; i += kThreads) bins[i] = 0;
@@ -271,6 +274,7 @@ M3_DEVICE uint32_t place_of(Team& team, Mass* bins, Mass target, bool whole, Eac
     Mass own[4] = {};
     static_assert(kBins / kThreads == 4);
     const int ranks = whole ? team.size : 1;
+#pragma unroll 1
     for (int r = 0; r < ranks; ++r) {
       const int other = ranks == 1 ? team.rank : r;
 #pragma unroll
@@ -309,6 +313,24 @@ M3_DEVICE float element(const void* row, int64_t v) {
     return ptx::to_float<(Half)kType>(__ldg((const uint16_t*)row + v));
 }
 
+// The 16 bytes of tokens from v on, one by one; -inf beyond the vocabulary.
+template <Type kType>
+static __device__ __noinline__ uint4 ragged(const void* row, int v, int vocabulary) {
+  uint32_t bits[4];
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    if constexpr (kType == Type::kF32) {
+      bits[i] = v + i < vocabulary ? __ldg((const uint32_t*)row + v + i) : 0xFF800000u;
+    } else {
+      constexpr uint32_t kNothing = kType == Type::kF16 ? 0xFC00u : 0xFF80u;
+      const uint16_t* at = (const uint16_t*)row + v + 2 * i;
+      const uint32_t low = v + 2 * i < vocabulary ? __ldg(at) : kNothing;
+      bits[i] = (v + 2 * i + 1 < vocabulary ? __ldg(at + 1) : kNothing) << 16 | low;
+    }
+  }
+  return make_uint4(bits[0], bits[1], bits[2], bits[3]);
+}
+
 // One block's part of a row: tokens first .. end - 1, first a multiple of kSegment.
 template <Type kType>
 struct Slice {
@@ -325,30 +347,14 @@ struct Slice {
 
   // 16-byte loads where the row is so aligned.
   __device__ __forceinline__ Raw load(int v, bool aligned) const {
-    constexpr int kBytes = kType == Type::kF32 ? 4 : 2;
     Raw raw;
-    if (aligned && v + kNeighbours <= vocabulary) {
-      const char* at = (const char*)row + (int64_t)v * kBytes;
 #pragma unroll
-      for (int i = 0; i < kQuads; ++i) raw.quad[i] = ptx::load_once(at + 16 * i);
-      return raw;
+    for (int i = 0; i < kQuads; ++i) {
+      const int from = v + i * (kNeighbours / kQuads);
+      raw.quad[i] = aligned && from + kNeighbours / kQuads <= vocabulary
+                        ? ptx::load_once((const char*)row + (int64_t)from * (16 * kQuads / kNeighbours))
+                        : ragged<kType>(row, from, vocabulary);
     }
-    uint32_t bits[4 * kQuads];
-#pragma unroll
-    for (int i = 0; i < 4 * kQuads; ++i) {
-      if constexpr (kType == Type::kF32) {
-        bits[i] = v + i < vocabulary ? __ldg((const uint32_t*)row + v + i) : 0xFF800000u;
-      } else {
-        constexpr uint32_t kNothing = kType == Type::kF16 ? 0xFC00u : 0xFF80u;
-        const uint16_t* at = (const uint16_t*)row + v + 2 * i;
-        const uint32_t low = v + 2 * i < vocabulary ? __ldg(at) : kNothing;
-        const uint32_t high = v + 2 * i + 1 < vocabulary ? __ldg(at + 1) : kNothing;
-        bits[i] = high << 16 | low;
-      }
-    }
-#pragma unroll
-    for (int i = 0; i < kQuads; ++i)
-      raw.quad[i] = make_uint4(bits[4 * i], bits[4 * i + 1], bits[4 * i + 2], bits[4 * i + 3]);
     return raw;
   }
 
@@ -383,11 +389,13 @@ struct Slice {
   }
 
   // Calls visit(v, z) for this lane's 8 tokens from v on, by ascending v, all lanes of a warp together; outside z is
-  // -inf. keep: write z to `kept`; otherwise it is read from there.
-  template <class Visit>
-  __device__ __forceinline__ void each(bool keep, Visit visit) const {
+  // -inf. kFirst: write z to `kept`; otherwise it is read from there.
+  template <bool kFirst = false, class Visit>
+  __device__ __forceinline__ void each(Visit visit) const {
+    constexpr int kFlight = kFirst ? 8 / (2 * kQuads) : 2 / kQuads;  // loads of a thread under way
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    if (kept && !keep) {
+    if (!kFirst && kept) {
+#pragma unroll 1
       for (int v = first + warp * kSegment + lane * kNeighbours; v - lane * kNeighbours < end; v += kStep) {
         const float4 low = *(const float4*)(kept + (v - first) / 2);
         const float4 high = *(const float4*)(kept + plane + (v - first) / 2);
@@ -397,6 +405,7 @@ struct Slice {
       return;
     }
     const bool aligned = (uintptr_t)row % 16 == 0;
+#pragma unroll 1
     for (int base = first + warp * kSegment; base < end; base += kFlight * kStep) {
       Raw raw[kFlight];
 #pragma unroll
@@ -408,7 +417,7 @@ struct Slice {
         const int v = base + i * kStep + lane * kNeighbours;
         float z[kNeighbours];
         unpack(raw[i], v, z);
-        if (kept) {
+        if (kFirst && kept) {
           *(float4*)(kept + (v - first) / 2) = make_float4(z[0], z[1], z[2], z[3]);
           *(float4*)(kept + plane + (v - first) / 2) = make_float4(z[4], z[5], z[6], z[7]);
         }

@@ -67,8 +67,7 @@ struct Walk {
   uint32_t limit;  // largest key that the filters keep
   int listed;      // tokens in `list`, among them all that are kept; -1: there is no list
 
-  // -- the list
-  // ---------------------------------------------------------------------------------------------------------
+  // -- the list ------------------------------------------------------------------------------------------------------
   template <class Visit>
   __device__ __forceinline__ void each_listed(int count, Visit visit) const {
     for (int i = threadIdx.x; i < count; i += kThreads) visit(list[i], scale.key(list[i].z));
@@ -88,7 +87,7 @@ struct Walk {
     if (threadIdx.x == 0) *count = 0;
     __syncthreads();
     Pair sum{0, 0};
-    slice.each(false, [&](int v, const float (&z)[kNeighbours]) {
+    slice.each([&](int v, const float (&z)[kNeighbours]) {
 #pragma unroll
       for (int j = 0; j < kNeighbours; ++j) {
         const uint32_t key = scale.key(z[j]);
@@ -127,7 +126,7 @@ struct Walk {
   // largest key below which less than `target` lies, of the whole row: tokens, or mass.
   __device__ uint32_t row_place(bool by_mass, Mass target) {
     return place_of(team, bins, target, true, [&](auto item) {
-      slice.each(false, [&](int, const float (&z)[kNeighbours]) {
+      slice.each([&](int, const float (&z)[kNeighbours]) {
 #pragma unroll
         for (int j = 0; j < kNeighbours; ++j) {
           const uint32_t key = scale.key(z[j]);
@@ -137,11 +136,24 @@ struct Walk {
     });
   }
 
+  // Mass of the row's tokens that are kept.
+  __device__ __forceinline__ Mass row_mass() {
+    Pair sum{0, 0};
+    slice.each([&](int, const float (&z)[kNeighbours]) {
+#pragma unroll
+      for (int j = 0; j < kNeighbours; ++j) {
+        const uint32_t key = scale.key(z[j]);
+        if (key <= limit) sum.a += scale.mass(key);
+      }
+    });
+    return team.fold(sum, Sum{}).a;
+  }
+
   // Mass of each segment of this rank's part; returns the sum of the team. weight(v, key): of a token that is kept.
   template <class Weight>
   __device__ __forceinline__ Mass masses(Weight weight) {
     Pair sum{0, 0};
-    slice.each(false, [&](int v, const float (&z)[kNeighbours]) {
+    slice.each([&](int v, const float (&z)[kNeighbours]) {
       Mass own = 0;
 #pragma unroll
       for (int j = 0; j < kNeighbours; ++j) {
@@ -156,8 +168,7 @@ struct Walk {
     return team.fold(sum, Sum{}).a;
   }
 
-  // -- filters
-  // ----------------------------------------------------------------------------------------------------------
+  // -- filters -------------------------------------------------------------------------------------------------------
   __device__ void filter(float floor) {
     const int k = a.top_k ? a.top_k[b] : 0;
     const float share = a.top_p ? a.top_p[b] : 1.f, least = a.min_p ? a.min_p[b] : 0.f;
@@ -165,32 +176,29 @@ struct Walk {
     if (!by_k && !by_p && !(least > 0.f)) return;
     const uint32_t reach = floor > nothing() ? min(scale.key(floor), kLargest) : kLargest;
     Pair whole;
-    const int count = collect(reach, by_p, whole);
-    if (by_k && (Mass)k <= whole.b) {
-      if (count >= k)
-        limit = place_of(team, bins, (Mass)k, false,
-                         [&](auto item) { each_listed(count, [&](const Entry&, uint32_t key) { item(key, 1); }); });
-      else
-        limit = row_place(false, (Mass)k);
-    }
-    if (by_p) {
-      Mass all = whole.a;
-      if (limit < kLargest)
-        all = count >= 0 && limit <= reach ? listed_mass(count, limit)
-                                           : masses([&](int, uint32_t key) { return scale.mass(key); });
-      if (all) {
+    const int count = collect(reach, by_p && !by_k, whole);
+#pragma unroll 1
+    for (int by_mass = 0; by_mass < 2; ++by_mass) {
+      Mass target = 0;
+      if (!by_mass) {
+        if (by_k && (Mass)k <= whole.b) target = (Mass)k;
+      } else if (by_p) {
+        Mass all = whole.a;
+        if (by_k) all = count >= 0 && limit <= reach ? listed_mass(count, limit) : row_mass();
         const double part = (double)share * (double)all;
-        Mass target = part > 0 ? (Mass)part : 0;
-        target = max(min(target + ((double)target < part), all), (Mass)1);
-        if (count >= 0 && listed_mass(count, min(limit, reach)) >= target)
-          limit = place_of(team, bins, target, false, [&](auto item) {
-            each_listed(count, [&](const Entry&, uint32_t key) {
-              if (key <= limit) item(key, scale.mass(key));
-            });
-          });
-        else
-          limit = row_place(true, target);
+        target = part > 0 ? (Mass)part : 0;
+        target = all ? max(min(target + ((double)target < part), all), (Mass)1) : 0;
       }
+      if (!target) continue;
+      const uint32_t most = min(limit, reach);
+      const bool near = count >= 0 && (by_mass ? listed_mass(count, most) : (Mass)count) >= target;
+      limit = near ? place_of(team, bins, target, false,
+                              [&](auto item) {
+                                each_listed(count, [&](const Entry&, uint32_t key) {
+                                  if (key <= most) item(key, by_mass ? scale.mass(key) : 1);
+                                });
+                              })
+                   : row_place(by_mass, target);
     }
     if (least > 0.f) {  // the largest key with x >= log(least)
       const double most = -log((double)least);
@@ -201,8 +209,7 @@ struct Walk {
     if (count >= 0 && limit <= reach) listed = count;
   }
 
-  // -- drawing
-  // ----------------------------------------------------------------------------------------------------------
+  // -- drawing -------------------------------------------------------------------------------------------------------
   __device__ int race() {
     Race race;
     if (listed >= 0) {
@@ -212,7 +219,7 @@ struct Walk {
         race.enter(noise, scale, entry.z, scale.x(entry.z), entry.token, pick(four, entry.token & 3));
       });
     } else {
-      slice.each(false, [&](int v, const float (&z)[kNeighbours]) {
+      slice.each([&](int v, const float (&z)[kNeighbours]) {
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
           float x[4];
@@ -402,7 +409,7 @@ struct Walk {
     if (slice.allowed) {
       free.allowed = nullptr, free.kept = nullptr;
       float best = nothing();
-      free.each(false, [&](int, const float (&z)[kNeighbours]) {
+      free.each([&](int, const float (&z)[kNeighbours]) {
 #pragma unroll
         for (int j = 0; j < kNeighbours; ++j) best = max(best, z[j]);
       });
@@ -410,7 +417,7 @@ struct Walk {
     }
     const Scale plain{top, 1.f, 1.f, scale.unit};
     Pair sum{0, 0};
-    free.each(false, [&](int, const float (&z)[kNeighbours]) {
+    free.each([&](int, const float (&z)[kNeighbours]) {
 #pragma unroll
       for (int j = 0; j < kNeighbours; ++j) {
         const uint32_t key = plain.key(z[j]);
@@ -420,8 +427,7 @@ struct Walk {
     return log((double)team.fold(sum, Sum{}).a / (double)scale.unit);
   }
 
-  // -- the walk
-  // ---------------------------------------------------------------------------------------------------------
+  // -- the walk ------------------------------------------------------------------------------------------------------
   __device__ void run() {
     const float heat = a.temperature[b];
     const bool greedy = a.mode == Mode::kGreedy || heat == 0.f;
@@ -439,7 +445,7 @@ struct Walk {
 
       float best = nothing();
       int token = INT32_MAX;
-      slice.each(true, [&](int v, const float (&z)[kNeighbours]) {
+      slice.template each<true>([&](int v, const float (&z)[kNeighbours]) {
 #pragma unroll
         for (int j = 0; j < kNeighbours; ++j)
           if (z[j] > best) best = z[j], token = v + j;
