@@ -1,20 +1,124 @@
-"""CUDA room of the spec_decode family."""
+"""CUDA room of the spec_decode family, for NVIDIA GPUs of compute capability 8.0 or newer.
+
+Launches are asynchronous, on the current stream; they read no device memory on the host and allocate by torch.empty
+alone, so calls can be captured in a CUDA graph. What the CPU rooms refuse after reading values, a kernel survives: it
+touches no memory that is not the call's. Every result is deterministic and depends on its own row and request only.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from m3kernels import cuda
+from m3kernels import _cuda_ext
+from m3kernels.checks import refuse
+from m3kernels.cuda import on_device, refusal, stream
 from m3kernels.spec_decode import cuda_attention, cuda_commit
-from m3kernels.spec_decode.cuda_attention import tree_attention
-from m3kernels.spec_decode.cuda_commit import tree_commit
+from m3kernels.spec_decode.cuda_attention import tree_attention as tree_attention
+from m3kernels.spec_decode.cuda_commit import tree_commit as tree_commit
 
-__all__ = ["tree_attention", "tree_commit", "unsupported"]
+TYPE = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+MODE = {"greedy": 0, "target_only": 1, "chain": 2, "coupled": 3}
+LOGPROB = {"none": 0, "raw": 1, "sampling": 2}
+MOST_VOCABULARY = 2**20
+RANKS = 0  # blocks that share a request of tree_verify: 1, 2, 4, 8, 16; 0: as many as the device has room for
+
 
 REFUSALS = {"tree_attention": cuda_attention.refusal, "tree_commit": cuda_commit.refusal}
 
 
 def unsupported(op: str, first: Tensor, *args: Any) -> str:
-    return cuda.refusal(first) or (REFUSALS[op](first, *args) if op in REFUSALS else "")
+    if op == "tree_verify" and first.shape[2] > MOST_VOCABULARY:
+        return f"vocabularies of at most {MOST_VOCABULARY} tokens, not {first.shape[2]}"
+    return refusal(first) or (REFUSALS[op](first, *args) if op in REFUSALS else "")
+
+
+def _span(op: str, name: str, tensor: Tensor | None, dtype: torch.dtype, like: Tensor) -> tuple[int, int]:
+    """(address, elements) of a contiguous tensor of the given dtype on the device of ``like``; (0, 0) for None."""
+    if tensor is None:
+        return 0, 0
+    if tensor.dtype != dtype or tensor.device != like.device or not tensor.is_contiguous():
+        raise refuse(op, name, f"contiguous {str(dtype).removeprefix('torch.')} on {like.device}", tensor)
+    return tensor.data_ptr(), tensor.numel()
+
+
+def _rows(
+    op: str, name: str, tensor: Tensor | None, dtypes: Collection[torch.dtype], like: Tensor
+) -> tuple[int, int, int, int, int, int]:
+    """(address, B, rows, columns, elements from request to request, from row to row); zeros for None."""
+    if tensor is None:
+        return 0, 0, 0, 0, 0, 0
+    shape, strides = tensor.shape, tensor.stride()
+    if tensor.dtype not in dtypes or tensor.device != like.device or len(shape) != 3:
+        names = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+        raise refuse(op, name, f"a tensor of three dimensions, {names}, on {like.device}", tensor)
+    if strides[2] != 1 and shape[2] > 1:
+        raise refuse(op, name, "rows of contiguous elements", f"a stride of {strides[2]}")
+    return tensor.data_ptr(), shape[0], shape[1], shape[2], strides[0], strides[1]
+
+
+def _choice(op: str, name: str, choices: dict[str, int], value: str) -> int:
+    if value not in choices:
+        raise refuse(op, name, ", ".join(map(repr, choices)), value)
+    return choices[value]
+
+
+def tree_verify(
+    logits: Tensor,
+    candidates: Tensor,
+    next_token: Tensor,
+    next_sibling: Tensor,
+    temperature: Tensor,
+    top_k: Tensor | None,
+    top_p: Tensor | None,
+    min_p: Tensor | None,
+    seed: Tensor | None,
+    position: Tensor | None,
+    coins: Tensor | None,
+    final_coins: Tensor | None,
+    draft_probs: Tensor | None,
+    grammar_bits: Tensor | None,
+    mode: str,
+    width: int,
+    logprobs: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    op = "tree_verify"
+    rows = _rows(op, "logits", logits, TYPE, logits)
+    requests, slots, device = logits.shape[0], max(width, 0), logits.device  # a width that is none is refused below
+    tokens = torch.empty(requests, slots, dtype=torch.int64, device=device)
+    accept_index = torch.empty(requests, slots, dtype=torch.int32, device=device)
+    accept_length = torch.empty(requests, dtype=torch.int32, device=device)
+    token_logprobs = torch.empty(requests, 0 if logprobs == "none" else slots, device=device)
+    links = (("candidates", candidates), ("next_token", next_token), ("next_sibling", next_sibling))
+    filters = (
+        ("temperature", temperature, torch.float32),
+        ("top_k", top_k, torch.int32),
+        ("top_p", top_p, torch.float32),
+        ("min_p", min_p, torch.float32),
+    )
+    noise = (
+        ("seed", seed, torch.int64),
+        ("position", position, torch.int64),
+        ("coins", coins, torch.float64),
+        ("final_coins", final_coins, torch.float64),
+    )
+    with on_device(logits):
+        _cuda_ext.spec_decode_tree_verify(
+            rows,
+            TYPE[logits.dtype],
+            [_span(op, name, value, torch.int64, logits) for name, value in links],
+            [_span(op, name, value, dtype, logits) for name, value, dtype in filters],
+            [_span(op, name, value, dtype, logits) for name, value, dtype in noise],
+            _rows(op, "draft_probs", draft_probs, (torch.float32,), logits),
+            _rows(op, "grammar_bits", grammar_bits, (torch.int32,), logits),
+            _choice(op, "mode", MODE, mode),
+            width,
+            _choice(op, "logprobs", LOGPROB, logprobs),
+            [(each.data_ptr(), each.numel()) for each in (tokens, accept_index, accept_length, token_logprobs)],
+            RANKS,
+            stream(logits),
+        )
+    return tokens, accept_index, accept_length, token_logprobs
