@@ -1,0 +1,251 @@
+// Tile kernels of one model's logits on a GPU: statistics and gradient. Each is one pass at the speed of memory.
+#include "policy_loss/tiles.cuh"
+
+namespace m3::policy_loss {
+namespace {
+
+// -- statistics -------------------------------------------------------------------------------------------------------
+// Online softmax of a set of columns: of a unit, or of a row so far.
+struct Sums {
+  float maximum, total, weighted, squared;
+};
+
+// Within 2 units of the last place: near 0 the polynomial of Cephes' tanhf, elsewhere 1 - 2 / (exp(2 |x|) + 1).
+M3_DEVICE float tanh_of(float x) {
+  const float square = x * x, a = fabsf(x);
+  float near = ptx::fma(square, -5.70498872745e-3f, 2.06390887954e-2f);
+  near = ptx::fma(near, square, -5.37397155531e-2f);
+  near = ptx::fma(near, square, 1.33314422036e-1f);
+  near = ptx::fma(near, square, -3.33332819422e-1f);
+  near = ptx::fma(near * square, x, x);
+  const float far = ptx::fma(ptx::reciprocal(exponential(2.0f * fminf(a, 20.0f)) + 1.0f), -2.0f, 1.0f);
+  return a >= 0.625f ? copysignf(far, x) : near;
+}
+
+struct RowTransform {
+  const float* bias;
+  float logit_scale, softcap, inverse_softcap, inverse_temperature;
+};
+
+// z -> z' of `kCount` columns from `column` on.
+template <int kCount>
+M3_DEVICE void transform(float (&z)[kCount], const RowTransform& t, int column, int columns) {
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) {
+    if (t.bias && column + i < columns) z[i] += t.bias[column + i];
+    z[i] *= t.logit_scale;
+    if (t.softcap > 0.0f) z[i] = t.softcap * tanh_of(z[i] * t.inverse_softcap);
+    z[i] *= t.inverse_temperature;
+  }
+}
+
+// The sums of a warp's unit, in every lane. A warp that knows its maximum has one exp per column and no rescaling.
+template <Type kType, int kVectors>
+M3_DEVICE Sums sums_of(const uint4 (&raw)[kVectors]) {
+  constexpr int kEach = kVector<kType>;
+  float maximum = -INFINITY;
+#pragma unroll
+  for (int j = 0; j < kVectors; ++j) {
+    float z[kEach];
+    widen<kType>(raw[j], z);
+#pragma unroll
+    for (int i = 0; i < kEach; ++i) maximum = fmaxf(maximum, z[i]);
+  }
+  maximum = warp_max(maximum);
+  const float origin = maximum == -INFINITY ? 0.0f : maximum;
+  float total = 0.0f, weighted = 0.0f, squared = 0.0f;
+#pragma unroll
+  for (int j = 0; j < kVectors; ++j) {
+    float z[kEach];
+    widen<kType>(raw[j], z);
+#pragma unroll
+    for (int i = 0; i < kEach; ++i) {
+      const float below = bounded(z[i] - origin), e = exponential(below);
+      total += e, weighted = ptx::fma(e, below, weighted), squared = ptx::fma(e, e, squared);
+    }
+  }
+  return {maximum, warp_sum(total), warp_sum(weighted), warp_sum(squared)};
+}
+
+// Adds `sums`, whose exps are of z' - sums.maximum, to sums whose exps are of z' - origin.
+M3_DEVICE void join(Sums& into, float origin, const Sums& sums) {
+  const float shift = bounded(sums.maximum - origin), factor = exponential(shift);
+  into.total = ptx::fma(factor, sums.total, into.total);
+  into.weighted = ptx::fma(factor, ptx::fma(sums.total, shift, sums.weighted), into.weighted);
+  into.squared = ptx::fma(factor * factor, sums.squared, into.squared);
+}
+
+// One warp joins a row's units to its state: lane l adds units l, l + 32, ..., then the lanes are added.
+M3_DEVICE void merge_statistics(const Statistics& a, int64_t row, int units) {
+  const int lane = threadIdx.x % 32;
+  const float4* part = (const float4*)a.workspace.part + row * units;
+  const Sums old = {a.maximum[row], a.total[row], a.weighted ? a.weighted[row] : 0.0f,
+                    a.squared ? a.squared[row] : 0.0f};
+  float maximum = old.maximum;
+  for (int unit = lane; unit < units; unit += 32) maximum = fmaxf(maximum, __ldcg(part + unit).x);
+  maximum = warp_max(maximum);
+  const float origin = maximum == -INFINITY ? 0.0f : maximum;
+  Sums sums = {maximum, 0.0f, 0.0f, 0.0f};
+  for (int unit = lane; unit < units; unit += 32) {
+    const float4 p = __ldcg(part + unit);
+    join(sums, origin, {p.x, p.y, p.z, p.w});
+  }
+  sums = {maximum, warp_sum(sums.total), warp_sum(sums.weighted), warp_sum(sums.squared)};
+  if (lane) return;
+  join(sums, origin, old);
+  a.maximum[row] = maximum, a.total[row] = sums.total;
+  if (a.weighted) a.weighted[row] = sums.weighted;
+  if (a.squared) a.squared[row] = sums.squared;
+}
+
+// Grid: rows * cut.shares, the shares of a row next to each other. A warp takes every kWarps-th of the block's
+// cut.units units: reads the logits once, writes z' over them if there is a transform, and leaves four sums per unit in
+// the workspace; the row's last block joins them to the state. The block then looks up z' at those ids that are among
+// its columns. A unit is 4 KiB of fp32 in flight per warp; 20 KiB per processor would do to hide the memory's latency.
+template <Type kType, bool kTransform>
+__global__ void __launch_bounds__(kThreads) statistics_kernel(const Statistics a, const Cut cut, const bool aligned) {
+  constexpr int kEach = kVector<kType>, kVectors = kUnit / 32 / kEach;
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, units = (a.columns + kUnit - 1) / kUnit;
+  const int64_t row = blockIdx.x / cut.shares;
+  const int begin = blockIdx.x % cut.shares * cut.units, end = min(begin + cut.units, units);
+  Stored<kType>* logits = (Stored<kType>*)a.logits.data + row * a.logits.stride;
+  RowTransform to_z;
+  if constexpr (kTransform) {
+    const Transform& t = a.transform;
+    to_z = {t.bias, t.logit_scale, t.softcap, t.softcap > 0.0f ? __frcp_rn(t.softcap) : 0.0f,
+            t.inverse_temperature ? t.inverse_temperature[row] : 1.0f};
+  }
+  for (int unit = begin + warp; unit < end; unit += kWarps) {
+    const int first = unit * kUnit + lane * kEach;
+    uint4 raw[kVectors];
+    read<kType>(raw, logits, first, a.columns, aligned, -INFINITY);
+    if constexpr (kTransform) {
+#pragma unroll
+      for (int j = 0; j < kVectors; ++j) {
+        const int column = first + 32 * kEach * j;
+        float z[kEach];
+        widen<kType>(raw[j], z);
+        transform(z, to_z, column, a.columns);
+        write<kType>(logits, column, a.columns, aligned, z);
+#pragma unroll
+        for (int i = 0; i < kEach; ++i)
+          if (column + i >= a.columns) z[i] = -INFINITY;
+        raw[j] = narrow<kType>(z);  // what is summed is what the gradient will see
+      }
+    }
+    const Sums sums = sums_of<kType>(raw);
+    if (lane == 0)
+      ((float4*)a.workspace.part)[row * units + unit] =
+          make_float4(sums.maximum, sums.total, sums.weighted, sums.squared);
+  }
+  const bool last = last_of_row(a.workspace.counters, row, cut.shares);
+  if (last && warp == 0) merge_statistics(a, row, units);
+  for (int k = threadIdx.x; k < a.num_ids; k += kThreads) {
+    const int64_t at = row * a.num_ids + k;
+    const uint64_t column = (uint64_t)a.ids[at] - (uint64_t)a.first;
+    if (column < (uint64_t)a.columns && (int)column / kUnit >= begin && (int)column / kUnit < end)
+      a.picked[at] = value_of<kType>(logits[column]);
+  }
+}
+
+// -- gradient ---------------------------------------------------------------------------------------------------------
+// Visits those of a row's ids that lie among `count` columns from `first` (an index of the vocabulary) on, in order of
+// k: visit(k, column - first), the same in all lanes.
+template <class Visit>
+M3_DEVICE void each_id(const int64_t* ids, int num_ids, int64_t first, int count, Visit visit) {
+  for (int base = 0; base < num_ids; base += 32) {
+    const int k = base + threadIdx.x % 32;
+    const uint64_t column = k < num_ids ? (uint64_t)ids[k] - (uint64_t)first : ~uint64_t{0};
+    unsigned found = __ballot_sync(~0u, column < (uint64_t)count);
+    for (; found; found &= found - 1) {
+      const int lane = __ffs((int)found) - 1;
+      visit(base + lane, __shfl_sync(~0u, (int)column, lane));
+    }
+  }
+}
+
+// x + values[k] in the column of each id; a lane has kEach neighbouring columns, the warp 32 * kEach from `first` on.
+template <int kEach>
+M3_DEVICE void add_at_ids(float (&x)[kEach], const int64_t* ids, const float* values, int num_ids, int64_t first) {
+  each_id(ids, num_ids, first, 32 * kEach, [&](int k, int column) {
+    const float value = values[k];
+    const int own = column - (int)threadIdx.x % 32 * kEach;
+#pragma unroll
+    for (int i = 0; i < kEach; ++i)
+      if (i == own) x[i] += value;
+  });
+}
+
+// Grid: n * blocks, the blocks of a row next to each other. A warp owns one unit of row i of out: reads it from row
+// rows[i] of the logits, writes the gradient, possibly over it. One look at the ids says whether any is in the unit;
+// nearly always none is, and the rest is the same few operations on every column.
+template <Type kType, Type kOut, bool kCapped>
+__global__ void __launch_bounds__(kThreads) gradient_kernel(const Gradient a, const int blocks, const bool aligned) {
+  constexpr int kEach = kVector<kType>, kVectors = kUnit / 32 / kEach;
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const int64_t i = blockIdx.x / blocks;
+  const int begin = (blockIdx.x % blocks * kWarps + warp) * kUnit;
+  if (begin >= a.columns) return;
+  const int64_t source = a.rows ? a.rows[i] : i;
+  const bool exists = (uint64_t)source < (uint64_t)a.num_rows;
+  const Stored<kType>* logits = (const Stored<kType>*)a.logits.data + (exists ? source : 0) * a.logits.stride;
+  Stored<kOut>* out = (Stored<kOut>*)a.out.data + i * a.out.stride;
+  uint4 raw[kVectors];
+  read<kType>(raw, logits, begin + lane * kEach, exists ? a.columns : 0, aligned, NAN);
+
+  const float lse = a.lse[i], lse_low = a.lse_low[i], base = a.base[i];
+  const float slope = a.slope ? a.slope[i] : 0.0f, square = a.square ? a.square[i] : 0.0f;
+  const Chain chain = chain_of(a.transform, i);
+  const int64_t* ids = a.ids + i * a.num_ids;
+  const float *picked = a.picked + i * a.num_ids, *complement = a.complement + i * a.num_ids;
+  bool has_id = false;
+  each_id(ids, a.num_ids, a.first + begin, kUnit, [&](int, int) { has_id = true; });
+#pragma unroll
+  for (int j = 0; j < kVectors; ++j) {
+    const int first = begin + 32 * kEach * j;
+    float z[kEach], g[kEach];
+    widen<kType>(raw[j], z);
+#pragma unroll
+    for (int c = 0; c < kEach; ++c) g[c] = base;
+    if (has_id) add_at_ids(g, ids, picked, a.num_ids, a.first + first);
+#pragma unroll
+    for (int c = 0; c < kEach; ++c) {
+      const float q = bounded((z[c] - lse) - lse_low), p = exponential(q);
+      g[c] = p * ptx::fma(square, p, ptx::fma(slope, q, g[c]));
+    }
+    if (has_id) add_at_ids(g, ids, complement, a.num_ids, a.first + first);
+#pragma unroll
+    for (int c = 0; c < kEach; ++c) g[c] = chained<kCapped>(g[c], z[c], chain);
+    write<kOut>(out, first + lane * kEach, a.columns, aligned, g);
+  }
+}
+
+}  // namespace
+
+void statistics(const Statistics& a, void* stream) {
+  const Transform& t = a.transform;
+  const bool transforms = t.bias || t.logit_scale != 1.0f || t.softcap > 0.0f || t.inverse_temperature;
+  const Cut cut = cut_of(a.workspace, a.num_rows, a.columns);
+  const Launch how{.grid = dim3(a.columns ? a.num_rows * cut.shares : 0),
+                   .block = dim3(kThreads),
+                   .shared_bytes = 16,
+                   .stream = (cudaStream_t)stream};
+  with_type(a.logits.type, [&](auto type) {
+    launch("statistics", transforms ? statistics_kernel<type(), true> : statistics_kernel<type(), false>, how, a, cut,
+           aligned(a.logits, a.num_rows));
+  });
+}
+
+void gradient(const Gradient& a, void* stream) {
+  const int blocks = (units_of(a.columns) + kWarps - 1) / kWarps;
+  const Launch how{
+      .grid = dim3(a.out_rows * blocks), .block = dim3(kThreads), .shared_bytes = 0, .stream = (cudaStream_t)stream};
+  const bool whole = aligned(a.logits, a.num_rows) && aligned(a.out, a.out_rows);
+  with_types(a.logits.type, a.out.type, [&](auto type, auto out) {
+    launch("gradient",
+           a.transform.softcap > 0.0f ? gradient_kernel<type(), out(), true> : gradient_kernel<type(), out(), false>,
+           how, a, blocks, whole);
+  });
+}
+
+}  // namespace m3::policy_loss
