@@ -158,8 +158,9 @@ void with_kind(Kind kind, Body body) {
 }  // namespace
 
 void divergence(const Divergence& a, void* stream) {
+  if (!a.num_rows || !a.columns) return;
   const Cut cut = cut_of(a.workspace, a.num_rows, a.columns);
-  const Launch how{.grid = dim3(a.columns ? a.num_rows * cut.shares : 0),
+  const Launch how{.grid = dim3(a.num_rows * cut.shares),
                    .block = dim3(kThreads),
                    .shared_bytes = 16,
                    .stream = (cudaStream_t)stream};

@@ -223,10 +223,11 @@ __global__ void __launch_bounds__(kThreads) gradient_kernel(const Gradient a, co
 }  // namespace
 
 void statistics(const Statistics& a, void* stream) {
+  if (!a.num_rows || !a.columns) return;
   const Transform& t = a.transform;
   const bool transforms = t.bias || t.logit_scale != 1.0f || t.softcap > 0.0f || t.inverse_temperature;
   const Cut cut = cut_of(a.workspace, a.num_rows, a.columns);
-  const Launch how{.grid = dim3(a.columns ? a.num_rows * cut.shares : 0),
+  const Launch how{.grid = dim3(a.num_rows * cut.shares),
                    .block = dim3(kThreads),
                    .shared_bytes = 16,
                    .stream = (cudaStream_t)stream};

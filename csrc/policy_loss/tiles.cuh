@@ -180,7 +180,7 @@ struct Cut {
 
 inline Cut cut_of(const Workspace& workspace, int64_t rows, int columns) {
   const int units = units_of(columns);
-  const int64_t wanted = 4 * (int64_t)device().multiprocessors / (rows ? rows : 1);
+  const int64_t wanted = 4 * (int64_t)device().multiprocessors / rows;
   if (rows > workspace.num_counters || wanted < 2) return {1, units};
   const int most = (units + kWarps - 1) / kWarps, shares = wanted < most ? (int)wanted : most;
   const int each = ((units + shares - 1) / shares + kWarps - 1) / kWarps * kWarps;
