@@ -1,8 +1,8 @@
 // What the tile kernels share: how a warp reads and writes a run of a row, exp, and how the parts of a row meet.
 //
-// A warp takes kUnit neighbouring columns at once, a lane 16 bytes of every 512 of them: all loads are on their way
-// before the first is used. Where a lane's columns lie depends on the type alone, not on alignment: rows that do not
-// begin at 16 bytes are read element by element into the same places.
+// A warp takes kUnit neighbouring columns at once, a lane 16 bytes of every 512: where the unit is whole and aligned,
+// all loads are on their way before the first is used, and nothing is checked. The end of a row, and rows that do not
+// begin at 16 bytes, go vector by vector, with the same columns in the same lanes: that changes no bit.
 #pragma once
 #include <type_traits>
 
@@ -64,47 +64,43 @@ M3_DEVICE float value_of(Stored<kType> bits) {
     return ptx::to_float<Half(kType)>(bits);
 }
 
-// Vector j of a lane is columns `column` + 32 j kVector onwards; `fill` (0, nan or infinite) where there is no column.
+// A unit that is all there: vector j of a lane is columns `column` + 32 kVector j onwards.
 template <Type kType, int kVectors>
-M3_DEVICE void read(uint4 (&raw)[kVectors], const Stored<kType>* row, int column, int columns, bool aligned,
-                    float fill) {
-  constexpr int kEach = kVector<kType>, kStep = 32 * kEach, kPerWord = kEach / 4;
-  if (aligned && column + (kVectors - 1) * kStep + kEach <= columns) {
+M3_DEVICE void read_whole(uint4 (&raw)[kVectors], const Stored<kType>* row, int column) {
 #pragma unroll
-    for (int j = 0; j < kVectors; ++j) raw[j] = __ldcs((const uint4*)(row + column + j * kStep));
-    return;
-  }
+  for (int j = 0; j < kVectors; ++j) raw[j] = __ldcs((const uint4*)(row + column + 32 * kVector<kType> * j));
+}
+
+// One vector, `fill` where there is no column: the end of a row, or rows that are not aligned.
+template <Type kType>
+M3_DEVICE uint4 read_part(const Stored<kType>* row, int column, int columns, bool aligned, float fill) {
+  constexpr int kEach = kVector<kType>, kPerWord = kEach / 4;
+  if (aligned && column + kEach <= columns) return *(const uint4*)(row + column);
+  uint32_t words[4] = {};
 #pragma unroll
-  for (int j = 0; j < kVectors; ++j) {
-    const int at = column + j * kStep;
-    if (aligned && at + kEach <= columns) {
-      raw[j] = __ldcs((const uint4*)(row + at));
-      continue;
-    }
-    uint32_t words[4] = {};
-#pragma unroll
-    for (int i = 0; i < kEach; ++i)
-      words[i / kPerWord] |= (uint32_t)(at + i < columns ? row[at + i] : bits_of<kType>(fill)) << (i % kPerWord * 16);
-    raw[j] = make_uint4(words[0], words[1], words[2], words[3]);
-  }
+  for (int i = 0; i < kEach; ++i)
+    words[i / kPerWord] |= (uint32_t)(column + i < columns ? row[column + i] : bits_of<kType>(fill))
+                           << (i % kPerWord * 16);
+  return make_uint4(words[0], words[1], words[2], words[3]);
 }
 
 // kCount neighbouring columns.
 template <Type kType, int kCount>
-M3_DEVICE void write(Stored<kType>* row, int column, int columns, bool aligned, const float (&z)[kCount]) {
-  if (aligned && column + kCount <= columns) {
-    if constexpr (kType == Type::kF32) {
+M3_DEVICE void write_whole(Stored<kType>* row, int column, const float (&z)[kCount]) {
+  if constexpr (kType == Type::kF32) {
 #pragma unroll
-      for (int i = 0; i < kCount; i += 4)
-        *(float4*)(row + column + i) = make_float4(z[i], z[i + 1], z[i + 2], z[i + 3]);
-    } else if constexpr (kCount == 8) {
-      *(uint4*)(row + column) = narrow<kType>(z);
-    } else {
-      static_assert(kCount == 4);
-      *(uint2*)(row + column) = make_uint2(ptx::pack2<Half(kType)>(z[0], z[1]), ptx::pack2<Half(kType)>(z[2], z[3]));
-    }
-    return;
+    for (int i = 0; i < kCount; i += 4) *(float4*)(row + column + i) = make_float4(z[i], z[i + 1], z[i + 2], z[i + 3]);
+  } else if constexpr (kCount == 8) {
+    *(uint4*)(row + column) = narrow<kType>(z);
+  } else {
+    static_assert(kCount == 4);
+    *(uint2*)(row + column) = make_uint2(ptx::pack2<Half(kType)>(z[0], z[1]), ptx::pack2<Half(kType)>(z[2], z[3]));
   }
+}
+
+template <Type kType, int kCount>
+M3_DEVICE void write_part(Stored<kType>* row, int column, int columns, bool aligned, const float (&z)[kCount]) {
+  if (aligned && column + kCount <= columns) return write_whole<kType>(row, column, z);
 #pragma unroll
   for (int i = 0; i < kCount; ++i)
     if (column + i < columns) row[column + i] = bits_of<kType>(z[i]);
@@ -125,14 +121,20 @@ M3_DEVICE float exponential(float x) {
   return ptx::fma(y, low * kLn2, y);
 }
 
+// 1 / x, rounded nearly always to nearest.
+M3_DEVICE float inverse(float x) {
+  const float y = ptx::reciprocal(x);
+  return ptx::fma(y, ptx::fma(-x, y, 1.0f), y);
+}
+
 // dz'/dz = scale * (1 - (z' * inverse_cap)^2), the second factor only where there is a softcap.
 struct Chain {
   float scale, inverse_cap;
 };
 
 M3_DEVICE Chain chain_of(const Transform& t, int64_t row) {
-  const float inverse = t.inverse_temperature ? t.inverse_temperature[row] : 1.0f;
-  return {t.logit_scale * inverse, t.softcap > 0.0f ? __frcp_rn(t.softcap * inverse) : 0.0f};
+  const float temperature = t.inverse_temperature ? t.inverse_temperature[row] : 1.0f;
+  return {t.logit_scale * temperature, t.softcap > 0.0f ? inverse(t.softcap * temperature) : 0.0f};
 }
 
 template <bool kCapped>
