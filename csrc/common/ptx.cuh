@@ -107,6 +107,13 @@ M3_DEVICE float add(float a, float b) { return __fadd_rn(a, b); }
 M3_DEVICE float mul(float a, float b) { return __fmul_rn(a, b); }
 M3_DEVICE float fma(float a, float b, float c) { return __fmaf_rn(a, b, c); }
 
+// The larger; nan if one of them is.
+M3_DEVICE float max_nan(float a, float b) {
+  float y;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(y) : "f"(a), "f"(b));
+  return y;
+}
+
 // 2^x and log2 x, about 2 units in the last place; subnormals are flushed.
 M3_DEVICE float exp2(float x) {
   float y;

@@ -1,8 +1,5 @@
 // Python border of the policy_loss family's CPU kernels: integers that are addresses, sizes that Python has validated.
-#include <algorithm>
-#include <optional>
-
-#include "common/border.h"
+#include "policy_loss/border.h"
 #include "policy_loss/tiles_cpu_driver.h"
 
 namespace py = pybind11;
@@ -11,38 +8,8 @@ using namespace m3::policy_loss;
 
 namespace {
 
-using MatrixTuple =
-    std::tuple<uintptr_t, int64_t, int64_t, int64_t>;          // address, rows, columns, elements from row to row
-using IdsTuple = std::tuple<SpanTuple, int64_t, int64_t>;      // ids (n, K), K, index of the tile's first column
-using TransformTuple = std::tuple<double, double, SpanTuple>;  // logit_scale, softcap, inverse_temperature
-
-struct Matrix {
-  float* data;
-  int64_t rows, columns, stride;
-
-  uintptr_t begin() const { return (uintptr_t)data; }
-  uintptr_t end() const {  // behind the last element
-    return rows && columns ? begin() + 4 * (uintptr_t)((rows - 1) * stride + columns) : begin();
-  }
-};
-
-std::string shape(int64_t rows, int64_t columns) {
-  return "(" + std::to_string(rows) + ", " + std::to_string(columns) + ")";
-}
-
-Matrix matrix_of(const char* op, const char* argument, const MatrixTuple& tuple) {
-  const auto& [address, rows, columns, stride] = tuple;
-  constexpr int64_t most = int64_t{1} << 40;  // so that no product of sizes leaves int64
-  check(rows >= 0 && columns >= 0 && rows < most && columns < most, op, argument, "sizes in 0 .. 2**40 - 1",
-        shape(rows, columns));
-  check(rows <= 1 || (stride >= columns && stride <= most / rows), op, argument,
-        "rows that lie one after another, under 2**40 elements", stride);
-  check(address || !rows || !columns, op, argument, "memory", "none");
-  return {at<float>(address), rows, columns, rows > 1 ? stride : std::max<int64_t>(1, columns)};
-}
-
-void check_shape(const char* op, const char* argument, const Matrix& m, int64_t rows, int64_t columns) {
-  check(m.rows == rows && m.columns == columns, op, argument, shape(rows, columns), shape(m.rows, m.columns));
+Tile matrix_of(const char* op, const char* argument, const MatrixTuple& tuple) {
+  return tile_of(op, argument, tuple, sizeof(float));
 }
 
 void check_threads(const char* op, int threads) {
@@ -61,37 +28,17 @@ const int64_t* rows_of(const char* op, const std::optional<SpanTuple>& rows, int
   return values;
 }
 
-// `out` may be what is read, element for element: a row is read before it is written. Any other overlap would be read
-// after it is written, unless the two are column ranges of one matrix.
-void check_apart(const char* op, const char* read, const Matrix& in, const Matrix& out, bool same_rows) {
-  if (in.begin() >= out.end() || out.begin() >= in.end()) return;
-  if (same_rows && in.data == out.data && in.stride == out.stride) return;
-  const int64_t stride = in.rows > 1 ? in.stride : out.stride;
-  const int64_t distance = ((int64_t)(out.begin() - in.begin()) / 4 % stride + stride) % stride;
-  const bool beside = (in.rows <= 1 || out.rows <= 1 || in.stride == out.stride) && distance >= in.columns &&
-                      distance + out.columns <= stride;
-  check(beside, op, "out", std::string("memory apart from ") + read + (same_rows ? ", or the same" : ""), "an overlap");
-}
-
 Transform transform_of(const char* op, const TransformTuple& tuple, int64_t rows) {
   const auto& [logit_scale, softcap, inverse_temperature] = tuple;
   check_span(op, "inverse_temperature", inverse_temperature, rows, true);
   return {nullptr, (float)logit_scale, (float)softcap, at<float>(inverse_temperature)};
 }
 
-void check_ids(const char* op, const IdsTuple& tuple, int64_t rows) {
-  const auto& [ids, num_ids, first] = tuple;
-  constexpr int64_t most = int64_t{1} << 20;
-  check(num_ids >= 0 && num_ids < most, op, "ids", "under 2**20 a row", num_ids);
-  check(first >= 0, op, "first", "at least 0", first);
-  check_span(op, "ids", ids, rows * num_ids, false);
-}
-
 void statistics_of(const MatrixTuple& logits, const IdsTuple& ids, SpanTuple bias, const TransformTuple& transform,
                    SpanTuple maximum, SpanTuple total, SpanTuple picked, SpanTuple weighted, SpanTuple squared,
                    int threads) {
   const char* op = "statistics";
-  const Matrix z = matrix_of(op, "logits", logits);
+  const Tile z = matrix_of(op, "logits", logits);
   check_ids(op, ids, z.rows);
   check_span(op, "bias", bias, z.columns, true);
   check_span(op, "maximum", maximum, z.rows, false);
@@ -100,7 +47,7 @@ void statistics_of(const MatrixTuple& logits, const IdsTuple& ids, SpanTuple bia
   check_span(op, "weighted", weighted, z.rows, true);
   check_span(op, "squared", squared, z.rows, true);
   check_threads(op, threads);
-  Statistics a{.logits = z.data,
+  Statistics a{.logits = at<float>(z.address),
                .num_rows = z.rows,
                .row_stride = z.stride,
                .columns = z.columns,
@@ -122,7 +69,7 @@ void gradient_of(const MatrixTuple& logits, const std::optional<SpanTuple>& rows
                  SpanTuple lse_low, SpanTuple base, SpanTuple slope, SpanTuple square, SpanTuple picked,
                  SpanTuple complement, const TransformTuple& transform, const MatrixTuple& out, int threads) {
   const char* op = "gradient";
-  const Matrix z = matrix_of(op, "logits", logits), g = matrix_of(op, "out", out);
+  const Tile z = matrix_of(op, "logits", logits), g = matrix_of(op, "out", out);
   const int64_t n = g.rows;
   check_shape(op, "out", g, n, z.columns);
   const int64_t* which = rows_of(op, rows, z.rows, n);
@@ -136,7 +83,7 @@ void gradient_of(const MatrixTuple& logits, const std::optional<SpanTuple>& rows
   check_span(op, "picked", picked, n * std::get<1>(ids), false);
   check_span(op, "complement", complement, n * std::get<1>(ids), false);
   check_threads(op, threads);
-  const Gradient a{.logits = z.data,
+  const Gradient a{.logits = at<float>(z.address),
                    .num_rows = n,
                    .row_stride = z.stride,
                    .columns = z.columns,
@@ -152,14 +99,14 @@ void gradient_of(const MatrixTuple& logits, const std::optional<SpanTuple>& rows
                    .square = at<float>(square),
                    .picked = at<float>(picked),
                    .complement = at<float>(complement),
-                   .out = g.data,
+                   .out = at<float>(g.address),
                    .out_stride = g.stride};
   py::gil_scoped_release release;
   gradient(a, threads);
 }
 
 // The part that both functions share: two matrices of logits, their normalisers, the kind.
-Divergence divergence_base(const char* op, const Matrix& student, const Matrix& teacher, int64_t rows,
+Divergence divergence_base(const char* op, const Tile& student, const Tile& teacher, int64_t rows,
                            const SpanTuple& student_lse, const SpanTuple& student_low, const SpanTuple& teacher_lse,
                            const SpanTuple& teacher_low, int kind, double beta) {
   check_shape(op, "teacher", teacher, student.rows, student.columns);
@@ -170,8 +117,8 @@ Divergence divergence_base(const char* op, const Matrix& student, const Matrix& 
   check_span(op, "teacher_lse", teacher_lse, rows, false);
   check_span(op, "teacher_low", teacher_low, rows, false);
   Divergence a{};
-  a.student = student.data, a.student_stride = student.stride;
-  a.teacher = teacher.data, a.teacher_stride = teacher.stride;
+  a.student = at<float>(student.address), a.student_stride = student.stride;
+  a.teacher = at<float>(teacher.address), a.teacher_stride = teacher.stride;
   a.num_rows = rows, a.columns = student.columns;
   a.student_lse = at<float>(student_lse), a.student_low = at<float>(student_low);
   a.teacher_lse = at<float>(teacher_lse), a.teacher_low = at<float>(teacher_low);
@@ -183,7 +130,7 @@ void divergence_of(const MatrixTuple& student, const MatrixTuple& teacher, SpanT
                    SpanTuple teacher_lse, SpanTuple teacher_low, int kind, double beta, SpanTuple value,
                    SpanTuple center, int threads) {
   const char* op = "divergence";
-  const Matrix s = matrix_of(op, "student", student), t = matrix_of(op, "teacher", teacher);
+  const Tile s = matrix_of(op, "student", student), t = matrix_of(op, "teacher", teacher);
   Divergence a = divergence_base(op, s, t, s.rows, student_lse, student_low, teacher_lse, teacher_low, kind, beta);
   check_span(op, "value", value, s.rows, false);
   check_span(op, "center", center, s.rows, false);
@@ -198,8 +145,8 @@ void divergence_gradient_of(const MatrixTuple& student, const MatrixTuple& teach
                             SpanTuple teacher_lse, SpanTuple teacher_low, int kind, double beta, SpanTuple center,
                             SpanTuple weight, const TransformTuple& transform, const MatrixTuple& out, int threads) {
   const char* op = "divergence_gradient";
-  const Matrix s = matrix_of(op, "student", student), t = matrix_of(op, "teacher", teacher),
-               g = matrix_of(op, "out", out);
+  const Tile s = matrix_of(op, "student", student), t = matrix_of(op, "teacher", teacher),
+             g = matrix_of(op, "out", out);
   const int64_t n = g.rows;
   Divergence a = divergence_base(op, s, t, n, student_lse, student_low, teacher_lse, teacher_low, kind, beta);
   check_shape(op, "out", g, n, s.columns);
@@ -211,7 +158,7 @@ void divergence_gradient_of(const MatrixTuple& student, const MatrixTuple& teach
   check_threads(op, threads);
   a.center = at<float>(center), a.weight = at<float>(weight);
   a.transform = transform_of(op, transform, n);
-  a.out = g.data, a.out_stride = g.stride;
+  a.out = at<float>(g.address), a.out_stride = g.stride;
   py::gil_scoped_release release;
   divergence_gradient(a, threads);
 }

@@ -1,4 +1,4 @@
-"""Arguments for the Triton tile kernels of policy_loss, on the GPU where there is one."""
+"""Arguments for the GPU tile kernels of policy_loss (Triton, CUDA), on the GPU where there is one."""
 
 from __future__ import annotations
 

@@ -68,6 +68,7 @@ M3_DEVICE uint32_t mul2(uint32_t a, uint32_t b) {
 M3_DEVICE float add(float a, float b) { return a + b; }
 M3_DEVICE float mul(float a, float b) { return a * b; }
 M3_DEVICE float fma(float a, float b, float c) { return std::fma(a, b, c); }
+M3_DEVICE float max_nan(float a, float b) { return a != a || b != b ? NAN : std::max(a, b); }
 M3_DEVICE float flush(float x) { return std::fpclassify(x) == FP_SUBNORMAL ? std::copysign(0.f, x) : x; }
 M3_DEVICE float exp2(float x) { return flush(std::exp2(flush(x))); }
 M3_DEVICE float log2(float x) { return flush(std::log2(flush(x))); }
