@@ -1,4 +1,4 @@
-"""``python -m bench FAMILY | engine | roofline | report``: measure; rows to a document.
+"""``python -m bench FAMILY | engine | roofline | report | goals``: measure; rows to a document.
 
 FAMILY: decoder, int4, skinny, policy_loss or spec_decode.
 """
@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from bench import (
@@ -17,7 +18,10 @@ from bench import (
     engine,
     engine_inputs,
     engine_report,
+    gpu_goals,
+    gpu_timing,
     int4,
+    int4_gpu,
     policy_loss,
     policy_loss_report,
     record,
@@ -26,6 +30,7 @@ from bench import (
     skinny_report,
     spec_decode,
     spec_decode_cases,
+    spec_decode_gpu,
     spec_decode_report,
     tables,
     workloads,
@@ -65,14 +70,17 @@ def parser() -> argparse.ArgumentParser:
     commands = top.add_subparsers(dest="command", required=True)
 
     gemm = commands.add_parser("int4", help="INT4 GEMM and experts against other projects")
-    gemm.add_argument("--preset", choices=sorted(workloads.PRESETS), help="a named list of shapes (default: default)")
+    presets = sorted([*workloads.PRESETS, *int4_gpu.PRESETS])
+    gemm.add_argument("--preset", choices=presets, help="a named list of shapes (default: default; on a GPU: gpu)")
     gemm.add_argument("--shapes", type=words, help=f"of {', '.join([*workloads.LINEARS, *workloads.EXPERTS])}")
-    gemm.add_argument("--m", type=numbers, help="rows of x (default: 1,4,16,128; on a GPU 1,4,16,64,128,256,1024)")
+    gemm.add_argument("--m", type=numbers, help="rows of x (default: 1,4,16,128; on a GPU 1,4,16,32,64,128,256,1024)")
+    gemm.add_argument("--dtypes", type=words, help=f"of x on a GPU: {', '.join(int4_gpu.X_DTYPES)} (default: bf16)")
     gemm.add_argument("--threads", type=numbers, default=(1, 2), help="default: 1,2")
-    gemm.add_argument("--arms", type=words, help=f"default: {', '.join(int4.DEFAULT_ARMS)}")
+    every = ", ".join(int4_gpu.EVERY)
+    gemm.add_argument("--arms", type=words, help=f"default: {', '.join(int4.DEFAULT_ARMS)}; on a GPU: {every}")
     gemm.add_argument("--isa", type=words, default=(), help="also run our arms so, as m3_int8@avx2")
-    gemm.add_argument("--seconds", type=float, default=6.0, help="for each shape, M and thread count (default: 6)")
-    gemm.add_argument("--rounds", type=int, default=5, help="at least this many (default: 5)")
+    gemm.add_argument("--seconds", type=float, help="for each shape, M and thread count (default: 6; on a GPU: 1)")
+    gemm.add_argument("--rounds", type=int, help="at least this many (default: 5; on a GPU: 20)")
     gemm.add_argument("--asymmetric", action="store_true", help="weights with zero points")
     gemm.add_argument("--memory", type=float, default=6.0, help="GB that the copies of a case may take (default: 6)")
     gemm.add_argument(
@@ -108,7 +116,9 @@ def parser() -> argparse.ArgumentParser:
 
     trees = commands.add_parser("spec_decode", help="tree drafting and verification against torch")
     trees.add_argument("--preset", choices=sorted(spec_decode.PRESETS), help="default: acceptance")
-    trees.add_argument("--cases", type=words, help=f"of {', '.join(spec_decode_cases.CASES)}")
+    cases = list(dict.fromkeys([*spec_decode_cases.CASES, *spec_decode_gpu.CASES]))
+    trees.add_argument("--cases", type=words, help=f"of {', '.join(cases)}")
+    trees.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     trees.add_argument("--threads", type=numbers)
     trees.add_argument("--seconds", type=float, help="for each case and thread count")
     trees.add_argument("--rounds", type=int, help="at least this many")
@@ -144,41 +154,42 @@ def parser() -> argparse.ArgumentParser:
     report = commands.add_parser("report", help="write docs/benchmarks.md and its plots from the rows")
     report.add_argument("--results", type=Path, default=record.RESULTS)
     report.add_argument("--out", type=Path, default=record.ROOT / "docs" / "benchmarks.md")
+
+    goals = commands.add_parser("goals", help="the goals of the GPU kernels with what was measured of each")
+    goals.add_argument("--results", type=Path, default=record.RESULTS)
+    goals.add_argument("--write", type=Path, help="a document whose tables of goals to renew, as docs/gpu_status.md")
     return top
 
 
 def run_int4(arguments: argparse.Namespace) -> int:
     from bench import report
 
+    if arguments.device == "cuda":
+        return run_int4_gpu(arguments)
     say = functools.partial(print, file=sys.stderr, flush=True)
     preset = arguments.preset or "default"
+    if preset not in workloads.PRESETS:
+        raise SystemExit(f"bench int4: preset: {preset} is of --device cuda")
     shapes = [workloads.find(name) for name in arguments.shapes or workloads.PRESETS[preset]]
     acceptance = arguments.preset == "acceptance"
     out = arguments.out or record.RESULTS / "int4.jsonl"
+    arms = arguments.arms or int4.DEFAULT_ARMS
+    plan = int4.Plan(
+        ms=arguments.m or (1, 4, 16, 128),
+        threads=arguments.threads,
+        arms=(*arms, *(f"{arm}@{isa}" for isa in arguments.isa for arm in int4.OURS if arm in arms)),
+        symmetric=not arguments.asymmetric,
+        seconds=6.0 if arguments.seconds is None else arguments.seconds,
+        scaling=acceptance,
+        limit_bytes=int(arguments.memory * 1e9),
+        min_rounds=arguments.rounds or 5,
+    )
+    for name in plan.arms:
+        int4.factory(name)
     found: list[record.Row] = []
-    if arguments.device == "cuda":
-        from bench import cuda
-
-        plan = cuda.plan(ms=arguments.m, arms=arguments.arms, seconds=arguments.seconds, min_rounds=arguments.rounds)
-        measure = functools.partial(cuda.run, plan=plan, say=say)
-    else:
-        arms = arguments.arms or int4.DEFAULT_ARMS
-        plan = int4.Plan(
-            ms=arguments.m or (1, 4, 16, 128),
-            threads=arguments.threads,
-            arms=(*arms, *(f"{arm}@{isa}" for isa in arguments.isa for arm in int4.OURS if arm in arms)),
-            symmetric=not arguments.asymmetric,
-            seconds=arguments.seconds,
-            scaling=acceptance,
-            limit_bytes=int(arguments.memory * 1e9),
-            min_rounds=arguments.rounds,
-        )
-        for name in plan.arms:
-            int4.factory(name)
-        measure = functools.partial(int4.run, plan=plan, say=say)
     for shape in shapes:
         case: list[record.Row] = []
-        for row in measure(shape):
+        for row in int4.run(shape, plan, say):
             record.append(out, [row])
             case.append(row)
         print(report.tables(case), flush=True)
@@ -188,6 +199,50 @@ def run_int4(arguments: argparse.Namespace) -> int:
         print(tables.acceptance_table(lines))
         return 0 if all(line.passed for line in lines) else 1
     return 0
+
+
+# -- on a GPU ---------------------------------------------------------------------------------------------------------
+def judged(found: Sequence[record.Row]) -> int:
+    """Print what became of the goals of a GPU; 1 if an arm of ours failed its gate or broke."""
+    print(gpu_goals.verdicts(found), flush=True)
+    wrong = gpu_timing.broken(found)
+    for line in wrong:
+        print(f"WRONG: {line}", flush=True)
+    return 1 if wrong else 0
+
+
+def int4_gpu_plan(arguments: argparse.Namespace) -> int4_gpu.Plan:
+    """The preset, with what the command line says in place of its fields."""
+    preset = arguments.preset or "gpu"
+    if preset not in int4_gpu.PRESETS:
+        raise SystemExit(f"bench int4: preset: {preset} is of --device cpu")
+    fields = {
+        "shapes": arguments.shapes,
+        "ms": arguments.m,
+        "dtypes": arguments.dtypes,
+        "arms": arguments.arms,
+        "seconds": arguments.seconds,
+        "min_rounds": arguments.rounds,
+    }
+    changes = {name: value for name, value in fields.items() if value is not None}
+    return dataclasses.replace(int4_gpu.PRESETS[preset], **changes)
+
+
+def run_int4_gpu(arguments: argparse.Namespace) -> int:
+    from bench import report
+
+    say = functools.partial(print, file=sys.stderr, flush=True)
+    plan = int4_gpu_plan(arguments)
+    shapes = [workloads.find(name) for name in plan.shapes]
+    out = arguments.out or record.RESULTS / "int4_cuda.jsonl"
+    gpu_timing.clock(plan.device)
+    found: list[record.Row] = []
+    for shape in shapes:
+        for case in int4_gpu.run(shape, plan, say):
+            record.append(out, case)
+            print(report.tables(case), flush=True)
+            found += case
+    return judged(found)
 
 
 def skinny_plan(arguments: argparse.Namespace) -> skinny.Plan:
@@ -245,13 +300,15 @@ def run_policy_loss(arguments: argparse.Namespace) -> int:
     say = functools.partial(print, file=sys.stderr, flush=True)
     plan = loss_plan(arguments)
     heads = [workloads.find_head(name) for name in plan.heads]
-    out = arguments.out or record.RESULTS / "policy_loss.jsonl"
+    out = arguments.out or record.RESULTS / ("policy_loss_cuda.jsonl" if plan.device == "cuda" else "policy_loss.jsonl")
     found: list[record.LossRow] = []
     for head in heads:
         for case in policy_loss.run(head, plan, say):
             record.append(out, case)
             print(policy_loss_report.tables(case), flush=True)
             found += case
+    if plan.device == "cuda":
+        return judged(found)
     lines = policy_loss_report.acceptance(found)
     if arguments.preset and lines:
         print(tables.acceptance_table(lines, "case"))
@@ -272,7 +329,22 @@ def spec_plan(arguments: argparse.Namespace) -> spec_decode.Plan:
     return dataclasses.replace(plan, **{name: value for name, value in fields.items() if value is not None})
 
 
+def run_spec_decode_gpu(arguments: argparse.Namespace) -> int:
+    say = functools.partial(print, file=sys.stderr, flush=True)
+    fields = {"cases": arguments.cases, "seconds": arguments.seconds, "min_rounds": arguments.rounds}
+    plan = spec_decode_gpu.Plan(**{name: value for name, value in fields.items() if value is not None})
+    out = arguments.out or record.RESULTS / "spec_decode_cuda.jsonl"
+    found: list[record.SpecRow] = []
+    for case in spec_decode_gpu.run(plan, say):
+        record.append(out, case)
+        print(spec_decode_report.tables(case), flush=True)
+        found += case
+    return judged(found)
+
+
 def run_spec_decode(arguments: argparse.Namespace) -> int:
+    if arguments.device == "cuda":
+        return run_spec_decode_gpu(arguments)
     say = functools.partial(print, file=sys.stderr, flush=True)
     out = arguments.out or record.RESULTS / "spec_decode.jsonl"
     found: list[record.SpecRow] = []
@@ -318,6 +390,15 @@ def run_engine(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def run_goals(arguments: argparse.Namespace) -> int:
+    rows = gpu_goals.measured(arguments.results)
+    if arguments.write:
+        gpu_goals.write(arguments.write, rows)
+    else:
+        print(gpu_goals.status(rows))
+    return 0
+
+
 def run_decoder(arguments: argparse.Namespace) -> int:
     say = functools.partial(print, file=sys.stderr, flush=True)
     fields = {
@@ -351,7 +432,7 @@ def main() -> int:
             start_again(record.KEEPING_MALLOC)
         return run_policy_loss(arguments)
     if arguments.command == "spec_decode":
-        if not record.malloc_keeps():
+        if arguments.device == "cpu" and not record.malloc_keeps():
             start_again(record.KEEPING_MALLOC)
         return run_spec_decode(arguments)
     if arguments.command == "engine":
@@ -362,6 +443,8 @@ def main() -> int:
         for threads in arguments.threads:
             print(roofline.describe(roofline.measured(threads, record.cpu_model())))
         return 0
+    if arguments.command == "goals":
+        return run_goals(arguments)
     from bench import report
 
     report.write(arguments.results, arguments.out)

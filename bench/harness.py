@@ -13,6 +13,7 @@ import ctypes
 import dataclasses
 import gc
 import math
+import os
 import random
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -21,6 +22,8 @@ from typing import TypeVar
 
 import torch
 from torch import Tensor
+
+from m3kernels import dispatch
 
 QUIET_SLICE = 0.001  # seconds slept at a time while the pools of the previous arm come to rest
 QUIET_LIMIT = 0.1  # at most
@@ -32,6 +35,22 @@ class UnavailableError(Exception):
     """An arm cannot be built or run here; the message says why."""
 
 
+CHOICE = "M3KERNELS_BACKEND"  # the variable by which m3kernels lets a room be forced
+GIVEN_CHOICE = os.environ.get(CHOICE)  # of this process, before any arm
+
+
+def use_room(choice: str | None) -> None:
+    """Force a room of our kernels ("int4=cuda") from the next call on; None: as this process was started."""
+    wanted = GIVEN_CHOICE if choice is None else choice
+    if os.environ.get(CHOICE) == wanted:
+        return
+    if wanted is None:
+        del os.environ[CHOICE]
+    else:
+        os.environ[CHOICE] = wanted
+    dispatch.rooms.cache_clear()
+
+
 class Arm:
     """One way of computing the thing. Subclasses build what they need in ``__init__`` and fill in the fields."""
 
@@ -41,10 +60,12 @@ class Arm:
     tolerance: float = 1e-5  # relative RMS error, against fp64, beyond which there is no time
     span: int = 1
     parts: int = 1
+    room: str | None = None  # that our kernels are forced to, as use_room takes it
 
     def enter(self) -> None:
-        """Process-wide settings of this arm (thread count) and a clean table, outside the timed region."""
+        """Process-wide settings of this arm (thread count, room) and a clean table, outside the timed region."""
         torch.set_num_threads(self.threads)
+        use_room(self.room)
 
     def run(self, part: int) -> None:
         """The timed work of a part."""
@@ -93,6 +114,11 @@ def relative_rms(y: Tensor, expected: Tensor) -> float:
     return math.sqrt(error / scale) if math.isfinite(error) and scale > 0 else math.nan
 
 
+def worst(errors: Sequence[float]) -> float:
+    """The largest; nan where one of them is."""
+    return math.nan if any(map(math.isnan, errors)) else max(errors)
+
+
 def gate(arm: GemmArm, expected: Callable[[int], Tensor]) -> Gate:
     """Run every part once and compare its first and last copy with ``expected(copy)``; the worse error counts."""
     errors = []
@@ -101,8 +127,7 @@ def gate(arm: GemmArm, expected: Callable[[int], Tensor]) -> Gate:
         arm.run(part)
         for copy in sorted({part * arm.span, (part + 1) * arm.span - 1}):
             errors.append(relative_rms(arm.output(copy), expected(copy)))
-    error = math.nan if any(map(math.isnan, errors)) else max(errors)
-    return Gate(error=error, tolerance=arm.tolerance)
+    return Gate(error=worst(errors), tolerance=arm.tolerance)
 
 
 # -- which arms may be timed ------------------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ from bench import harness, record, roofline
 from bench.harness import Gate, GemmArm, Rotation, UnavailableError
 from bench.peers import TOLERANCE, Ark, Ggml, OnnxRuntime, OpenVino, PeerArm, TorchDense, TorchInt4
 from bench.record import GemmRow
-from bench.workloads import Experts, Linear, Problem, make_problem
+from bench.workloads import Experts, Linear, Problem, draw, draw_weight, make_problem
 from m3kernels.int4 import Int4Weight, int4_dequantize, int4_gemm, int4_moe, reference
 from m3kernels.int4.reference import ACTIVATION_ERROR, make_inputs
 from m3kernels.int4.types import in_huge_pages
@@ -291,12 +291,18 @@ def make_moe_problem(
 ) -> MoeProblem:
     """Gaussian x; every token goes to topk different experts, each set equally likely, with softmax weights."""
     sizes = {"group_size": shape.group_size, "symmetric": True, "experts": shape.experts}
-    x, w13, _ = make_inputs(tokens, 2 * shape.intermediate, shape.hidden, seed=seed, **sizes)
-    _, w2, _ = make_inputs(1, shape.hidden, shape.intermediate, seed=seed + 1, **sizes)
+    w13_shape, w2_shape = (2 * shape.intermediate, shape.hidden), (shape.hidden, shape.intermediate)
+    if device == "cpu":
+        x, w13, _ = make_inputs(tokens, *w13_shape, seed=seed, **sizes)
+        _, w2, _ = make_inputs(1, *w2_shape, seed=seed + 1, **sizes)
+    else:  # there it takes milliseconds, here minutes for many experts
+        x = draw(tokens, shape.hidden, seed, device)
+        w13 = draw_weight(*w13_shape, seed=seed, device=device, **sizes)
+        w2 = draw_weight(*w2_shape, seed=seed + 1, device=device, **sizes)
     generator = torch.Generator().manual_seed(seed)
     top = torch.rand(tokens, shape.experts, generator=generator).topk(shape.topk, dim=-1)
     ids, weights = top.indices.to(device), top.values.softmax(-1).contiguous().to(device)
-    x, w13, w2 = x.to(x_dtype).float().to(device), w13.to(device), w2.to(device)
+    x = x.to(x_dtype).float()
     tensors = (w13.qweight, w13.scales, w13.zeros, w13.perm, w2.qweight, w2.scales, w2.zeros, w2.perm)
     numbers = (shape.hidden, shape.intermediate, shape.group_size, 0, 0)
     expected = reference.int4_moe(x.double(), ids, weights, *tensors, *numbers, True, "exact")

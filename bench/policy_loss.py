@@ -23,11 +23,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench import cuda, harness, record
+from bench import gpu_timing, harness, record
 from bench.harness import Arm, Gate, UnavailableError
 from bench.policy_loss_peers import TOLERANCE, LigerCrossEntropy, LigerLoss, LossArm, Torch, Trl, Verl, VerlTriton
 from bench.record import LossRow
 from bench.workloads import CLIP, DTYPES, LossHead, LossProblem, LossResult, expected_loss, make_loss_problem
+from m3kernels import dispatch
 from m3kernels.policy_loss import LossSpec, linear_logprobs, linear_policy_loss, policy_loss_from_logprobs
 
 OP = "linear_policy_loss"
@@ -132,6 +133,23 @@ ARMS: dict[str, Factory] = {
     "verl_triton": VerlTriton,
     "gemms": functools.partial(Products, count=3),
 }
+
+
+def factory(name: str) -> Factory:
+    """The builder of an arm: a name of ARMS; one of ours followed by "@triton" is forced to that room."""
+    base, _, room = name.partition("@")
+    if base not in ARMS or (room and (base not in OURS or room not in dispatch.NAMES)):
+        wanted = f"names of {', '.join(ARMS)}, ours also as name@room"
+        raise ValueError(f"bench policy_loss: arms: want {wanted}; got {name!r}")
+
+    def make(problem: LossProblem, threads: int) -> Arm:
+        arm = ARMS[base](problem, threads)
+        arm.room = f"policy_loss={room}" if room else None
+        return arm
+
+    return make
+
+
 UNITS: dict[str, Factory] = {
     "gemm_fp32": functools.partial(Products, count=1, dtype="fp32"),
     "gemm_bf16": functools.partial(Products, count=1, dtype="bf16"),
@@ -155,13 +173,13 @@ class Plan:
 
     def __post_init__(self) -> None:
         for name in self.arms:
-            if name not in ARMS:
-                raise ValueError(f"bench policy_loss: arms: want names of {', '.join(ARMS)}; got {name!r}")
+            factory(name)
         for dtype in self.dtypes:
             if dtype not in DTYPES:
                 raise ValueError(f"bench policy_loss: dtypes: want names of {', '.join(DTYPES)}; got {dtype!r}")
 
 
+ON_GPU = (*(f"{name}@cuda" for name in OURS if name != "m3_one_pass"), *(name for name in ARMS if name not in OURS))
 PRESETS = {
     "acceptance": Plan(heads=("smollm2-135m.t1024", "qwen3-0.6b.t256")),
     "long": Plan(
@@ -177,8 +195,18 @@ PRESETS = {
         heads=("qwen3-8b.t8192", "qwen3-8b.t16384"),
         dtypes=("bf16",),
         threads=(1,),
-        arms=tuple(ARMS),
+        arms=("m3_one_pass@cuda", "m3_one_pass@triton", *ON_GPU),
         seconds=3.0,
+        device="cuda",
+    ),
+    "gpu_long": Plan(
+        heads=("qwen3-8b.t65536",),
+        dtypes=("bf16",),
+        densities=(1.0,),
+        threads=(1,),
+        arms=("m3_one_pass@cuda",),
+        seconds=0.0,
+        min_rounds=2,
         device="cuda",
     ),
 }
@@ -262,25 +290,35 @@ def run(head: LossHead, plan: Plan, say: Callable[[str], None]) -> Iterator[list
 
 def run_problem(problem: LossProblem, plan: Plan, say: Callable[[str], None]) -> Iterator[list[LossRow]]:
     head, dtype, density = problem.head, problem.dtype, problem.density
+    harness.use_room(None)  # of the last arm that ran
     say(f"{head.name}, {dtype}, density {density}: the fp64 result")
     expected = expected_loss(problem)
     peaks: dict[str, int] = {}
+
+    def guard(work: Callable[[], Any]) -> Any:
+        """On a GPU an arm that does not run, or runs out of memory, is absent; the others go on."""
+        return gpu_timing.guarded(work, gpu_timing.clock()) if plan.device == "cuda" else work()
+
     for threads in plan.threads:
         say(f"{head.name}, {dtype}, density {density}, {threads} thread(s)")
 
         def make(name: str, threads: int = threads) -> Arm:
-            return (UNITS.get(name) or ARMS[name])(problem, threads)
+            return guard(functools.partial(UNITS.get(name) or factory(name), problem, threads))
+
+        found: dict[str, dict[str, float]] = {}
+
+        def judge(arm: Arm, found: dict[str, dict[str, float]] = found) -> Gate:
+            return guard(functools.partial(gate, arm, expected, found))
 
         arms, absent = harness.build([*plan.arms, *units(dtype, plan.device)], make, say)
-        found: dict[str, dict[str, float]] = {}
-        timed, gates = harness.pass_gates(arms, functools.partial(gate, expected=expected, found=found), absent, say)
+        timed, gates = harness.pass_gates(arms, judge, absent, say)
         if plan.memory and threads == plan.threads[0]:
             for arm in timed:
                 if isinstance(arm, LossArm) and plan.device == "cuda":
                     peaks[arm.name] = peak_on_gpu(arm)
                 elif isinstance(arm, LossArm):
                     peaks[arm.name] = peak_in_fresh_process(head, dtype, density, arm.name, max(plan.threads))
-        clock = cuda.visit if plan.device == "cuda" else harness.visit
+        clock = gpu_timing.visit if plan.device == "cuda" else harness.visit
         limits = {"seconds": plan.seconds, "min_rounds": plan.min_rounds}
         times, _ = harness.interleave(timed, visit=clock, first_untimed=False, **limits)
         yield list(rows(problem, plan, threads, arms, absent, gates, found, times, peaks))

@@ -26,7 +26,7 @@ RESULTS = Path(__file__).resolve().parent / "results"
 Triple = tuple[float, float, float]  # median, 20th and 80th percentile
 PEERS = (
     "torch", "triton", "onnxruntime", "openvino", "llama-cpp-python", "auto-round-lib", "gemlite",
-    "liger-kernel", "trl", "verl",
+    "humming-kernels", "vllm", "liger-kernel", "trl", "verl",
 )  # fmt: skip
 HUGE_MALLOC = "glibc.malloc.hugetlb=1"
 KEEPING_MALLOC = "glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=1099511627776"
@@ -88,7 +88,7 @@ class Row:
 class GemmRow(Row):
     """An INT4 product or layer of experts; times per product, rates per second."""
 
-    TIMED: ClassVar[tuple[str, ...]] = (*Row.TIMED, "gmacs", "gbytes_s")
+    TIMED: ClassVar[tuple[str, ...]] = (*Row.TIMED, "gmacs", "gbytes_s", "spec_share")
 
     m: int
     n: int
@@ -101,6 +101,8 @@ class GemmRow(Row):
     lossy: bool  # rounds the activations to int8 or everything to bf16
     isa: str | None = None  # of our own CPU kernels
     malloc_huge_pages: bool = False  # glibc.malloc.hugetlb: every library's weights in huge pages, not only ours
+    x_dtype: str | None = None  # on a GPU, of x and the result
+    timing: str | None = None  # on a GPU: "cold" (L2 flushed before a product) or "rotation" (see gpu_timing.py)
     launch: str | None = None  # on a GPU: "graph" (CUDA graph of a visit) or "eager"
     span: int | None = None  # products per visit
     copies: int | None = None
@@ -110,13 +112,14 @@ class GemmRow(Row):
     gbytes_s: float | None = None  # 1e9 weight_bytes per second
     read_gbytes_s: float | None = None  # read bandwidth of the machine, measured between the arms
     read_share: float | None = None  # gbytes_s / read_gbytes_s
+    spec_share: float | None = None  # on a GPU: gbytes_s over the memory bandwidth of its data sheet
     peak_gmacs: float | None = None  # ceiling for these operands
     peak_share: float | None = None
 
     @property
     def key(self) -> tuple[object, ...]:
         case = (self.op, self.shape, self.group_size, self.symmetric, self.device, self.case_threads, self.m)
-        return (self.place, self.malloc_huge_pages, *case, self.arm)
+        return (self.place, self.malloc_huge_pages, *case, self.x_dtype, self.timing, self.arm)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -179,7 +182,7 @@ class LossRow(Row):
 class SpecRow(Row):
     """An op of tree drafting and verification on one batch (one layer, for attention)."""
 
-    TIMED: ClassVar[tuple[str, ...]] = (*Row.TIMED, "roofline_share", "peak_bytes")
+    TIMED: ClassVar[tuple[str, ...]] = (*Row.TIMED, "roofline_share", "spec_share", "peak_bytes")
 
     requests: int
     nodes: int | None = None  # of a tree
@@ -195,6 +198,9 @@ class SpecRow(Row):
     read_gbytes_s: float | None = None  # read bandwidth of the machine, measured between the arms
     peak_gmacs: float | None = None  # in fp32
     roofline_share: float | None = None  # the longer of reading and multiplying, over the time
+    timing: str | None = None  # on a GPU: "cold" (L2 flushed before a call)
+    launch: str | None = None  # on a GPU: "graph" or "eager"
+    spec_share: float | None = None  # on a GPU: reading at the bandwidth of its data sheet, over the time
     peak_bytes: int | None = None  # most memory beyond the inputs
 
     @property

@@ -17,7 +17,7 @@ OURS = ("m3_int8", "m3_int16", "m3_exact")
 def case_table(rows: Sequence[GemmRow]) -> str:
     """One shape, M and thread count: every arm, fastest first; arms without a time last, with the reason."""
     lines = []
-    default = "m3_exact" if any(row.device == "cuda" for row in rows) else "m3_int16"
+    default = "m3_cuda" if any(row.device == "cuda" for row in rows) else "m3_int16"
     for row in sorted(timed(rows), key=lambda row: row.median_s or 0.0):
         assert row.median_s is not None and row.p20_s is not None and row.p80_s is not None
         over = (row.ratios or {}).get(default)
@@ -50,12 +50,22 @@ def cases(rows: Iterable[GemmRow]) -> list[tuple[tuple[str, str, int, int], list
     return list(found.items())
 
 
+def kind(row: GemmRow) -> str:
+    """What of a GPU tells rows of one shape apart: the dtype of x and the way of timing; of a CPU nothing."""
+    return "" if row.timing is None else f"{row.x_dtype}, {row.timing}"
+
+
+def where(row: GemmRow) -> str:
+    return f"{row.case_threads} thread(s)" if row.timing is None else f"on the GPU, {kind(row)}"
+
+
 def tables(rows: Iterable[GemmRow]) -> str:
     """Text for the terminal."""
     parts = []
-    for (op, shape, threads, m), members in cases(rows):
-        read = next((f", read {row.read_gbytes_s:.1f} GB/s" for row in members if row.read_gbytes_s), "")
-        parts.append(f"\n{op} {shape}, M = {m}, {threads} thread(s){read}\n{case_table(members)}")
+    for _, same in groupby(sorted(rows, key=kind), key=kind):
+        for (op, shape, _, m), members in cases(same):
+            read = next((f", read {row.read_gbytes_s:.1f} GB/s" for row in members if row.read_gbytes_s), "")
+            parts.append(f"\n{op} {shape}, M = {m}, {where(members[0])}{read}\n{case_table(members)}")
     return "\n".join(parts)
 
 
@@ -134,7 +144,7 @@ theirs as they do (with `--malloc-huge-pages` also there). GB/s counts the bytes
 the same for every arm; "of read" compares it with the read bandwidth of the machine, measured between the arms of the
 same rounds, 80th percentile (on a GPU: with the bandwidth of a copy); "of peak" compares multiply-accumulates with
 the measured peak for the operands of that arm's inner product (fp32, bf16, int16 or int8). "Over m3_int16" (on a GPU
-m3_exact): how many times as fast as our default mode this arm is. x and the result are fp32, except in bf16 arms, whose
+m3_cuda): how many times as fast as our default mode this arm is. x and the result are fp32, except in bf16 arms, whose
 conversions are not timed; on a GPU everything is bf16.
 
 Arms: `m3_*` ours by activation mode (`@isa`: a forced instruction set; `@1t`: one thread); `ort_aL` ONNX Runtime
@@ -295,23 +305,25 @@ def gemm_parts(rows: Sequence[GemmRow], slug: str, out: Path) -> list[str]:
     lines = acceptance(row for row in rows if row.device == "cpu" and row.symmetric and not row.malloc_huge_pages)
     if lines:
         parts.append(f"### Promises\n{acceptance_table(lines)}")
-    for (op, shape, asymmetric, huge), grouped in groupby(sorted(rows, key=shape_key), key=shape_key):
+    for (op, shape, asymmetric, huge, way), grouped in groupby(sorted(rows, key=shape_key), key=shape_key):
         members = list(grouped)
-        kind = ", with zero points" if asymmetric else ""
+        about = ", with zero points" if asymmetric else ""
         first = members[0]
         layer = "" if first.experts is None else f", {first.experts} experts, top {first.topk}"
-        kind += ", all memory in huge pages" if huge else ""
-        parts.append(f"### {op} {shape}{kind}\n\nK = {first.k}, N = {first.n}, group {first.group_size}{layer}.\n")
+        about += ", all memory in huge pages" if huge else ""
+        about += f", {way}" if way else ""
+        parts.append(f"### {op} {shape}{about}\n\nK = {first.k}, N = {first.n}, group {first.group_size}{layer}.\n")
         drawn = [row for row in timed(members) if not row.arm.endswith("@1t")]
         if drawn:
-            stem = f"{op}-{shape}{'-asymmetric' if asymmetric else ''}{'-huge-pages' if huge else ''}-{slug}"
+            marks = ["asymmetric"] * asymmetric + ["huge-pages"] * huge + way.replace(",", "").split()
+            stem = "-".join([op, shape, *marks, slug])
             plot(drawn, out.parent / out.stem / stem)
             parts.append(f"![time against M]({out.stem}/{stem}.png) ([SVG]({out.stem}/{stem}.svg))\n")
-        for (_, _, threads, m), case in cases(members):
+        for (_, _, _, m), case in cases(members):
             read = next((f", read {row.read_gbytes_s:.1f} GB/s" for row in case if row.read_gbytes_s), "")
-            parts.append(f"**M = {m}, {threads} thread(s)**{read}\n\n{case_table(case)}\n")
+            parts.append(f"**M = {m}, {where(case[0])}**{read}\n\n{case_table(case)}\n")
     return parts
 
 
-def shape_key(row: GemmRow) -> tuple[str, str, bool, bool]:
-    return row.op, row.shape, not row.symmetric, row.malloc_huge_pages
+def shape_key(row: GemmRow) -> tuple[str, str, bool, bool, str]:
+    return row.op, row.shape, not row.symmetric, row.malloc_huge_pages, kind(row)

@@ -23,7 +23,7 @@ import torch
 
 from bench import harness, record, roofline
 from bench.record import SpecRow
-from bench.spec_decode_arms import ARMS, SpecArm
+from bench.spec_decode_arms import ARMS
 from bench.spec_decode_cases import (
     CASES,
     AttentionCase,
@@ -96,19 +96,19 @@ def problems_of(case: Case) -> list[Any]:
     return [make[type(case)](case, seed) for seed in range(case.span)]
 
 
-def touched_bytes(case: Case, problems: Sequence[Any]) -> int:
-    """Bytes that one problem has to read, the mean of the visit."""
+def touched_bytes(case: Case, problems: Sequence[Any], size: int = 4) -> int:
+    """Bytes that one problem has to read, the mean of the visit; logits, queries and caches of ``size`` bytes each."""
     if isinstance(case, VerifyCase):
         rows = sum(problem.visited_rows for problem in problems) / len(problems)
-        return round(4 * case.vocabulary * rows)
+        return round(size * case.vocabulary * rows)
     if isinstance(case, AttentionCase):
-        return case.cache_bytes + 4 * case.queries * case.heads * case.head_dim
+        return size * (case.cache_elements + case.requests * case.queries * case.heads * case.head_dim)
     if isinstance(case, DraftCase):
-        return 4 * case.requests * case.frontier * case.vocabulary
+        return size * case.requests * case.frontier * case.vocabulary
     if isinstance(case, FinalizeCase):
         first = problems[0]
         return 4 * first.scores.numel() + 8 * (first.tokens.numel() + first.parent_list.numel())
-    return 2 * 4 * case.layers * case.requests * case.accepted * case.kv_heads * case.head_dim
+    return 2 * size * case.layers * case.requests * case.accepted * case.kv_heads * case.head_dim
 
 
 def multiplications(case: Case, problems: Sequence[Any]) -> int:
@@ -118,14 +118,14 @@ def multiplications(case: Case, problems: Sequence[Any]) -> int:
     return 2 * case.kv_heads * case.head_dim * int(problems[0].allowed().sum())
 
 
-def facts_of(case: Case, problems: Sequence[Any]) -> dict[str, Any]:
-    """What every row of a case says of it."""
+def facts_of(case: Case, problems: Sequence[Any], size: int = 4) -> dict[str, Any]:
+    """What every row of a case says of it; ``size`` as in touched_bytes."""
     facts: dict[str, Any] = {
         "op": case.op,
         "shape": case.name,
         "requests": case.requests,
         "span": case.span,
-        "touched_bytes": touched_bytes(case, problems),
+        "touched_bytes": touched_bytes(case, problems, size),
         "macs": multiplications(case, problems),
     }
     if isinstance(case, VerifyCase):
@@ -224,27 +224,28 @@ def run_case(
 def rows(
     facts: Mapping[str, Any],
     threads: int,
-    arms: Sequence[SpecArm[Any]],
+    arms: Sequence[harness.Arm],
     absent: Mapping[str, str],
     gates: Mapping[str, harness.Gate],
     times: harness.Times,
-    read: float,
+    read: float | None,
     peak: float | None,
     peaks: Mapping[str, int],
+    device: str = "cpu",
 ) -> Iterator[SpecRow]:
     """A row per arm: with times where it passed its gate, without where it did not or could not run."""
     commit, dirty = record.commit()
     place: dict[str, Any] = {
-        "device": "cpu",
+        "device": device,
         "threads": threads,
         "case_threads": threads,
         "commit": commit,
         "dirty": dirty,
-        "machine": record.machine(),
+        "machine": record.machine(device),
         "date": record.now(),
         "command": record.command(),
     }
-    least = max(facts["touched_bytes"] / read, facts["macs"] / peak if peak else 0.0)
+    least = max(facts["touched_bytes"] / read, facts["macs"] / peak if peak else 0.0) if read else None
     for name, why in absent.items():
         yield SpecRow(**facts, **place, arm=name, gate=f"absent: {why}")
     for arm in (arm for arm in arms if arm.name in gates):
@@ -264,9 +265,10 @@ def rows(
             p80_s=value.p80,
             rounds=len(times[arm.name]),
             ratios=harness.ratios(times, arm.name),
-            read_gbytes_s=read / 1e9,
+            launch=getattr(arm, "launch", None),
+            read_gbytes_s=None if read is None else read / 1e9,
             peak_gmacs=None if peak is None else peak / 1e9,
-            roofline_share=least / value.median,
+            roofline_share=None if least is None else least / value.median,
             peak_bytes=peaks.get(arm.name),
         )
 

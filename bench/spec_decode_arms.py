@@ -120,10 +120,11 @@ class AllRows(SpecArm[VerifyProblem]):
 
     def call(self, problem: VerifyProblem) -> tuple[Tensor, Tensor]:
         requests, nodes = problem.candidates.shape
-        predicts = torch.full((requests * nodes,), -1, dtype=torch.int32)
-        accept_index = torch.full((requests, problem.width), -1, dtype=torch.int32)
-        accepted = torch.zeros(requests, dtype=torch.int32)
-        index = torch.arange(requests * nodes).view(requests, nodes)
+        how: dict[str, Any] = {"dtype": torch.int32, "device": problem.logits.device}
+        predicts = torch.full((requests * nodes,), -1, **how)
+        accept_index = torch.full((requests, problem.width), -1, **how)
+        accepted = torch.zeros(requests, **how)
+        index = torch.arange(requests * nodes, device=problem.logits.device).view(requests, nodes)
         tree = (problem.candidates, index, problem.next_token, problem.next_sibling)
         if problem.case.mode == "greedy":
             verify_tree_greedy(predicts, accept_index, accepted, *tree, problem.logits.argmax(-1))
@@ -199,7 +200,8 @@ class Sdpa(SpecArm[AttentionProblem]):
         self.ready = {}
         for problem in self.problems:
             found = [None if gathering else problem.gathered(cache) for cache in (problem.k_cache, problem.v_cache)]
-            bias = torch.zeros(problem.allowed().shape).masked_fill_(~problem.allowed(), -torch.inf)
+            seen = problem.allowed()
+            bias = torch.zeros_like(seen, dtype=problem.q.dtype).masked_fill_(~seen, -torch.inf)
             self.ready[id(problem)] = (*found, bias if problem.case.tree else None)
 
     def call(self, problem: AttentionProblem) -> Tensor:
@@ -265,21 +267,22 @@ class TorchFinalize(Finalize):
 
     def call(self, problem: FinalizeProblem) -> tuple[Tensor, ...]:
         k, nodes, requests = problem.case.k, problem.case.nodes, problem.case.requests
+        device = problem.scores.device
         selected = problem.scores.topk(nodes - 1, dim=-1).indices.sort(dim=-1).values
         tokens = problem.tokens.gather(1, selected)
         candidates = torch.cat([problem.bonus[:, None], tokens], 1)
         column = selected // k
         parent_of = problem.parent_list.gather(1, column)
         place = (selected[:, None, :] == parent_of[..., None]).int().argmax(-1) + 1
-        parents = torch.cat([torch.full((requests, 1), -1), place.where(column > 0, 0)], 1)
-        ancestors = torch.eye(nodes, dtype=torch.bool).repeat(requests, 1, 1)
+        parents = torch.cat([torch.full((requests, 1), -1, device=device), place.where(column > 0, 0)], 1)
+        ancestors = torch.eye(nodes, dtype=torch.bool, device=device).repeat(requests, 1, 1)
         up = parents.clamp(min=0)
         for _ in range(problem.case.steps):
             ancestors |= ancestors.gather(1, up[..., None].expand(-1, -1, nodes))
         words = torch.nn.functional.pad(ancestors, (0, -nodes % 32)).unflatten(-1, (-1, 32)).long()
-        mask_bits = (words << torch.arange(32)).sum(-1).int()
+        mask_bits = (words << torch.arange(32, device=device)).sum(-1).int()
         positions = ancestors.sum(-1) - 1 + problem.seq_lens[:, None]
-        index = torch.arange(nodes)
+        index = torch.arange(nodes, device=device)
         child = parents[:, None, :] == index[:, None]  # [b, i, j]: j is a child of i
         next_token = child.int().argmax(-1).where(child.any(-1), -1)
         younger = (parents[:, None, :] == parents[..., None]) & (index > index[:, None]) & (parents[..., None] >= 0)

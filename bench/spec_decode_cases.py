@@ -76,9 +76,9 @@ class AttentionCase:
         return not self.tree and self.context == 0
 
     @property
-    def cache_bytes(self) -> int:
-        """Of the keys and values of one layer that the queries attend to."""
-        return 2 * 4 * (self.context + self.queries) * self.kv_heads * self.head_dim
+    def cache_elements(self) -> int:
+        """Of the keys and values of one layer that the queries of all requests attend to."""
+        return 2 * self.requests * (self.context + self.queries) * self.kv_heads * self.head_dim
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -151,7 +151,7 @@ def attention_cases() -> list[AttentionCase]:
         ]
         found.append(AttentionCase(name=f"{stem}.prefill512", context=0, queries=512, tree=False, **sizes))
         for case in found:  # as many layers as push each other out of L2, at most 16
-            span = min(max((32 << 20) // case.cache_bytes, 2), 16) if case.queries < 512 else 2
+            span = min(max((32 << 20) // (4 * case.cache_elements), 2), 16) if case.queries < 512 else 2
             cases.append(dataclasses.replace(case, span=span))
     return cases
 
@@ -318,32 +318,35 @@ class AttentionProblem:
     cu_seqlens_q: Tensor
     mask_bits: Tensor | None
     gate: Tensor  # (T, H, D)
-    slots: Tensor  # (L,) int64: where key j lies in the flattened cache
+    slots: Tensor  # (B, L) int64: where key j of a request lies in the flattened cache
 
     def gathered(self, cache: Tensor) -> Tensor:
-        """(1, G, L, D): keys or values one after another."""
-        return cache.flatten(0, 1)[self.slots].transpose(0, 1).contiguous()[None]
+        """(B, G, L, D): keys or values one after another."""
+        return cache.flatten(0, 1)[self.slots].transpose(1, 2).contiguous()
 
     def folded(self, rows: Tensor) -> Tensor:
-        """(T, H, D) -> (1, G, R * T, D): the query heads of a key-value head as further queries."""
-        count, heads, size = rows.shape
-        groups = self.case.kv_heads
-        return rows.view(count, groups, heads // groups, size).permute(1, 2, 0, 3).reshape(1, groups, -1, size)
+        """(T, H, D) -> (B, G, R * N, D): the query heads of a key-value head as further queries."""
+        case = self.case
+        rows = rows.view(case.requests, case.queries, case.kv_heads, -1, case.head_dim)
+        return rows.permute(0, 2, 3, 1, 4).reshape(case.requests, case.kv_heads, -1, case.head_dim)
 
     def unfolded(self, rows: Tensor) -> Tensor:
         """The way back."""
-        groups, size = self.case.kv_heads, self.case.head_dim
-        return rows.view(groups, -1, self.case.queries, size).permute(2, 0, 1, 3).reshape(self.q.shape)
+        case = self.case
+        rows = rows.view(case.requests, case.kv_heads, -1, case.queries, case.head_dim)
+        return rows.permute(0, 3, 1, 2, 4).reshape(self.q.shape)
 
     def allowed(self) -> Tensor:
-        """(R * T, L) bool: which keys each folded query sees."""
-        queries, context = self.case.queries, self.case.context
-        own = torch.ones(queries, queries, dtype=torch.bool).tril()
+        """(B, 1, R * N, L) bool: which keys each folded query sees."""
+        case, device = self.case, self.q.device
+        requests, queries = case.requests, case.queries
+        own = torch.ones(queries, queries, dtype=torch.bool, device=device).tril().expand(requests, -1, -1)
         if self.mask_bits is not None:
-            slots = torch.arange(queries)
-            own = (self.mask_bits[:, slots // 32] >> (slots % 32).int()) & 1 == 1
-        seen = torch.cat([torch.ones(queries, context, dtype=torch.bool), own], 1)
-        return seen.repeat(self.case.heads // self.case.kv_heads, 1)
+            bits, slots = self.mask_bits.view(requests, queries, -1), torch.arange(queries, device=device)
+            own = (bits[..., slots // 32] >> (slots % 32).int()) & 1 == 1
+        before = torch.ones(requests, queries, case.context, dtype=torch.bool, device=device)
+        seen = torch.cat([before, own], 2)
+        return seen.repeat(1, case.heads // case.kv_heads, 1)[:, None]
 
     @functools.cached_property
     def expected(self) -> Tensor:
@@ -354,28 +357,30 @@ class AttentionProblem:
 
 
 def make_attention(case: AttentionCase, seed: int = 0) -> AttentionProblem:
-    generator, queries = torch.Generator().manual_seed(seed), case.queries
+    generator, requests, queries = torch.Generator().manual_seed(seed), case.requests, case.queries
     length = case.context + queries
-    pages = -(-length // PAGE_SIZE) + 3
+    each = -(-length // PAGE_SIZE)
+    pages = requests * each + 3
     shape = (pages, PAGE_SIZE, case.kv_heads, case.head_dim)
     k_cache, v_cache = (torch.randn(shape, generator=generator) for _ in range(2))
-    order = torch.randperm(pages, generator=generator)[: -(-length // PAGE_SIZE)]
+    order = torch.randperm(pages, generator=generator)[: requests * each].view(requests, each)
     keys = torch.arange(length)
     mask_bits = None
     if case.tree:
-        parents, _ = grow_tree(queries, random.Random(seed))
-        mask_bits = links(torch.tensor([parents], dtype=torch.int32))[1][0]
+        chance = random.Random(seed)
+        parents = [grow_tree(queries, chance)[0] for _ in range(requests)]
+        mask_bits = links(torch.tensor(parents, dtype=torch.int32))[1].flatten(0, 1)
     return AttentionProblem(
         case=case,
-        q=torch.randn(queries, case.heads, case.head_dim, generator=generator),
+        q=torch.randn(requests * queries, case.heads, case.head_dim, generator=generator),
         k_cache=k_cache,
         v_cache=v_cache,
-        block_table=order[None].int(),
-        cache_seqlens=torch.tensor([length], dtype=torch.int32),
-        cu_seqlens_q=torch.tensor([0, queries], dtype=torch.int32),
+        block_table=order.int(),
+        cache_seqlens=torch.full((requests,), length, dtype=torch.int32),
+        cu_seqlens_q=torch.arange(requests + 1, dtype=torch.int32) * queries,
         mask_bits=mask_bits,
-        gate=torch.randn(queries, case.heads, case.head_dim, generator=generator),
-        slots=order[keys // PAGE_SIZE] * PAGE_SIZE + keys % PAGE_SIZE,
+        gate=torch.randn(requests * queries, case.heads, case.head_dim, generator=generator),
+        slots=order[:, keys // PAGE_SIZE] * PAGE_SIZE + keys % PAGE_SIZE,
     )
 
 

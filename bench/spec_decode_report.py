@@ -15,7 +15,12 @@ SMALL_GOALS = {  # milliseconds a request
 }
 LARGE = "verify.n32.v151936."
 FASTER, SMALLER = 5.0, 20.0  # than softmax of all rows
+OURS = ("m3", "m3_cuda")  # what others are compared with, on the CPU and on a GPU
 PAGE_BYTES = 4096  # a peak is a number of pages, and at least one
+
+
+def where(row: SpecRow) -> str:
+    return f"{row.case_threads} thread(s)" if row.device == "cpu" else "on the GPU, L2 flushed"
 
 
 def cases(rows: Iterable[SpecRow]) -> list[tuple[tuple[str, int], list[SpecRow]]]:
@@ -36,7 +41,7 @@ def mebibytes(count: int | None) -> str:
 
 def ratio_text(row: SpecRow) -> str:
     """How many times as fast ours is."""
-    value = None if row.ratios is None else row.ratios.get("m3")
+    value = next((row.ratios[name] for name in OURS if name in row.ratios), None) if row.ratios else None
     return "" if value is None or value[0] == 0 else f"{1 / value[0]:.2f}"
 
 
@@ -54,7 +59,7 @@ def case_lines(rows: Sequence[SpecRow]) -> list[tuple[str, ...]]:
         lines.append(
             (
                 row.shape,
-                row.arm,
+                f"{row.arm} ({row.launch})" if row.launch else row.arm,
                 short_time(row.median_s) + around,
                 each if row.requests > 1 else "",
                 ratio_text(row),
@@ -88,9 +93,9 @@ def op_table(rows: Sequence[SpecRow]) -> str:
 def tables(rows: Iterable[SpecRow]) -> str:
     """Text for the terminal."""
     parts = []
-    for (shape, threads), members in cases(rows):
+    for (shape, _), members in cases(rows):
         read = next((f", read {row.read_gbytes_s:.1f} GB/s" for row in members if row.read_gbytes_s), "")
-        parts.append(f"\n{shape}, {threads} thread(s){read}\n{op_table(members)}")
+        parts.append(f"\n{shape}, {where(members[0])}{read}\n{op_table(members)}")
     return "\n".join(parts)
 
 
@@ -98,7 +103,7 @@ def tables(rows: Iterable[SpecRow]) -> str:
 def acceptance(rows: Iterable[SpecRow]) -> list[Line]:
     """What was promised of verification on one thread."""
     lines = []
-    for (shape, threads), members in cases(rows):
+    for (shape, threads), members in cases(row for row in rows if row.device == "cpu"):
         arms = {row.arm: row for row in timed(members)}
         ours, peer = arms.get("m3"), arms.get("torch_all_rows")
         place: dict[str, Any] = {"shape": shape, "threads": threads, "case": members[0].mode or ""}
@@ -147,7 +152,7 @@ def sections(rows: Sequence[SpecRow]) -> list[str]:
     for op in dict.fromkeys(row.op for row in rows):
         for threads in sorted({row.case_threads for row in rows if row.op == op}):
             members = [row for row in rows if (row.op, row.case_threads) == (op, threads)]
-            parts.append(f"### {op}, {threads} thread(s)\n\n{op_table(members)}\n")
+            parts.append(f"### {op}, {where(members[0])}\n\n{op_table(members)}\n")
         gates = gate_lines(row for row in rows if row.op == op)
         parts += [f"What the gate costs:\n\n{text}\n" for text in gates]
     return parts

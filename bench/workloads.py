@@ -2,7 +2,8 @@
 
 Sources: the config.json of HuggingFaceTB/SmolLM2-135M-Instruct (hidden 576, intermediate 1536, 9/3 heads of 64,
 vocabulary 49152), Qwen/Qwen3-0.6B (hidden 1024, vocabulary 151936), Qwen/Qwen3-8B (4096, 12288, 32/8 heads of 128,
-vocabulary 151936) and Qwen/Qwen3-235B-A22B (4096, experts of 1536, 64/4 heads of 128, 128 experts, top 8).
+vocabulary 151936), Qwen/Qwen2.5-32B (5120, 27648) and Qwen/Qwen3-235B-A22B (4096, experts of 1536, 64/4 heads of 128,
+128 experts, top 8).
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from m3kernels.int4 import Int4Weight, int4_dequantize
 from m3kernels.int4.reference import make_inputs
-from m3kernels.int4.types import TILE_N, in_huge_pages
+from m3kernels.int4.types import TILE_N, in_huge_pages, num_groups
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -61,6 +62,7 @@ LINEARS = {
     for linear in (
         Linear(name="4096x4096", n=4096, k=4096),
         Linear(name="4096x12288", n=12288, k=4096),
+        Linear(name="8192x8192", n=8192, k=8192),
         Linear(name="smollm2-135m.qkv", n=960, k=576, group_size=64),
         Linear(name="smollm2-135m.o", n=576, k=576, group_size=64),
         Linear(name="smollm2-135m.gate_up", n=3072, k=576, group_size=64),
@@ -69,6 +71,8 @@ LINEARS = {
         Linear(name="qwen3-8b.o", n=4096, k=4096),
         Linear(name="qwen3-8b.gate_up", n=24576, k=4096),
         Linear(name="qwen3-8b.down", n=4096, k=12288),
+        Linear(name="qwen2.5-32b.gate_up", n=55296, k=5120),
+        Linear(name="qwen2.5-32b.down", n=5120, k=27648),
         Linear(name="qwen3-235b-a22b.qkv", n=9216, k=4096),
         Linear(name="qwen3-235b-a22b.o", n=4096, k=8192),
         Linear(name="qwen3-235b-a22b.expert_w13", n=3072, k=4096),
@@ -96,6 +100,7 @@ LOSS_HEADS = {
         LossHead(name="narrow.t65536", tokens=65536, hidden=64, vocabulary=151936),
         LossHead(name="qwen3-8b.t8192", tokens=8192, hidden=4096, vocabulary=151936),
         LossHead(name="qwen3-8b.t16384", tokens=16384, hidden=4096, vocabulary=151936),
+        LossHead(name="qwen3-8b.t65536", tokens=65536, hidden=4096, vocabulary=151936),
     )
 }
 
@@ -202,6 +207,29 @@ class Problem:
         return self.expected[:m].roll(TILE_N * copy, 1)
 
 
+def draw_weight(
+    n: int, k: int, *, group_size: int, symmetric: bool, seed: int, device: str, experts: int | None = None
+) -> Int4Weight:
+    """Uniform nibbles and spread fp16 scales as ``make_inputs`` draws them, drawn and packed on the device."""
+    random = torch.Generator(device).manual_seed(seed)
+    groups = num_groups(k, group_size)
+
+    def one() -> Int4Weight:
+        q = torch.randint(0, 16, (n, k), generator=random, dtype=torch.uint8, device=device)
+        scales = (torch.rand(n, groups, generator=random, device=device) * 0.02 + 0.001).half()
+        zeros = None
+        if not symmetric:
+            zeros = torch.randint(0, 16, (n, groups), generator=random, dtype=torch.uint8, device=device)
+        return Int4Weight.pack(q, scales, zeros, group_size=group_size)
+
+    return one() if experts is None else Int4Weight.stack([one() for _ in range(experts)])
+
+
+def draw(m: int, k: int, seed: int, device: str) -> Tensor:
+    """(m, k) fp32 Gaussian, drawn on the device."""
+    return torch.randn(m, k, generator=torch.Generator(device).manual_seed(seed), device=device)
+
+
 def make_problem(
     linear: Linear,
     rows: int,
@@ -219,14 +247,17 @@ def make_problem(
     """
     if linear.n % TILE_N:
         raise ValueError(f"make_problem: linear: want N a multiple of {TILE_N}; got {linear.n}")
-    made = make_inputs(rows, linear.n, linear.k, group_size=linear.group_size, symmetric=symmetric, seed=seed)
-    x, weight, _ = made
+    sizes = {"group_size": linear.group_size, "symmetric": symmetric}
+    if device == "cpu":
+        x, weight, _ = make_inputs(rows, linear.n, linear.k, seed=seed, **sizes)
+    else:  # there it takes milliseconds, here minutes for large ones
+        x = draw(rows, linear.k, seed, device)
+        weight = draw_weight(linear.n, linear.k, seed=seed, device=device, **sizes)
     q, scales, zeros = weight.unpack()
     if not symmetric:
         zeros = zeros.clamp(max=15)
         weight = Int4Weight.pack(q, scales, zeros, group_size=linear.group_size)
-    x, weight, q = x.to(x_dtype).float().to(device), weight.to(device), q.to(device)
-    scales, zeros = scales.to(device), zeros.to(device)
+    x = x.to(x_dtype).float()
     dense = int4_dequantize(weight, torch.float32)
     expected = x.double() @ dense.double().T
     return Problem(linear=linear, x=x, weight=weight, q=q, scales=scales, zeros=zeros, dense=dense, expected=expected)

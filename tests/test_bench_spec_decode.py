@@ -103,6 +103,7 @@ def make_row(**changes: object) -> SpecRow:
         "ratios": {"torch_all_rows": (60.0, 55.0, 70.0)},
         "read_gbytes_s": 12.0,
         "roofline_share": 0.3,
+        "spec_share": 0.2,
         "peak_bytes": 0,
         "commit": "0123456789ab",
         "dirty": False,
