@@ -40,10 +40,11 @@ void set_epilogue(Product& p, int epilogue) {
 }
 
 // The last split and its first part have tiles, no tile is left over: the kernels count on no more than that.
-void set_plan(Product& p, const PlanTuple& tuple, bool grouped) {
+void set_plan(Product& p, const PlanTuple& tuple, bool grouped, bool decode) {
   const auto& [part_tiles, split_parts, splits] = tuple;
   check(part_tiles >= 1 && part_tiles < kMost, kOp, "plan", "a positive number of tiles a part", part_tiles);
-  check(split_parts == kSplitParts, kOp, "plan", std::to_string(kSplitParts) + " parts a split", split_parts);
+  check(split_parts >= 1 && split_parts < kMost, kOp, "plan", "a positive number of parts a split", split_parts);
+  check(!decode || split_parts == kSplitParts, kOp, "plan", std::to_string(kSplitParts) + " parts a split", split_parts);
   const int64_t want = ceil_div64(p.k_tiles(), part_tiles * split_parts);
   check(splits == want && splits <= kMostSplits, kOp, "plan", std::to_string(want) + " splits, 16 at most", splits);
   check(!grouped || splits == 1, kOp, "plan", "one split for a grouped product", splits);
@@ -96,7 +97,7 @@ void int4_product(const std::string& which, const SpanTuple& x, int x_type, int6
   check_aligned("y", y, p.epilogue == Epilogue::kFloat ? 4 : 2);
   p.y = at<void>(y);
 
-  set_plan(p, plan, p.offsets != nullptr);
+  set_plan(p, plan, p.offsets != nullptr, decode);
   if (decode) {
     check_at_least("workspace", workspace, decode_workspace(p));
     check_at_least("counters", counters, decode_counters(p));

@@ -103,7 +103,7 @@ def instruction_counts(code: str) -> dict[str, dict[str, int]]:
     counts: dict[str, Counter[str]] = {}
     kernel = ""
     for line in code.splitlines():
-        if line.lstrip().startswith(".section"):
+        if re.match(r"\s*\.section\s", line):
             section = re.search(r"\.text\.(\S+?)[,\"]", line)
             kernel = section.group(1) if section else ""
         elif kernel and (found := re.search(r"\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", line)):
