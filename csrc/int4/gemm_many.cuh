@@ -105,8 +105,8 @@ M3_DEVICE int source_row(const Problem& problem, const Tokens& tokens, int i) {
   return row >= 0 && row < p.x_rows ? (int)row : -1;
 }
 
-// Eight columns of x to 16 bytes of shared memory, asynchronously if x is aligned. `left` of them and what follows are
-// inside the row, which may be none or negative; zeros are written beyond it, and where there is no row.
+// Eight columns of x to 16 bytes of shared memory, asynchronously if x is aligned. The row ends after `left` columns,
+// of which there may be fewer than one; what lies beyond is zero, as is everything where there is no row.
 M3_DEVICE void copy_x(const Problem& problem, const uint16_t* from, bool row, int left, char* shared) {
   if (problem.x_aligned) {
     const bool inside = row && left > 0;

@@ -14,10 +14,11 @@ struct Shape {
   static constexpr int kSub = kSubTiles, kTokens = kTokenCount;
   static constexpr int kConsumers = 2, kTiles = kConsumers * kSub, kRows = kTiles * kTileN;
   static constexpr int kThreads = 128 * (kConsumers + 1);
-  static constexpr int kStages = 6, kBehind = 2;  // the producer's copies of x that may be under way behind the last
   static constexpr int kStageTiles = 4, kColumns = kStageTiles * kTileK;  // 128 bytes of a row of x
   static constexpr int kXBytes = kTokens * kColumns * 2, kTileStage = kStageTiles * kTileBytes;
   static constexpr int kWBytes = kTiles * kTileStage;
+  static constexpr int kStages = kXBytes + kWBytes > 20 << 10 ? 6 : 8;
+  static constexpr int kBehind = 3;                        // stages whose copies of x may be under way behind the last
   static constexpr int kChunk = 32;                        // tokens that a warpgroup stages at once on their way to y
   static constexpr int kResults = kChunk * kSub * kTileN;  // floats
   static constexpr int kSharedBytes = kStages * (kXBytes + kWBytes) + kConsumers * kResults * 4 + 2 * kStages * 8;
@@ -288,6 +289,9 @@ void choose(const Product& p) {
 }  // namespace
 
 void gemm_many_sm90(const Product& p) {
+  if (device().capability != 90)
+    throw std::runtime_error("int4_wgmma: want a device of compute capability 9.0; got " +
+                             std::to_string(device().capability) + " / 10");
   if (p.rows <= 0) return;
   const bool same = p.scale_type == p.x_type;
   if (p.x_type == DeviceType::kF16)

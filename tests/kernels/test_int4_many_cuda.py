@@ -335,6 +335,15 @@ def test_gate_wants_whole_tiles(which: str) -> None:
         product(which, x, weight, epilogue=GATED)
 
 
+@pytest.mark.skipif(GPU, reason="plays other devices")
+@pytest.mark.parametrize("capability", (80, 100))
+def test_wgmma_wants_its_device(capability: int) -> None:
+    configure(4, seed=0, capability=capability)
+    x, weight, _ = inputs(70, 64, 80, group_size=32, dtype=torch.float16)
+    with pytest.raises(RuntimeError, match=r"want a device of compute capability 9\.0"):
+        product("wgmma", x, weight)
+
+
 def test_plan_must_cover_the_weight() -> None:
     x, weight, _ = inputs(70, 64, 200, group_size=32, dtype=torch.float16)
     for plan in ((4, 3, 1), (0, 4, 1), (13, 0, 1), (13, 1, 2)):
