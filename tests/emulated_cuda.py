@@ -81,8 +81,19 @@ def build(folder: Path | None = None, layout: str | None = None) -> Path:
 
 
 @functools.cache
+def attempt() -> Path | RuntimeError:
+    try:
+        return build()
+    except RuntimeError as error:
+        return error
+
+
 def build_once() -> Path:
-    return build()
+    """The module, built by the first call in this process, or the same error for everyone."""
+    built = attempt()
+    if isinstance(built, RuntimeError):
+        raise built
+    return built
 
 
 @functools.cache

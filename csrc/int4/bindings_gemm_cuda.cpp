@@ -129,7 +129,7 @@ std::pair<int64_t, int64_t> int4_decode_sizes(int64_t rows, int64_t experts, int
   set_sizes(p, rows, experts, n, k);
   p.offsets = grouped ? &kGrouped : nullptr;
   set_epilogue(p, epilogue);
-  set_plan(p, plan, grouped);
+  set_plan(p, plan, grouped, true);
   return {decode_workspace(p), decode_counters(p)};
 }
 
