@@ -25,6 +25,16 @@ struct Decode {
   bool wide_x, wide_y;  // rows of x are 16-byte aligned; quads of y lie in one row, aligned
 };
 
+M3_HD int ring_bytes(int token_tiles, int tiles) {
+  return kSplitParts * kStages * (8 * token_tiles * kStageRow + tiles * kStageWeight);
+}
+
+// Blocks that a multiprocessor's shared memory has room for at once: how many registers a thread may have. 16 rows on
+// sm_80 need more than half of it.
+M3_HD int resident(int token_tiles, int tiles) {
+  return token_tiles == 1 ? 4 / tiles : token_tiles == 2 && M3_SM90 ? 2 : 1;
+}
+
 // What a block owns.
 struct Unit {
   int32_t row, rows;  // of y
@@ -160,7 +170,6 @@ struct Columns {
   static constexpr int kRowStep = kTeam / (kStageRow / 16);
   static constexpr int kEach = kRows / kRowStep;
   const char* from;      // this column of row 0, in the stage to come
-  int32_t left;          // columns from there to k
   uint32_t row[kEach];   // of x
   uint32_t present = 0;  // bit i: row[i] is one of x; otherwise zeros
   int32_t thread;
@@ -168,7 +177,6 @@ struct Columns {
   __device__ __forceinline__ Columns(const Decode& d, const Unit& unit, int32_t tile, int thread_) : thread(thread_) {
     const int64_t column = (int64_t)tile * kTileK + thread % 8 * 8;
     from = (const char*)d.p.x + 2 * column;
-    left = (int32_t)(d.p.k - column);
 #pragma unroll
     for (int i = 0; i < kEach; ++i) {
       const int r = thread / 8 + i * kRowStep;
@@ -180,23 +188,30 @@ struct Columns {
     }
   }
 
-  // Rows from 8 * live on are left as they are.
-  __device__ __forceinline__ void load(const Decode& d, char* stage, int live) {
+  __device__ __forceinline__ char* place(char* stage, int i) const {
+    const int r = thread / 8 + i * kRowStep;
+    return stage + r * kStageRow + (((thread ^ r) & 7) << 4);
+  }
+
+  // Rows from 8 * live on may be left as they are.
+  __device__ __forceinline__ void load(const Decode& d, char* stage, int32_t tile, int live) {
+    const int32_t left = (int32_t)d.p.k - tile * kTileK - thread % 8 * 8;  // columns to k
+    if (d.wide_x) {
 #pragma unroll
-    for (int i = 0; i < kEach; ++i) {
-      const int r = thread / 8 + i * kRowStep;
-      if (kRows > 16 && r >= 8 * live) break;
-      char* const to = stage + r * kStageRow + (((thread ^ r) & 7) << 4);
-      const char* const source = from + (uint64_t)row[i] * d.row_bytes;
-      const int32_t valid = present >> i & 1 ? left : 0;
-      if (d.wide_x) {
-        ptx::cp_async_16(to, source, valid > 0 ? 16 : 0);
-      } else {
+      for (int i = 0; i < kEach; ++i) {
+        if (kRows > 16 && i * kRowStep >= 8 * live) break;
+        ptx::cp_async_16(place(stage, i), from + (uint64_t)row[i] * d.row_bytes, left > 0 && present >> i & 1 ? 16 : 0);
+      }
+    } else {
+#pragma unroll
+      for (int i = 0; i < kEach; ++i) {
+        const uint16_t* const source = (const uint16_t*)(from + (uint64_t)row[i] * d.row_bytes);
+        const int32_t valid = present >> i & 1 ? left : 0;
 #pragma unroll 1
-        for (int j = 0; j < 8; ++j) ((uint16_t*)to)[j] = j < valid ? ((const uint16_t*)source)[j] : (uint16_t)0;
+        for (int j = 0; j < 8; ++j) ((uint16_t*)place(stage, i))[j] = j < valid ? source[j] : (uint16_t)0;
       }
     }
-    from += kStageRow, left -= kStageRow / 2;
+    from += kStageRow;
   }
 };
 
@@ -213,44 +228,51 @@ M3_DEVICE int sum_index(int token, int row) { return token * kTileN + (row ^ ((t
 // side: 8 rows cost what 1 costs. Sums: parts through shared memory, splits through the cluster's (or the workspace),
 // both in order.
 template <Half kHalf, int kTokenTiles, int kTiles>
-__global__ void __launch_bounds__(32 * kSplitParts * kTiles, kTokenTiles == 4 ? 1 : 4 / kTiles) decode(const Decode d) {
+__global__ void __launch_bounds__(32 * kSplitParts * kTiles, resident(kTokenTiles, kTiles)) decode(const Decode d) {
   constexpr int kRows = 8 * kTokenTiles, kTeam = 32 * kTiles, kThreads = kTeam * kSplitParts;
-  constexpr int kStageX = kRows * kStageRow;
+  constexpr int kStageX = kRows * kStageRow, kRings = ring_bytes(kTokenTiles, kTiles);
   ptx::grid_wait();
   ptx::grid_launch_dependents();
-  Unit unit;
-  if (!find_unit(d, kRows, unit)) return;
+  Unit own;
+  if (!find_unit(d, kRows, own)) return;
   const int thread = (int)threadIdx.x, lane = thread % 32, warp = thread / 32;
   const int g = lane / 4, t = lane % 4;
   const int part = warp % kSplitParts, slot = warp / kSplitParts;
-  const int live = (unit.rows + 7) / 8;  // token tiles with rows
-  const int32_t n_tile = unit.tile + slot * d.next_tile;
+  const int live = (own.rows + 7) / 8;  // token tiles with rows
+  const int32_t n_tile = own.tile + slot * d.next_tile;
   const bool owner = n_tile < d.n_tiles;  // the second n-tile of the last unit may not be
 
-  const int64_t first64 = ((int64_t)unit.split * kSplitParts + part) * d.p.plan.part_tiles;
+  const int64_t first64 = ((int64_t)own.split * kSplitParts + part) * d.p.plan.part_tiles;
   const int32_t first = (int32_t)min(first64, (int64_t)d.k_tiles);
   const int32_t last = (int32_t)min(first64 + d.p.plan.part_tiles, (int64_t)d.k_tiles);
 
   char* const shared = shared_memory();
+  Unit& unit = *(Unit*)(shared + kRings);  // read after the loop, which needs the registers
+  if (thread == 0) unit = own;
   char* const ring_x = shared + part * kStages * kStageX;
   char* const ring_w = shared + kSplitParts * kStages * kStageX + warp * kStages * kStageWeight;
-  const int64_t row_of_tiles = unit.expert * d.n_tiles + (owner ? n_tile : 0);
+  const int64_t row_of_tiles = own.expert * d.n_tiles + (owner ? n_tile : 0);
   const char* const weight = (const char*)d.p.qweight + row_of_tiles * d.k_tiles * kTileBytes + lane * 16;
 
   const char* to_come = weight + (int64_t)first * kTileBytes;
+  const int32_t last_read = owner ? last : first;
   auto load_weight = [&](int32_t tile, int stage) {
+    char* const to = ring_w + stage * kStageWeight + lane * 16;
+    if (tile + kStageTiles <= last_read) {
 #pragma unroll
-    for (int j = 0; j < kStageTiles; ++j)
-      if (owner && tile + j < last)
-        ptx::cp_async_16(ring_w + stage * kStageWeight + j * kTileBytes + lane * 16, to_come + j * kTileBytes);
+      for (int j = 0; j < kStageTiles; ++j) ptx::cp_async_16(to + j * kTileBytes, to_come + j * kTileBytes);
+    } else {
+#pragma unroll 1
+      for (int j = 0; tile + j < last_read; ++j) ptx::cp_async_16(to + j * kTileBytes, to_come + j * kTileBytes);
+    }
     to_come += kStageWeight;
   };
-#pragma unroll
+#pragma unroll 1
   for (int s = 0; s < kStages - 1; ++s) load_weight(first + s * kStageTiles, s);
-  Columns<kRows, kTeam> columns(d, unit, first, slot * 32 + lane);
+  Columns<kRows, kTeam> columns(d, own, first, slot * 32 + lane);
 #pragma unroll 1
   for (int s = 0; s < kStages - 1; ++s) {
-    if (first + s * kStageTiles < last) columns.load(d, ring_x + s * kStageX, live);
+    if (first + s * kStageTiles < last) columns.load(d, ring_x + s * kStageX, first + s * kStageTiles, live);
     ptx::cp_async_commit();
   }
 
@@ -332,14 +354,14 @@ __global__ void __launch_bounds__(32 * kSplitParts * kTiles, kTokenTiles == 4 ? 
     const int free_stage = stage == 0 ? kStages - 1 : stage - 1;  // read in the iteration before
     if (ahead < last) {
       load_weight(ahead, free_stage);
-      columns.load(d, ring_x + free_stage * kStageX, live);
+      columns.load(d, ring_x + free_stage * kStageX, ahead, live);
     }
     ptx::cp_async_commit();
     const char* const w = ring_w + stage * kStageWeight;
     const char* const x = ring_x + stage * kStageX;
     if (owner) {
       if (tile + kStageTiles <= last && left >= kStageTiles) {
-#pragma unroll
+#pragma unroll(kTokenTiles == 2 ? 2 : 4)
         for (int j = 0; j < kStageTiles; ++j) multiply(w + j * kTileBytes, x, j);
         left -= kStageTiles;
         if (!left || tile + kStageTiles == last) end_run(tile + kStageTiles < last);
@@ -361,13 +383,13 @@ __global__ void __launch_bounds__(32 * kSplitParts * kTiles, kTokenTiles == 4 ? 
   float* const sums = (float*)shared;
   constexpr int kTileSums = kRows * kTileN;
   {
-    float* const own = sums + (slot * kSplitParts + part) * kTileSums;
+    float* const to = sums + (slot * kSplitParts + part) * kTileSums;
 #pragma unroll
     for (int n = 0; n < kTokenTiles; ++n)
 #pragma unroll
       for (int a = 0; a < 4; ++a)
 #pragma unroll
-        for (int i = 0; i < 4; ++i) own[sum_index(8 * n + 2 * t + (i & 1), 16 * a + 8 * (i >> 1) + g)] = sum[n][a][i];
+        for (int i = 0; i < 4; ++i) to[sum_index(8 * n + 2 * t + (i & 1), 16 * a + 8 * (i >> 1) + g)] = sum[n][a][i];
   }
   __syncthreads();
   const int64_t split_first = (int64_t)unit.split * kSplitParts * d.p.plan.part_tiles;
@@ -490,13 +512,6 @@ __global__ void __launch_bounds__(32 * kSplitParts * kTiles, kTokenTiles == 4 ? 
 
 // -- host -------------------------------------------------------------------------------------------------------------
 
-constexpr int shared_bytes(int token_tiles, int tiles) {
-  const int rows = 8 * token_tiles;
-  const int rings = kSplitParts * kStages * (rows * kStageRow + tiles * kStageWeight);
-  const int sums = tiles * kSplitParts * rows * kTileN * 4 + 16;
-  return rings > sums ? rings : sums;
-}
-
 // Which instantiation, and its grid. No choice here changes a bit of y.
 struct Shape {
   int token_tiles, tiles;
@@ -510,7 +525,7 @@ Shape shape_of(const Product& p) {
   Shape shape{};
   // Rows of an expert beyond one chunk read its weight again, from L2: chunks hold about twice the mean.
   const int64_t rows = p.offsets && 2 * p.rows < p.rows * busy ? ceil_div64(2 * p.rows, busy) : p.rows;
-  const int most = device().shared_bytes < shared_bytes(4, 2) ? 2 : 4;
+  const int most = device().shared_bytes < ring_bytes(4, 2) + (int)sizeof(Unit) ? 2 : 4;
   shape.token_tiles = rows <= 8 ? 1 : rows <= 16 ? 2 : most;
   shape.tiles = gated || shape.token_tiles > 1 ? 2 : 1;
   shape.units = gated ? p.n / (2 * kTileN) : ceil_div64(p.n_tiles(), shape.tiles);
@@ -540,7 +555,7 @@ void start(const Product& p, const Shape& shape) {
   Launch how;
   how.grid = dim3((unsigned)(shape.units * shape.chunks * p.plan.splits));
   how.block = dim3(32 * kSplitParts * kTiles);
-  how.shared_bytes = shared_bytes(kTokenTiles, kTiles);
+  how.shared_bytes = ring_bytes(kTokenTiles, kTiles) + (int)sizeof(Unit);
   how.stream = (cudaStream_t)p.stream;
   how.cluster = shape.cluster ? p.plan.splits : 1;
   how.dependent = device().capability == 90;

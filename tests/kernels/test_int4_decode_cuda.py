@@ -242,15 +242,19 @@ def test_additions_are_those_of_the_plan(device, plan):
 ROWS = (1, 2, 7, 8, 9, 15, 16, 17, 24, 31, 32, 33, 40, 63, 64, 65, 70)
 
 
-@pytest.mark.parametrize("k", (128, 1024))
-def test_a_row_is_the_same_among_any_others(device, k):
-    x, weight, bias = inputs(70, 100, k, group_size=32, bias=True, dtype=torch.bfloat16)
-    plan = m3kernels._cuda_ext.int4_plan(100, k, False)
-    whole = decode(x, weight, bias=bias, plan=plan)
-    for rows in ROWS if k == 128 else (1, 9, 33):
-        assert bitwise_equal(decode(x[:rows], weight, bias=bias, plan=plan), whole[:rows])
-        last = x[70 - rows :].contiguous()
-        assert bitwise_equal(decode(last, weight, bias=bias, plan=plan), whole[70 - rows :])
+@pytest.mark.parametrize("rows", ROWS)
+def test_a_row_is_the_same_among_any_others(rows):
+    x, weight, bias = inputs(70, 100, 144, group_size=32, bias=True, dtype=torch.bfloat16)
+    whole = decode(x, weight, bias=bias)
+    assert bitwise_equal(decode(x[:rows], weight, bias=bias), whole[:rows])
+    assert bitwise_equal(decode(x[70 - rows :].contiguous(), weight, bias=bias), whole[70 - rows :])
+
+
+def test_a_row_is_the_same_among_any_others_when_splits_meet(device):
+    x, weight, _ = inputs(35, 100, 320, group_size=32, dtype=torch.bfloat16)
+    whole = decode(x, weight, plan=(1, 4, 5))
+    for rows in (1, 9, 17, 34):
+        assert bitwise_equal(decode(x[:rows], weight, plan=(1, 4, 5)), whole[:rows])
 
 
 @emulated
