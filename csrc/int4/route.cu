@@ -62,6 +62,7 @@ M3_DEVICE void sum_counts(const Buckets& b) {
 // that bucket in the warps before, plus those in the lanes before.
 M3_DEVICE void place_slots(const Buckets& b, const Routing& p, int64_t first, int64_t last) {
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const int64_t slots = p.tokens * p.topk;
   for (int64_t start = first; start < last; start += kThreads) {
     const int64_t slot = start + threadIdx.x;
     const int bucket = slot < last ? bucket_of(p.ids[slot], b) : -1;
@@ -81,7 +82,7 @@ M3_DEVICE void place_slots(const Buckets& b, const Routing& p, int64_t first, in
       row = b.next[bucket] + (int)((sums & 0xFFFF) + (sums >> 16));
     }
     row = __shfl_sync(~0u, row, leader) + __popc(same & ((1u << lane) - 1));
-    if (bucket >= 0) {
+    if (bucket >= 0 && row >= 0 && row < slots) {  // always, unless someone else wrote to the workspace
       p.row_token[row] = (int)((uint32_t)slot / (uint32_t)p.topk);
       p.slot_row[slot] = bucket < p.experts ? row : -1;
     }
