@@ -10,6 +10,8 @@ namespace {
 // Address, B, rows, columns, elements from request to request and from row to row; zeros for None.
 using RowsTuple = std::tuple<uintptr_t, int64_t, int64_t, int64_t, int64_t, int64_t>;
 
+using Spans = std::vector<SpanTuple>;
+
 constexpr int64_t kMost = int64_t{1} << 40;  // so that no product of two sizes leaves int64
 
 void check_size(const char* op, const char* argument, int64_t low, int64_t high, int64_t got) {
@@ -31,9 +33,8 @@ Rows<T> rows_of(const char* op, const char* argument, const RowsTuple& tuple, in
   return {at<T>(address), request_stride, row_stride};
 }
 
-void verify_of(const RowsTuple& logits, int type, const std::vector<SpanTuple>& tree,
-               const std::vector<SpanTuple>& filters, const std::vector<SpanTuple>& noise, const RowsTuple& draft,
-               const RowsTuple& allowed, int mode, int64_t width, int asked, const std::vector<SpanTuple>& out,
+void verify_of(const RowsTuple& logits, int type, const Spans& tree, const Spans& filters, const Spans& noise,
+               const RowsTuple& draft, const RowsTuple& allowed, int mode, int64_t width, int asked, const Spans& out,
                int ranks, uintptr_t stream) {
   const char* op = "tree_verify";
   const int64_t requests = std::get<1>(logits), nodes = std::get<2>(logits), vocabulary = std::get<3>(logits);
@@ -90,10 +91,138 @@ void verify_of(const RowsTuple& logits, int type, const std::vector<SpanTuple>& 
   tree_verify(a, (Type)type, ranks, at<void>(stream));
 }
 
+void finalize_of(const Spans& in, int64_t batch, int64_t candidates, int64_t list_width, int64_t topk, int64_t nodes,
+                 const Spans& out, uintptr_t stream) {
+  const char* op = "tree_finalize";
+  check_size(op, "num_nodes", 1, kMostNodes, nodes);
+  check_size(op, "topk", 1, INT32_MAX, topk);
+  check_size(op, "scores", 0, INT32_MAX / kMostNodes, batch);
+  check_size(op, "scores", 0, 1 << 30, candidates);
+  check_size(op, "parent_list", 0, INT32_MAX, list_width);
+  check(in.size() == 6 && out.size() == 7, op, "arguments", "6 in, 7 out", in.size());
+  const int64_t words = (nodes + 31) / 32;
+  const char* names[] = {"scores", "tokens", "parent_list", "bonus", "seq_lens", "budget"};
+  const int64_t sizes[] = {batch * candidates, batch * candidates, batch * list_width, batch, batch, batch};
+  for (int i = 0; i < 6; ++i) check_span(op, names[i], in[i], sizes[i], i == 5);
+  for (int i = 0; i < 7; ++i)
+    check_span(op, "out", out[i], batch * (i == 2 ? nodes * words : i == 6 ? nodes - 1 : nodes), false);
+  const Finalize a{.scores = at<float>(in[0]),
+                   .tokens = at<int64_t>(in[1]),
+                   .parent_list = at<int64_t>(in[2]),
+                   .bonus = at<int64_t>(in[3]),
+                   .seq_lens = at<int64_t>(in[4]),
+                   .budget = at<int32_t>(in[5]),
+                   .batch = (int)batch,
+                   .candidates = (int)candidates,
+                   .list_width = (int)list_width,
+                   .topk = (int)topk,
+                   .nodes = (int)nodes,
+                   .out_candidates = at<int64_t>(out[0]),
+                   .parents = at<int32_t>(out[1]),
+                   .mask_bits = at<uint32_t>(out[2]),
+                   .positions = at<int64_t>(out[3]),
+                   .next_token = at<int64_t>(out[4]),
+                   .next_sibling = at<int64_t>(out[5]),
+                   .selected = at<int64_t>(out[6])};
+  py::gil_scoped_release release;
+  tree_finalize(a, at<void>(stream));
+}
+
+void check_links(const char* op, const Spans& links, int64_t count) {
+  const char* names[] = {"positions", "retrive_index", "retrive_next_token", "retrive_next_sibling"};
+  check(links.size() == 4, op, "arguments", "4 outputs", links.size());
+  for (int i = 0; i < 4; ++i) check_span(op, names[i], links[i], count, false);
+}
+
+void build_of(const SpanTuple& parent_list, int64_t list_width, const SpanTuple& selected, const SpanTuple& seq_lens,
+              const SpanTuple& mask_bytes, const Spans& links, int64_t batch, int64_t topk, int64_t nodes, int mode,
+              uintptr_t stream) {
+  const char* op = "build_tree_kernel_efficient";
+  check_size(op, "draft_token_num", 1, kMostNodes, nodes);
+  check_size(op, "topk", 1, INT32_MAX, topk);
+  check_size(op, "verified_seq_len", 0, INT32_MAX / kMostNodes, batch);
+  check_size(op, "parent_list", 0, INT32_MAX, list_width);
+  check_size(op, "tree_mask_mode", 0, 2, mode);
+  check_span(op, "parent_list", parent_list, batch * list_width, false);
+  check_span(op, "selected_index", selected, batch * (nodes - 1), false);
+  check_span(op, "verified_seq_len", seq_lens, batch, false);
+  check_links(op, links, batch * nodes);
+  const Build a{.parent_list = at<int64_t>(parent_list),
+                .selected = at<int64_t>(selected),
+                .seq_lens = at<int64_t>(seq_lens),
+                .batch = (int)batch,
+                .list_width = (int)list_width,
+                .topk = (int)topk,
+                .nodes = (int)nodes,
+                .mode = (MaskMode)mode,
+                .mask = at<uint8_t>(mask_bytes),
+                .mask_bytes = std::get<1>(mask_bytes),
+                .positions = at<int64_t>(links[0]),
+                .index = at<int64_t>(links[1]),
+                .next_token = at<int64_t>(links[2]),
+                .next_sibling = at<int64_t>(links[3])};
+  py::gil_scoped_release release;
+  build_tree(a, at<void>(stream));
+}
+
+void reconstruct_of(const SpanTuple& mask_bytes, const SpanTuple& seq_lens, const Spans& links, int64_t batch,
+                    int64_t nodes, uintptr_t stream) {
+  const char* op = "reconstruct_indices_from_tree_mask";
+  check_size(op, "draft_token_num", 1, kMostNodes, nodes);
+  check_size(op, "batch_size", 0, INT32_MAX / kMostNodes, batch);
+  const int64_t bytes = batch * nodes * nodes;
+  check(std::get<1>(mask_bytes) >= bytes, op, "tree_mask", "at least " + std::to_string(bytes) + " bytes",
+        std::get<1>(mask_bytes));
+  check_span(op, "verified_seq_len", seq_lens, batch, false);
+  check_links(op, links, batch * nodes);
+  const Reconstruct a{.mask = at<uint8_t>(mask_bytes),
+                      .seq_lens = at<int64_t>(seq_lens),
+                      .batch = (int)batch,
+                      .nodes = (int)nodes,
+                      .positions = at<int64_t>(links[0]),
+                      .index = at<int64_t>(links[1]),
+                      .next_token = at<int64_t>(links[2]),
+                      .next_sibling = at<int64_t>(links[3])};
+  py::gil_scoped_release release;
+  reconstruct_tree(a, at<void>(stream));
+}
+
+// spans: predicts, accept_index, accept_token_num, candidates, retrive_index, retrive_next_token, retrive_next_sibling,
+// target_predict
+void verify_greedy_of(const Spans& spans, int64_t batch, int64_t nodes, int64_t slots, uintptr_t stream) {
+  const char* op = "verify_tree_greedy";
+  check_size(op, "candidates", 0, INT32_MAX / kMostNodes, batch);  // predicts are named by int32
+  check_size(op, "candidates", 1, kMostNodes, nodes);
+  check_size(op, "accept_index", 1, INT32_MAX, slots);
+  check(spans.size() == 8, op, "arguments", "8", spans.size());
+  check_span(op, "predicts", spans[0], batch * nodes, false);
+  check_span(op, "accept_index", spans[1], batch * slots, false);
+  check_span(op, "accept_token_num", spans[2], batch, false);
+  const char* names[] = {"candidates", "retrive_index", "retrive_next_token", "retrive_next_sibling", "target_predict"};
+  for (int i = 0; i < 5; ++i) check_span(op, names[i], spans[3 + i], batch * nodes, false);
+  const Walk a{.candidates = at<int64_t>(spans[3]),
+               .index = at<int64_t>(spans[4]),
+               .next_token = at<int64_t>(spans[5]),
+               .next_sibling = at<int64_t>(spans[6]),
+               .target_predict = at<int64_t>(spans[7]),
+               .batch = (int)batch,
+               .nodes = (int)nodes,
+               .slots = (int)slots,
+               .predicts = at<int32_t>(spans[0]),
+               .accept_index = at<int32_t>(spans[1]),
+               .accept_token_num = at<int32_t>(spans[2])};
+  py::gil_scoped_release release;
+  verify_greedy(a, at<void>(stream));
+}
+
 }  // namespace
 
 void bind_tree_cuda(py::module_& m) {
   m.def("spec_decode_tree_verify", &verify_of, "Walks each tree by the target's law, from logits.");
+  m.def("spec_decode_tree_finalize", &finalize_of, "Trees of the best candidates: links, ancestors, positions.");
+  m.def("spec_decode_build_tree", &build_of, "Links and masks of selected candidates, into the caller's buffers.");
+  m.def("spec_decode_reconstruct_tree", &reconstruct_of, "Links and positions of trees given by masks.");
+  m.def("spec_decode_verify_greedy", &verify_greedy_of, "Follows the predicted tokens through each tree.");
 }
 
 }  // namespace m3::spec_decode

@@ -70,6 +70,7 @@ struct Walk {
   // -- the list ------------------------------------------------------------------------------------------------------
   template <class Visit>
   __device__ __forceinline__ void each_listed(int count, Visit visit) const {
+#pragma unroll 1
     for (int i = threadIdx.x; i < count; i += kThreads) visit(list[i], scale.key(list[i].z));
   }
 
@@ -121,9 +122,8 @@ struct Walk {
     return (int)all;
   }
 
-  // -- the row
-  // ---------------------------------------------------------------------------------------------------------- The
-  // largest key below which less than `target` lies, of the whole row: tokens, or mass.
+  // -- the row --------------------------------------------------------------------------------------------------------
+  // The largest key below which less than `target` lies, of the whole row: tokens, or mass.
   __device__ uint32_t row_place(bool by_mass, Mass target) {
     return place_of(team, bins, target, true, [&](auto item) {
       slice.each([&](int, const float (&z)[kNeighbours]) {
@@ -253,6 +253,7 @@ struct Walk {
   }
 
   __device__ __forceinline__ bool is_child(int token, int count) const {
+#pragma unroll 1
     for (int i = 0; i < count; ++i)
       if (children[i] == token) return true;
     return false;
@@ -264,6 +265,7 @@ struct Walk {
   __device__ __forceinline__ int row_token(double u, int removed, bool& mine, Weight weight) {
     const int lane = threadIdx.x % 32, other = lane % team.size;
     Mass part = team.message(other).a;
+#pragma unroll 1
     for (int i = 0; i < removed; ++i)
       if (children[i] >= 0 && children[i] / share == other) part -= child_mass[i];
     if (lane >= team.size) part = 0;
@@ -282,6 +284,7 @@ struct Walk {
     mine = team.rank == owner;
     if (!mine) return -1;
     target -= __shfl_sync(kAll, upto - part, owner);
+#pragma unroll 1
     for (int i = threadIdx.x; i < removed; i += kThreads)
       if (children[i] >= slice.first && children[i] < slice.end)
         atomicAdd(&segments[(children[i] - slice.first) / kSegment], 0 - child_mass[i]);
@@ -289,6 +292,7 @@ struct Walk {
     constexpr int kEach = kSegments / kThreads;
     const int count = (slice.end - slice.first + kSegment - 1) / kSegment, first = threadIdx.x * kEach;
     Mass sum = 0, all;
+#pragma unroll 1
     for (int i = first; i < min(first + kEach, count); ++i) sum += segments[i];
     Mass before = scan_before(sum, team.board, all);
     if (before < target && target <= before + sum) {
@@ -328,6 +332,7 @@ struct Walk {
   // what follows. Warp 0 decides.
   __device__ __forceinline__ int accept(int node, int first_child, Mass total, const float* draft, int& count) {
     count = 0;
+#pragma unroll 1
     for (int child = first_child; child >= 0; child = a.mode == Mode::kChain ? -1 : next_sibling[child]) {
       if (threadIdx.x == 0) children[count] = tokens[child];
       ++count;
@@ -338,9 +343,11 @@ struct Walk {
       const double u = a.coins ? a.coins[b * a.nodes + node] : coin(noise, kNodeCoin);
       Mass before = 0;
       int accepted = -1;
+#pragma unroll 1
       for (int base = 0; base < count && accepted < 0; base += 32) {
         const int i = base + lane, token = i < count ? children[i] : -1;
         bool known = token >= 0;
+#pragma unroll 1
         for (int elder = 0; elder < i && known; ++elder) known = children[elder] != token;
         const uint32_t key = known ? scale.key(z_of<kType>(slice.row, slice.allowed, token)) : kLargest + 1;
         const Mass mass = key <= limit ? scale.mass(key) : 0;
@@ -366,6 +373,7 @@ struct Walk {
     __syncthreads();
     const int accepted = team.board->found;
     int child = accepted < 0 ? -1 : first_child;
+#pragma unroll 1
     for (int i = 0; i < accepted; ++i) child = next_sibling[child];
     return child;
   }
@@ -393,12 +401,14 @@ struct Walk {
       }
     } else if (count) {  // p without the children
       Mass all = 0;
+#pragma unroll 1
       for (int i = 0; i < count; ++i) all += child_mass[i];
       if (all < total) removed = count;
     }
     if (listed < 0) return row_token(u, removed, mine, whole);
     if (!total) return -1;
     Mass all = total;
+#pragma unroll 1
     for (int i = 0; i < removed; ++i) all -= child_mass[i];
     return listed_token(aim(u, all), [&](int v, uint32_t key) { return is_child(v, removed) ? 0 : scale.mass(key); });
   }
@@ -492,6 +502,7 @@ struct Walk {
           logprob = (double)z_of<kType>(slice.row, nullptr, token) - (double)top - raw;
       }
       if (greedy || a.mode == Mode::kCoupled)
+#pragma unroll 1
         for (int child = first_child; child >= 0 && accepted < 0; child = next_sibling[child])
           if (tokens[child] == token) accepted = child;
       if (mine && threadIdx.x == 0) {

@@ -19,6 +19,7 @@ from m3kernels.cuda import on_device, refusal, stream
 from m3kernels.spec_decode import cuda_attention, cuda_commit
 from m3kernels.spec_decode.cuda_attention import tree_attention as tree_attention
 from m3kernels.spec_decode.cuda_commit import tree_commit as tree_commit
+from m3kernels.spec_decode.types import BITS
 
 TYPE = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 MODE = {"greedy": 0, "target_only": 1, "chain": 2, "coupled": 3}
@@ -122,3 +123,125 @@ def tree_verify(
             stream(logits),
         )
     return tokens, accept_index, accept_length, token_logprobs
+
+
+# -- trees: tree_finalize, the drop-in set ----------------------------------------------------------------------------
+def tree_finalize(
+    scores: Tensor,
+    tokens: Tensor,
+    parent_list: Tensor,
+    bonus: Tensor,
+    seq_lens: Tensor,
+    budget: Tensor | None,
+    topk: int,
+    num_nodes: int,
+) -> tuple[Tensor, ...]:
+    op, requests, device = "tree_finalize", scores.shape[0], scores.device
+    nodes = max(1, num_nodes)  # what is no number of nodes is refused below
+    links = [torch.empty(requests, nodes, dtype=torch.int64, device=device) for _ in range(4)]
+    parents = torch.empty(requests, nodes, dtype=torch.int32, device=device)
+    bits = torch.empty(requests, nodes, -(-nodes // BITS), dtype=torch.int32, device=device)
+    selected = torch.empty(requests, nodes - 1, dtype=torch.int64, device=device)
+    out = (links[0], parents, bits, *links[1:], selected)
+    given = (("tokens", tokens), ("parent_list", parent_list), ("bonus", bonus), ("seq_lens", seq_lens))
+    with on_device(scores):
+        _cuda_ext.spec_decode_tree_finalize(
+            [
+                _span(op, "scores", scores, torch.float32, scores),
+                *(_span(op, name, value, torch.int64, scores) for name, value in given),
+                _span(op, "budget", budget, torch.int32, scores),
+            ],
+            *(requests, scores.shape[1], parent_list.shape[1], topk, num_nodes),
+            [(value.data_ptr(), value.numel()) for value in out],
+            stream(scores),
+        )
+    return out
+
+
+def _bytes(op: str, name: str, tensor: Tensor, like: Tensor) -> tuple[int, int]:
+    address, elements = _span(op, name, tensor, tensor.dtype, like)
+    return address, elements * tensor.element_size()
+
+
+def _links(op: str, like: Tensor, *links: Tensor) -> list[tuple[int, int]]:
+    names = ("positions", "retrive_index", "retrive_next_token", "retrive_next_sibling")
+    return [_span(op, name, link, torch.int64, like) for name, link in zip(names, links, strict=True)]
+
+
+def build_tree_kernel_efficient(
+    parent_list: Tensor,
+    selected_index: Tensor,
+    verified_seq_len: Tensor,
+    tree_mask: Tensor,
+    positions: Tensor,
+    retrive_index: Tensor,
+    retrive_next_token: Tensor,
+    retrive_next_sibling: Tensor,
+    topk: int,
+    depth: int,
+    draft_token_num: int,
+    tree_mask_mode: int,
+) -> None:
+    op = "build_tree_kernel_efficient"
+    with on_device(parent_list):
+        _cuda_ext.spec_decode_build_tree(
+            _span(op, "parent_list", parent_list, torch.int64, parent_list),
+            parent_list.shape[1],
+            _span(op, "selected_index", selected_index, torch.int64, parent_list),
+            _span(op, "verified_seq_len", verified_seq_len, torch.int64, parent_list),
+            _bytes(op, "tree_mask", tree_mask, parent_list),
+            _links(op, parent_list, positions, retrive_index, retrive_next_token, retrive_next_sibling),
+            *(parent_list.shape[0], topk, draft_token_num, tree_mask_mode),
+            stream(parent_list),
+        )
+
+
+def reconstruct_indices_from_tree_mask(
+    tree_mask: Tensor,
+    verified_seq_len: Tensor,
+    positions: Tensor,
+    retrive_index: Tensor,
+    retrive_next_token: Tensor,
+    retrive_next_sibling: Tensor,
+    batch_size: int,
+    draft_token_num: int,
+) -> None:
+    op = "reconstruct_indices_from_tree_mask"
+    with on_device(tree_mask):
+        _cuda_ext.spec_decode_reconstruct_tree(
+            _bytes(op, "tree_mask", tree_mask, tree_mask),
+            _span(op, "verified_seq_len", verified_seq_len, torch.int64, tree_mask),
+            _links(op, tree_mask, positions, retrive_index, retrive_next_token, retrive_next_sibling),
+            *(batch_size, draft_token_num),
+            stream(tree_mask),
+        )
+
+
+def verify_tree_greedy(
+    predicts: Tensor,
+    accept_index: Tensor,
+    accept_token_num: Tensor,
+    candidates: Tensor,
+    retrive_index: Tensor,
+    retrive_next_token: Tensor,
+    retrive_next_sibling: Tensor,
+    target_predict: Tensor,
+) -> None:
+    op = "verify_tree_greedy"
+    outputs = (("predicts", predicts), ("accept_index", accept_index), ("accept_token_num", accept_token_num))
+    inputs = (
+        ("candidates", candidates),
+        ("retrive_index", retrive_index),
+        ("retrive_next_token", retrive_next_token),
+        ("retrive_next_sibling", retrive_next_sibling),
+        ("target_predict", target_predict),
+    )
+    with on_device(candidates):
+        _cuda_ext.spec_decode_verify_greedy(
+            [
+                *(_span(op, name, value, torch.int32, candidates) for name, value in outputs),
+                *(_span(op, name, value, torch.int64, candidates) for name, value in inputs),
+            ],
+            *(*candidates.shape, accept_index.shape[1]),
+            stream(candidates),
+        )

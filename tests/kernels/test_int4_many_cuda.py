@@ -331,7 +331,7 @@ def test_gate(which: str, dtype: torch.dtype, experts: bool) -> None:
 @both
 def test_gate_wants_whole_tiles(which: str) -> None:
     x, weight, _ = inputs(70, 192, 80, group_size=32, dtype=torch.float16)
-    with pytest.raises(ValueError, match="want n / 2 a multiple of 64"):
+    with pytest.raises(ValueError, match="n: want a multiple of 128 for the gated epilogue; got 192"):
         product(which, x, weight, epilogue=GATED)
 
 
