@@ -15,8 +15,8 @@ using DeviceWeightTuple = std::tuple<SpanTuple, SpanTuple, SpanTuple, int, int64
 using PlanTuple = std::tuple<int64_t, int64_t, int64_t>;  // (part_tiles, split_parts, splits)
 
 void check_aligned(const char* argument, const SpanTuple& span, uintptr_t bytes) {
-  check(std::get<0>(span) % bytes == 0, kOp, argument, "an address that " + std::to_string(bytes) + " divides",
-        std::get<0>(span));
+  check(std::get<0>(span) % bytes == 0, kOp, argument,
+        "an address that " + std::to_string(bytes) + " divides (a clone has one)", std::get<0>(span));
 }
 
 void check_at_least(const char* argument, const SpanTuple& span, int64_t count) {
@@ -44,7 +44,8 @@ void set_plan(Product& p, const PlanTuple& tuple, bool grouped, bool decode) {
   const auto& [part_tiles, split_parts, splits] = tuple;
   check(part_tiles >= 1 && part_tiles < kMost, kOp, "plan", "a positive number of tiles a part", part_tiles);
   check(split_parts >= 1 && split_parts < kMost, kOp, "plan", "a positive number of parts a split", split_parts);
-  check(!decode || split_parts == kSplitParts, kOp, "plan", std::to_string(kSplitParts) + " parts a split", split_parts);
+  check(!decode || split_parts == kSplitParts, kOp, "plan", std::to_string(kSplitParts) + " parts a split",
+        split_parts);
   const int64_t want = ceil_div64(p.k_tiles(), part_tiles * split_parts);
   check(splits == want && splits <= kMostSplits, kOp, "plan", std::to_string(want) + " splits, 16 at most", splits);
   check(!grouped || splits == 1, kOp, "plan", "one split for a grouped product", splits);

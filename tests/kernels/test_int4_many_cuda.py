@@ -361,7 +361,7 @@ def test_padding_is_not_read(which: str, k: int) -> None:
     row_exists = pack_groups(torch.ones(70, weight.num_groups, device=DEVICE)).bool()
     hostile = dataclasses.replace(
         weight,
-        scales=surrounded_by_nan(torch.where(row_exists, weight.scales, torch.nan)),
+        scales=surrounded_by_nan(torch.where(row_exists, weight.scales, torch.nan), 64),
         zeros=torch.where(row_exists, weight.zeros, 255),
     )
     margin = 67 if k % 8 else 64  # a base that is aligned, or not
