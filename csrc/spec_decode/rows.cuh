@@ -121,30 +121,30 @@ struct alignas(16) Pair {
   Mass a, b;
 };
 
-M3_DEVICE Pair shuffled(const Pair& p, int bits) {
-  return {__shfl_xor_sync(kAll, p.a, bits), __shfl_xor_sync(kAll, p.b, bits)};
+enum class Fold {
+  kSum,            // of both
+  kBest,           // the larger a, the smaller b of equals
+  kMaxMin,         // the largest a, the smallest b
+  kMaxMinOfPairs,  // likewise, but warps count in pairs, with the larger of their b
+};
+
+template <class Combine>
+M3_DEVICE Pair across(Pair p, int lanes, Combine combine) {
+#pragma unroll 1
+  for (int bits = lanes / 2; bits; bits /= 2)
+    p = combine(p, Pair{__shfl_xor_sync(kAll, p.a, bits), __shfl_xor_sync(kAll, p.b, bits)});
+  return p;
 }
 
-struct Sum {  // both
-  __device__ __forceinline__ Pair of_warp(const Pair& p) const { return p; }
-  __device__ __forceinline__ Pair operator()(const Pair& p, const Pair& q) const { return {p.a + q.a, p.b + q.b}; }
-};
-struct Best {  // the larger a, the smaller b of equals
-  __device__ __forceinline__ Pair of_warp(const Pair& p) const { return p; }
-  __device__ __forceinline__ Pair operator()(const Pair& p, const Pair& q) const {
-    return p.a > q.a || (p.a == q.a && p.b < q.b) ? p : q;
-  }
-};
-struct MaxMin {  // the largest a, the smallest b; of b, warps count in pairs if `pairs`: with the larger one's
-  bool pairs;
-  __device__ __forceinline__ Pair operator()(const Pair& p, const Pair& q) const {
-    return {p.a > q.a ? p.a : q.a, p.b < q.b ? p.b : q.b};
-  }
-  __device__ __forceinline__ Pair of_warp(const Pair& p) const {
-    const Mass other = __shfl_xor_sync(kAll, p.b, 1);
-    return {p.a, pairs && other > p.b ? other : p.b};
-  }
-};
+// The fold over the first `lanes` lanes, a power of two, or over each run of as many.
+M3_DEVICE Pair across(Pair p, int lanes, Fold fold) {
+  if (fold == Fold::kSum)
+    return across(p, lanes, [](const Pair& x, const Pair& y) { return Pair{x.a + y.a, x.b + y.b}; });
+  if (fold == Fold::kBest)
+    return across(p, lanes,
+                  [](const Pair& x, const Pair& y) { return x.a > y.a || (x.a == y.a && x.b < y.b) ? x : y; });
+  return across(p, lanes, [](const Pair& x, const Pair& y) { return Pair{max(x.a, y.a), min(x.b, y.b)}; });
+}
 
 constexpr int kMostRanks = 16;
 constexpr int kBins = 2048;
@@ -157,6 +157,32 @@ struct Board {
   Mass rest;
   int found, count;
 };
+
+// Team::fold, out of line: kernels have many.
+static __device__ __noinline__ Pair folded(Pair p, Fold how, Board* board, int turn, int size) {
+  p = across(p, 32, how);
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  if (lane == 0) board->warps[warp] = p;
+  __syncthreads();
+  Pair* slot = board->messages + turn;
+  if (warp == 0) {
+    p = board->warps[lane % kWarps];
+    if (how == Fold::kMaxMinOfPairs) p.b = max(p.b, __shfl_xor_sync(kAll, p.b, 1));
+    p = across(p, kWarps, how);
+    if (lane == 0) *slot = p;
+  }
+#if M3_SM90
+  if (size > 1) {
+    ptx::cluster_arrive();
+    ptx::cluster_wait();
+    const float4 v = ptx::load_cluster((const float*)slot, lane % size);
+    memcpy(&p, &v, sizeof p);
+    return across(p, size, how);
+  }
+#endif
+  __syncthreads();
+  return *slot;
+}
 
 // The blocks that work on one request together: one, or a cluster (sm_90). Every function is for all threads of all.
 struct Team {
@@ -190,38 +216,11 @@ struct Team {
     return *own;
   }
 
-  // The fold over this block's threads, in warp 0.
-  template <class Fold>
-  __device__ __forceinline__ Pair gather(Pair p, Fold fold) const {
-#pragma unroll
-    for (int bits = 16; bits; bits /= 2) p = fold(p, shuffled(p, bits));
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    if (lane == 0) board->warps[warp] = p;
-    __syncthreads();
-    if (warp == 0) {
-      p = fold.of_warp(board->warps[lane % kWarps]);
-#pragma unroll
-      for (int bits = kWarps / 2; bits; bits /= 2) p = fold(p, shuffled(p, bits));
-    }
-    return p;
-  }
-
   // Over the team's threads, or, with `alone`, over this block's; what each rank gave is in message(rank) until the
   // next fold.
-  template <class Fold>
-  __device__ __forceinline__ Pair fold(Pair p, Fold fold, bool alone = false) {
-    p = gather(p, fold);
+  __device__ __forceinline__ Pair fold(Pair p, Fold how, bool alone = false) {
     turn ^= 1;
-    Pair* slot = board->messages + turn;
-    if (threadIdx.x == 0) *slot = p;
-    if (alone)
-      __syncthreads();
-    else
-      sync();
-    if (alone || size == 1) return *slot;
-    p = from(slot, threadIdx.x % size);
-    for (int bits = size / 2; bits; bits /= 2) p = fold(p, shuffled(p, bits));
-    return p;
+    return folded(p, how, board, turn, alone ? 1 : size);
   }
   __device__ __forceinline__ Pair message(int other) const { return from(board->messages + turn, other); }
 };

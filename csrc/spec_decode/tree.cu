@@ -118,7 +118,7 @@ __global__ void __launch_bounds__(kThreads) finalize_kernel(const Finalize a) {
   for (int i = threadIdx.x; i < n; i += kThreads) {
     int parent = -1;
     if (i > 0 && i <= count) {
-      const int64_t column = selected[i - 1] / a.topk;
+      const int column = selected[i - 1] / a.topk;
       if (column == 0) {
         parent = 0;
       } else if (column < a.list_width) {
@@ -192,7 +192,7 @@ __global__ void __launch_bounds__(kThreads) build_kernel(const Build a) {
   for (int i = threadIdx.x; i < n; i += kThreads) {
     int parent = -1;
     if (i > 0 && selected[i - 1] >= 0) {
-      const int64_t column = selected[i - 1] / a.topk;
+      const int column = selected[i - 1] / a.topk;
       if (column == 0) {
         parent = 0;
       } else if (column < a.list_width) {

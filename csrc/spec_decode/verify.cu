@@ -78,7 +78,7 @@ struct Walk {
   __device__ Mass listed_mass(int count, uint32_t most) {
     Pair sum{0, 0};
     each_listed(count, [&](const Entry&, uint32_t key) { sum.a += key <= most ? scale.mass(key) : 0; });
-    return team.fold(sum, Sum{}, true).a;
+    return team.fold(sum, Fold::kSum, true).a;
   }
 
   // Takes the tokens with keys of at most `reach` into every rank's list; returns their number, or -1 if they are too
@@ -101,7 +101,7 @@ struct Walk {
         if (at < kList) own_list[at] = {z[j], v + j};
       }
     });
-    sum = team.fold(sum, Sum{});
+    sum = team.fold(sum, Fold::kSum);
     whole = {sum.a, sum.b & 0xFFFFFFFFu};
     const Mass all = sum.b >> 32;
     if (all > kList) return -1;
@@ -146,7 +146,7 @@ struct Walk {
         if (key <= limit) sum.a += scale.mass(key);
       }
     });
-    return team.fold(sum, Sum{}).a;
+    return team.fold(sum, Fold::kSum).a;
   }
 
   // Mass of each segment of this rank's part; returns the sum of the team. weight(v, key): of a token that is kept.
@@ -165,7 +165,7 @@ struct Walk {
       for (int bits = 16; bits; bits /= 2) own += __shfl_xor_sync(kAll, own, bits);
       if (threadIdx.x % 32 == 0) segments[(v - slice.first) / kSegment] = own;
     });
-    return team.fold(sum, Sum{}).a;
+    return team.fold(sum, Fold::kSum).a;
   }
 
   // -- filters -------------------------------------------------------------------------------------------------------
@@ -238,7 +238,7 @@ struct Walk {
         }
       });
     }
-    const Pair best = team.fold(Pair{ordered(race.best), (Mass)race.token}, Best{}, listed >= 0);
+    const Pair best = team.fold(Pair{ordered(race.best), (Mass)race.token}, Fold::kBest, listed >= 0);
     return best.b < (Mass)slice.vocabulary ? (int)best.b : -1;
   }
 
@@ -393,7 +393,7 @@ struct Walk {
         Pair sum{0, 0};
         each_listed(listed,
                     [&](const Entry& entry, uint32_t key) { sum.a += key <= limit ? rest(entry.token, key) : 0; });
-        const Mass all = team.fold(sum, Sum{}, true).a;
+        const Mass all = team.fold(sum, Fold::kSum, true).a;
         if (all) return listed_token(aim(u, all), rest);
       } else {
         if (masses(rest)) return row_token(u, 0, mine, rest);
@@ -423,7 +423,7 @@ struct Walk {
 #pragma unroll
         for (int j = 0; j < kNeighbours; ++j) best = max(best, z[j]);
       });
-      top = unordered((uint32_t)team.fold(Pair{ordered(best), 0}, Best{}).a);
+      top = unordered((uint32_t)team.fold(Pair{ordered(best), 0}, Fold::kBest).a);
     }
     const Scale plain{top, 1.f, 1.f, scale.unit};
     Pair sum{0, 0};
@@ -434,7 +434,7 @@ struct Walk {
         if (key <= kLargest) sum.a += plain.mass(key);
       }
     });
-    return log((double)team.fold(sum, Sum{}).a / (double)scale.unit);
+    return log((double)team.fold(sum, Fold::kSum).a / (double)scale.unit);
   }
 
   // -- the walk ------------------------------------------------------------------------------------------------------
@@ -463,8 +463,8 @@ struct Walk {
       uint32_t floor = ordered(best);
       for (int bits = 1; bits < 32 && bits * (kGroups / team.size) < kThreads; bits *= 2)
         floor = max(floor, __shfl_xor_sync(kAll, floor, bits));
-      const Pair both =
-          team.fold(Pair{(Mass)ordered(best) << 32 | (uint32_t)~token, floor}, MaxMin{kGroups / team.size < kWarps});
+      const Pair both = team.fold(Pair{(Mass)ordered(best) << 32 | (uint32_t)~token, floor},
+                                  kGroups / team.size < kWarps ? Fold::kMaxMinOfPairs : Fold::kMaxMin);
       float top = unordered((uint32_t)(both.a >> 32));
       token = (int)~(uint32_t)both.a;
       scale.top = top, scale.heat = heat;
