@@ -79,7 +79,7 @@ def parser() -> argparse.ArgumentParser:
     every = ", ".join(int4_gpu.EVERY)
     gemm.add_argument("--arms", type=words, help=f"default: {', '.join(int4.DEFAULT_ARMS)}; on a GPU: {every}")
     gemm.add_argument("--isa", type=words, default=(), help="also run our arms so, as m3_int8@avx2")
-    gemm.add_argument("--seconds", type=float, help="for each shape, M and thread count (default: 6; on a GPU: 1)")
+    gemm.add_argument("--seconds", type=float, help="for each shape, M and thread count (default: 6; on a GPU: 0.25)")
     gemm.add_argument("--rounds", type=int, help="at least this many (default: 5; on a GPU: 20)")
     gemm.add_argument("--asymmetric", action="store_true", help="weights with zero points")
     gemm.add_argument("--memory", type=float, default=6.0, help="GB that the copies of a case may take (default: 6)")

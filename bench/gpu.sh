@@ -13,20 +13,21 @@ cd "$(dirname "$0")/.." || exit 1
 python=${PYTHON:-python3}
 out=${OUT:-bench/results}
 state=${STATE:-build/gpu} # in build/, beside setup.py's objects, and as little in git as they are
-default_sections="build tests sanitize int4 moe spec_decode policy_loss"
-declare -A limits=([build]=150 [tests]=110 [sanitize]=80 [int4]=80 [moe]=55 [spec_decode]=55 [policy_loss]=60
-  [fp16]=60 [crossover]=60 [long]=60 [compile]=600)
+default_sections="build tests sanitize int4 peers moe spec_decode policy_loss"
+declare -A limits=([build]=140 [tests]=110 [sanitize]=60 [int4]=60 [peers]=70 [moe]=45 [spec_decode]=60 [policy_loss]=55
+  [fp16]=60 [crossover]=60 [long]=90 [compile]=600)
 declare -A about=(
   [build]="CPU module and CUDA module for this GPU alone; python -m m3kernels"
   [tests]="pytest -m gpu, family by family"
   [sanitize]="compute-sanitizer memcheck and racecheck on one small call of every op"
-  [int4]="dense INT4 products in bf16 against cuBLAS, tinygemm, gemlite, Humming, Marlin"
+  [int4]="dense INT4 products in bf16 against cuBLAS and tinygemm"
+  [peers]="the same against gemlite, Humming, Marlin, which compile and tune when first run; where one can be imported"
   [moe]="INT4 experts, 128 of them, 8 a token"
   [spec_decode]="tree_verify, tree_finalize, tree_attention, tree_commit"
-  [policy_loss]="the loss with both gradients, 8192 and 16384 tokens x 4096 x 151936"
+  [policy_loss]="the loss with both gradients, 8192 tokens x 4096 x 151936"
   [fp16]="not by default: dense INT4 products of 8192 x 8192 in fp16"
   [crossover]="not by default: every INT4 kernel by number of rows, for the table of crossovers"
-  [long]="not by default: the policy loss of 65536 tokens"
+  [long]="not by default: the policy loss of 16384 and 65536 tokens"
   [compile]="not by default, needs no GPU: nvcc of every .cu for M3_CUDA_ARCHS (default 80;90a;100a;120a)"
 )
 families="int4 spec_decode policy_loss decoder"
@@ -71,6 +72,8 @@ arch_of() { # compute capability -> the target that setup.py takes
 }
 
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
+export TRITON_CACHE_DIR=${TRITON_CACHE_DIR:-$(realpath -m "$state")/triton} # what is compiled once serves later runs
+export HUMMING_CACHE_DIR=${HUMMING_CACHE_DIR:-$(realpath -m "$state")/humming}
 unpack_peers() { # every wheel, archive or folder of $PEERS goes to PYTHONPATH
   local entry folder
   for entry in "$PEERS"/*; do
@@ -171,6 +174,16 @@ measure() { # section, family whose tests must pass, arguments of python -m benc
     fail "$section" "see $out/gpu_$section.txt (status 124: out of time; rows measured until then are kept)"
 }
 int4() { measure int4 int4 int4 --device cuda --preset gpu; }
+peers() {
+  local found
+  found=$("$python" -c 'import importlib.util as u; print(*[n for n in ("gemlite", "humming", "vllm") if u.find_spec(n)])')
+  if [ -z "$found" ]; then
+    skip peers "none of gemlite, humming, vllm can be imported (PEERS=folder with their wheels)"
+    return
+  fi
+  say "peers: $found"
+  measure peers int4 int4 --device cuda --preset gpu_peers
+}
 moe() { measure moe int4 int4 --device cuda --preset gpu_moe; }
 fp16() { measure fp16 int4 int4 --device cuda --preset gpu_fp16; }
 crossover() { measure crossover int4 int4 --device cuda --preset gpu_crossover; }

@@ -73,7 +73,7 @@ class Plan:
     ms: tuple[int, ...] | None = None  # None: MS, of experts MOE_MS
     dtypes: tuple[str, ...] = (COMMON_DTYPE,)
     arms: tuple[str, ...] = EVERY
-    seconds: float = 1.0  # per shape, dtype, M and timing
+    seconds: float = 0.25  # per shape, dtype, M and timing
     min_rounds: int = 20
     timings: tuple[str, ...] = TIMINGS
     device: str = "cuda"
@@ -98,8 +98,10 @@ DENSE = (
     "qwen2.5-32b.down",
     "4096x4096",
 )
+OWN = ("m3_cuda", "m3_cuda_fast", "m3_triton", "torch_dense", "tinygemm")  # none that compiles or tunes for minutes
 PRESETS = {
-    "gpu": Plan(shapes=DENSE),
+    "gpu": Plan(shapes=DENSE, arms=OWN),
+    "gpu_peers": Plan(shapes=("8192x8192", "qwen3-235b-a22b.qkv", "qwen3-235b-a22b.o")),
     "gpu_fp16": Plan(shapes=("8192x8192",), dtypes=("fp16",)),
     "gpu_moe": Plan(shapes=("qwen3-235b-a22b.moe",)),
     "gpu_crossover": Plan(
@@ -107,9 +109,8 @@ PRESETS = {
         ms=(8, 16, 32, 48, 64, 96, 128, 256, 512, 1024),
         arms=(*KERNELS, "torch_dense"),
         timings=("cold",),
-        seconds=0.3,
     ),
-    "gpu_quick": Plan(shapes=("4096x4096", "qwen3-235b-a22b.moe_ep8"), ms=(1, 64), seconds=0.2),
+    "gpu_quick": Plan(shapes=("4096x4096", "qwen3-235b-a22b.moe_ep8"), ms=(1, 64), seconds=0.1),
 }
 
 
@@ -185,7 +186,7 @@ def run_linear(linear: Linear, x_dtype: str, plan: Plan, say: Callable[[str], No
     each = problem.weight_bytes * len(names) + 2 * problem.dense.numel()
     count = gpu_timing.layers(problem.weight_bytes, each, clock.card)
     say(f"{linear.name}, {x_dtype}: {count} layers, at most {count * each / 1e9:.1f} GB")
-    layers = Layers(problem, count, x_dtype)
+    layers = Layers(problem, count, x_dtype, ms)
     arms, absent = harness.build(names, lambda name: guarded(lambda: ARMS[name](layers), clock), say)
     for m in ms:
         facts = int4.linear_facts(linear, m, True, problem.weight_bytes) | {"x_dtype": x_dtype}
@@ -200,7 +201,7 @@ def run_experts(shape: Experts, x_dtype: str, plan: Plan, say: Callable[[str], N
     stack = problem.w13.nbytes + problem.w2.nbytes
     count = gpu_timing.layers(problem.touched_bytes(min(ms)), stack * (1 + len(names) // 2), clock.card)
     say(f"{shape.name}, {x_dtype}: {count} layers")
-    layers = MoeLayers(problem, count, x_dtype)
+    layers = MoeLayers(problem, count, x_dtype, ms)
     arms, absent = harness.build(names, lambda name: guarded(lambda: MOE_ARMS[name](layers), clock), say)
     for m in ms:
         facts = int4.moe_facts(shape, m, problem.touched_bytes(m)) | {"x_dtype": x_dtype}

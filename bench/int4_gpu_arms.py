@@ -7,7 +7,7 @@ int4_gpu_peers.py; the cases and their rows: int4_gpu.py.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -27,10 +27,13 @@ Made = TypeVar("Made")
 
 # -- arms of dense products -------------------------------------------------------------------------------------------
 class Shared:
-    """The weights of the layers of a rotation in each form that arms want them, made once."""
+    """The weights of the layers of a rotation in each form that arms want them, made once.
 
-    def __init__(self, count: int, x_dtype: str) -> None:
-        self.count, self.x_dtype, self.dtype = count, x_dtype, X_DTYPES[x_dtype]
+    ``ms``: the numbers of rows that are going to be multiplied, ascending.
+    """
+
+    def __init__(self, count: int, x_dtype: str, ms: Sequence[int] = (1,)) -> None:
+        self.count, self.x_dtype, self.dtype, self.ms = count, x_dtype, X_DTYPES[x_dtype], sorted(ms)
         self.made: dict[str, Any] = {}
 
     def each(self, form: str, make: Callable[[int], Made]) -> list[Made]:
@@ -43,8 +46,8 @@ class Shared:
 class Layers(Shared):
     """Copies of one problem, each another weight."""
 
-    def __init__(self, problem: Problem, count: int, x_dtype: str) -> None:
-        super().__init__(count, x_dtype)
+    def __init__(self, problem: Problem, count: int, x_dtype: str, ms: Sequence[int] = (1,)) -> None:
+        super().__init__(count, x_dtype, ms)
         self.problem = problem
 
     @property
@@ -166,8 +169,8 @@ class Tinygemm(Gemm):
 class MoeLayers(Shared):
     """Stacks of experts; copy i has its experts rotated by i and the routing with them."""
 
-    def __init__(self, problem: MoeProblem, count: int, x_dtype: str) -> None:
-        super().__init__(count, x_dtype)
+    def __init__(self, problem: MoeProblem, count: int, x_dtype: str, ms: Sequence[int] = (1,)) -> None:
+        super().__init__(count, x_dtype, ms)
         self.problem = problem
 
     @property

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.gpu_timing import Clock
 from bench.harness import UnavailableError
 from bench.int4_gpu_arms import Gemm, Layers, Moe, MoeLayers
 from bench.peers import need
@@ -68,8 +67,8 @@ def humming_layer(weight: Tensor, scales: Tensor, group_size: int, dtype: torch.
     return layer
 
 
-def humming_tuning(layer: Any, rows: int, kind: str) -> dict[str, Any]:
-    """What Humming's heuristics choose for one number of rows: one kernel to compile, not one for every range."""
+def humming_settings(layer: Any, rows: int, kind: str) -> dict[str, Any]:
+    """What Humming's heuristics choose for a number of rows: one kernel to compile, not one for every range."""
     from humming.tune import get_heuristics_config
 
     return dict(get_heuristics_config(layer.humming_config, shape_m=rows, gemm_type=kind))
@@ -91,11 +90,10 @@ class Humming(Gemm):
             return humming_layer(weight, scales, linear.group_size, layers.dtype)
 
         self.modules = layers.each("humming", module)
+        settings = [humming_settings(self.modules[0], m, "dense") for m in layers.ms]
+        # More than, at most, settings: a list is compiled in parallel, for the numbers of rows that are measured.
+        self.tuning = [[*bounds, each] for *bounds, each in zip([0, *layers.ms], layers.ms, settings, strict=False)]
         self.stored_bytes = problem.weight_bytes
-
-    def load(self, x: Tensor, clock: Clock) -> None:
-        self.tuning = humming_tuning(self.modules[0], len(x), "dense")
-        super().load(x, clock)
 
     def product(self, x: Tensor, layer: int) -> Tensor:
         return self.modules[layer](x, tuning_config=self.tuning)
@@ -132,7 +130,7 @@ class HummingMoe(Moe):
     """humming-kernels on experts: w13, its fused silu(a) * b, w2, weighted sum by torch.
 
     ``kind``: "indexed" (the kernel gathers the tokens) or "grouped_contiguous" (rows sorted by expert). Tables of the
-    routing are made beforehand and are not in the time, which is more than our arms are given.
+    routing are made beforehand and are not in the time, an allowance that our arms do not have.
     """
 
     ACTIVATION = "a / (1.0f + __expf(-a)) * b"
@@ -155,10 +153,10 @@ class HummingMoe(Moe):
 
     def route(self, ids: list[Tensor], weights: Tensor) -> None:
         super().route(ids, weights)
-        slots = ids[0].numel()
-        self.tunings = [humming_tuning(module, slots, self.kind) for module in self.modules[0]]
+        # The kernel is told its settings: it and the tables must have the same blocks.
+        self.settings = [humming_settings(module, ids[0].numel(), self.kind) for module in self.modules[0]]
         if self.kind == "indexed":
-            blocks = [tuning["block_shape"][0] for tuning in self.tunings]
+            blocks = [each["block_shape"][0] for each in self.settings]
             self.tables = [[aligned(each, self.experts, block) for block in blocks] for each in ids]
         else:
             self.tables = [[by_expert(each, self.experts)] for each in ids]
@@ -177,7 +175,7 @@ class HummingMoe(Moe):
     def multiply(self, x: Tensor, layer: int, which: int) -> Tensor:
         """w13 (``which`` 0) or w2 of one layer."""
         module = self.modules[layer][which]
-        configs = {"compute_config": self.compute, "tuning_config": self.tunings[which]}
+        configs = {"compute_config": self.compute, "tuning_config": self.settings[which]}
         if self.kind == "indexed":
             slots, experts, count = self.tables[layer][which]
             tables = {"sorted_ids": slots, "expert_ids": experts, "num_tokens_padded": count}

@@ -48,6 +48,7 @@ from m3kernels.spec_decode import reference
 DTYPE = torch.bfloat16
 BATCHES = (1, 8, 64)
 CALLS = 200
+CHECKED = 4  # requests of a batch for which the reference computes what has to come out
 ATTENTION_TOLERANCE = 1e-2  # relative RMS, of bf16
 AS_FLOATS = ("logits", "q", "k_cache", "v_cache", "gate", "k_caches", "v_caches")  # tensors of a problem in DTYPE
 
@@ -90,6 +91,30 @@ class Plan:
 
 
 # -- problems on the device -------------------------------------------------------------------------------------------
+def first_requests(problem: VerifyProblem, count: int) -> VerifyProblem:
+    """The first requests of a batch alone."""
+    cut = {
+        field.name: getattr(problem, field.name)[:count]
+        for field in dataclasses.fields(problem)
+        if isinstance(getattr(problem, field.name), Tensor)
+    }
+    case = dataclasses.replace(problem.case, requests=min(count, problem.case.requests))
+    return dataclasses.replace(problem, case=case, memo={}, **cut)
+
+
+def emitted(problem: VerifyProblem, mode: str) -> Tensor:
+    """The tokens of a mode by the room that serves the CPU; of the first requests the slow reference has to agree.
+
+    Raises RuntimeError where it does not.
+    """
+    wanted_mode = problem.of(dataclasses.replace(problem.case, mode=mode))
+    found = Verify([wanted_mode], 1).call(wanted_mode)
+    few = first_requests(wanted_mode, CHECKED).emitted(mode)
+    if not torch.equal(found[: len(few)], few):
+        raise RuntimeError(f"{problem.case.name}: the room of the CPU does not emit the reference's tokens")
+    return found
+
+
 def moved(problem: Any, device: str, dtype: torch.dtype | None = None) -> Any:
     """The same problem with its tensors on a device; those of AS_FLOATS in ``dtype`` if one is given."""
 
@@ -109,11 +134,10 @@ def prepared(case: Case, device: str) -> tuple[Any, Any]:
     (drawn,) = spec_decode.problems_of(dataclasses.replace(case, span=1))
     here = moved(drawn, "cpu", DTYPE)
     if isinstance(here, VerifyProblem):
-        here = dataclasses.replace(here, memo={})
-        for mode in {case.mode, case.mode if case.mode == "greedy" else "target_only"}:
-            here.emitted(mode)
-        there = moved(here, device)
-        return here, dataclasses.replace(there, memo={key: value.to(device) for key, value in here.memo.items()})
+        modes = {case.mode, case.mode if case.mode == "greedy" else "target_only"}
+        tokens = {(mode, here.case.filtered): emitted(here, mode) for mode in sorted(modes)}
+        there = dataclasses.replace(moved(here, device), memo={key: each.to(device) for key, each in tokens.items()})
+        return dataclasses.replace(here, memo=tokens), there
     there = moved(here, device)
     if isinstance(case, FinalizeCase):
         there.__dict__["expected"] = tuple(tensor.to(device) for tensor in here.expected)

@@ -361,6 +361,13 @@ def test_wrong_trees_get_no_time(monkeypatch):
     assert {row.arm: row.gate for row in case} == {"m3_reference": "passed", "wrong": "failed"}
 
 
+def test_tokens_that_the_reference_does_not_emit_end_the_run(monkeypatch):
+    right = spec_decode_gpu.Verify.call
+    monkeypatch.setattr(spec_decode_gpu.Verify, "call", lambda self, problem: right(self, problem) + 1)
+    with pytest.raises(RuntimeError, match="greedy: the room of the CPU does not emit the reference's tokens"):
+        spec_decode_gpu.prepared(SMALL["greedy"], "cpu")
+
+
 def test_commits_move_the_same_with_and_without_a_mask():
     problem = make_commit(SMALL["commit"])
     ours, theirs = problem.copied(), problem.copied()

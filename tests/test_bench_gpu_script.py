@@ -10,7 +10,7 @@ import zipfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-SECTIONS = ("build", "tests", "sanitize", "int4", "moe", "spec_decode", "policy_loss")
+SECTIONS = ("build", "tests", "sanitize", "int4", "peers", "moe", "spec_decode", "policy_loss")
 PYTHON_STUB = """#!/bin/bash
 case "$1" in -) exec {python} "$@" ;; esac
 echo "$PYTHONPATH" > {folder}/pythonpath
@@ -89,6 +89,7 @@ def test_sections_run_in_order_and_tests_come_first(tmp_path):
     for call, (_, text) in zip(machine.calls, kinds, strict=True):
         assert text in call
     assert "for sm_90a" in done.stdout
+    assert "peers: skipped: none of gemlite, humming, vllm can be imported" in done.stdout
 
 
 def test_a_family_whose_tests_fail_is_not_measured(tmp_path):
