@@ -301,7 +301,9 @@ def test_cuda_kernels_pass_on_the_emulated_device_under_the_address_sanitizer(tm
         *(sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests),
         cwd=ROOT,
         M3_SANITIZE="address",
-        LD_PRELOAD=run("g++", "-print-file-name=libasan.so", cwd=ROOT).stdout.strip(),
+        LD_PRELOAD=":".join(
+            run("g++", f"-print-file-name={name}", cwd=ROOT).stdout.strip() for name in ("libasan.so", "libstdc++.so")
+        ),
         ASAN_OPTIONS="detect_leaks=0",
     )
     assert re.search(r"\d+ passed", done.stdout), done.stdout[-2000:]

@@ -214,6 +214,7 @@ def linear_policy_loss(
         add_gradients(tiles, weights, chunk, kept, kept_rows, active, form, gradients, selection)
     if keep is not None:
         tiles.give_back(keep)
+    keep = kept = None  # not held while dW is rounded: the peak is that of the loop
     return value.float(), *gradients.results(), tally.metrics()
 
 
