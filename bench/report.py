@@ -145,7 +145,8 @@ the same for every arm; "of read" compares it with the read bandwidth of the mac
 same rounds, 80th percentile (on a GPU: with the bandwidth of a copy); "of peak" compares multiply-accumulates with
 the measured peak for the operands of that arm's inner product (fp32, bf16, int16 or int8). "Over m3_int16" (on a GPU
 m3_cuda): how many times as fast as our default mode this arm is. x and the result are fp32, except in bf16 arms, whose
-conversions are not timed; on a GPU everything is bf16.
+conversions are not timed. On a GPU x and the result are bf16 or fp16; "cold": L2 flushed before every product,
+"rotation": a CUDA graph of products with more weights than L2 holds (`bench/gpu_timing.py`).
 
 Arms: `m3_*` ours by activation mode (`@isa`: a forced instruction set; `@1t`: one thread); `ort_aL` ONNX Runtime
 MatMulNBits, accuracy level L, blocks of the group size (`_b32`: of 32); `ov` OpenVINO (`_int8`: dynamic quantisation
