@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
@@ -13,7 +14,7 @@ from m3kernels.spec_decode.cuda_commit import tree_commit
 
 __all__ = ["tree_attention", "tree_commit", "unsupported"]
 
-REFUSALS = {"tree_attention": cuda_attention.refusal, "tree_commit": cuda_commit.refusal}
+REFUSALS: dict[str, Callable[..., str]] = {"tree_attention": cuda_attention.refusal, "tree_commit": cuda_commit.refusal}
 
 
 def unsupported(op: str, first: Tensor, *args: Any) -> str:
