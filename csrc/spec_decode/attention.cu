@@ -18,18 +18,18 @@ constexpr int64_t kMemory = int64_t{64} << 20;  // bytes of partial sums; beyond
 // -- plan -------------------------------------------------------------------------------------------------------------
 // How one call is cut. Nothing here changes a bit of a result.
 struct Plan {
-  int tiles;       // warps with rows; a block owns 16 tiles rows
-  int threads;     // at least 128: the others load
-  int query_rows;  // rows of a query in a block: a power of two, its heads of one kv head, or a part of them
-  int parts;       // blocks that share the heads of a query
-  int queries;     // of a block
-  int splits;      // of the longest request
-  bool partial;    // a block owns one split, and the splits are joined by a second kernel
+  int tiles;        // a block owns 16 tiles rows
+  int threads;      // at least 128: the others load
+  int query_shift;  // 2^this rows of a query in a block: its heads of one kv head, or a part of them
+  int parts;        // blocks that share the heads of a query
+  int queries;      // of a block
+  int splits;       // of the longest request
+  bool partial;     // a block owns one split, and the splits are joined by a second kernel
 };
 
 // Places in shared memory, in bytes.
 struct Places {
-  int raw, zero, queries, slots, rows, bounds, scales, bytes;
+  int raw, zero, queries, slots, rows, scales, totals, request, bounds, bytes;
 };
 
 template <int kHead>
@@ -41,8 +41,10 @@ __host__ __device__ constexpr Places places(bool int8, int tiles, int queries) {
   p.queries = p.zero + S::kRowBytes;
   p.slots = p.queries + (S::kQueriesInRegisters ? 0 : tiles * 16 * S::kRowBytes);
   p.rows = p.slots + 2 * S::kChunk * 16;
-  p.scales = p.rows + tiles * S::kChunk * 4;
-  p.bounds = p.scales + (int8 ? 4 * S::kChunk * 4 : 0);
+  p.scales = p.rows + tiles * S::kHalves * S::kChunk * 4;
+  p.totals = p.scales + (int8 ? 4 * S::kChunk * 4 : 0);
+  p.request = p.totals + tiles * S::kHalves * 16 * 8;
+  p.bounds = p.request + 32;
   p.bytes = p.bounds + queries * 8;
   return p;
 }
@@ -56,9 +58,10 @@ Plan plan_of(const DeviceAttention& c) {
   const int64_t splits = (c.table_width * c.page_size + kSplit - 1) / kSplit;
   plan.splits = (int)std::min<int64_t>(splits, INT32_MAX);
   const auto cut = [&](int tiles) {
-    plan.tiles = tiles, plan.threads = std::max(128, 32 * tiles);
-    plan.query_rows = (int)std::min<int64_t>(group, 16 * tiles);
-    plan.parts = (int)(group / plan.query_rows), plan.queries = 16 * tiles / plan.query_rows;
+    plan.tiles = tiles, plan.threads = std::max(128, 32 * tiles * S::kHalves);
+    const int64_t rows = std::min<int64_t>(group, 16 * tiles);
+    plan.query_shift = std::countr_zero((uint64_t)rows);
+    plan.parts = (int)(group / rows), plan.queries = (int)(16 * tiles / rows);
   };
   const auto blocks = [&] { return (c.tokens + plan.queries - 1) / plan.queries * c.kv_heads * plan.parts; };
   const int64_t rows = (c.tokens + c.requests - 1) / std::max<int64_t>(c.requests, 1) * group;
@@ -228,6 +231,7 @@ struct Loader {
     constexpr int kPieces = kInt8 ? S::kPieces / 2 : S::kPieces, kPiece = kInt8 ? 16 : 8;
     char* keys = kInt8 ? raw : shared + tile * 2 * S::kTileBytes;
     char* values = keys + (kInt8 ? S::kTileBytes / 2 : S::kTileBytes);
+#pragma unroll 1
     for (int i = threadIdx.x; i < S::kChunk * kPieces; i += blockDim.x) {
       const int row = i / kPieces, piece = i % kPieces;
       const Slot at = slots[S::kChunk * side + row];
@@ -246,6 +250,7 @@ struct Loader {
   __device__ __forceinline__ void widen(int side, int tile) const {
     constexpr int kPieces = S::kPieces / 2;
     char* tiles = shared + tile * 2 * S::kTileBytes;
+#pragma unroll 1
     for (int i = threadIdx.x; i < 2 * S::kChunk * kPieces; i += blockDim.x) {
       const bool value = i >= S::kChunk * kPieces;
       const int row = i / kPieces % S::kChunk, piece = i % kPieces;
@@ -266,6 +271,7 @@ struct Loader {
       *(uint4*)(to + ((2 * piece ^ (row & 7)) << 4)) = make_uint4(two[0], two[1], two[2], two[3]);
       *(uint4*)(to + ((2 * piece + 1 ^ (row & 7)) << 4)) = make_uint4(two[4], two[5], two[6], two[7]);
     }
+#pragma unroll 1
     for (int i = threadIdx.x; i < S::kChunk; i += blockDim.x) {
       scales[S::kChunk * tile + i] = slots[S::kChunk * side + i].k_scale;
       scales[S::kChunk * (2 + tile) + i] = slots[S::kChunk * side + i].v_scale;
@@ -303,47 +309,48 @@ M3_DEVICE float gate_of(const DeviceAttention& c, int64_t token, int head, int c
   return c.gate_type == DeviceType::kBfloat16 ? ptx::to_float<Half::kBf16>(bits) : ptx::to_float<Half::kF16>(bits);
 }
 
-// Two columns of a row of the result: gated and rounded.
+// Four columns of a row of the result: gated and rounded.
 template <Half kHalf>
-M3_DEVICE void finish(const DeviceAttention& c, int64_t token, int head, int column, float factor, float x, float y) {
-  x = ptx::mul(x, factor), y = ptx::mul(y, factor);
-  if (c.gate) {
-    x = ptx::mul(x, sigmoid(gate_of(c, token, head, column)));
-    y = ptx::mul(y, sigmoid(gate_of(c, token, head, column + 1)));
+M3_DEVICE void finish(const DeviceAttention& c, int64_t token, int head, int column, float factor, float4 sums) {
+  float x[4] = {sums.x, sums.y, sums.z, sums.w};
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    x[i] = ptx::mul(x[i], factor);
+    if (c.gate) x[i] = ptx::mul(x[i], sigmoid(gate_of(c, token, head, column + i)));
   }
-  *(uint32_t*)((uint16_t*)c.out + (token * c.heads + head) * c.head_size + column) = ptx::pack2<kHalf>(x, y);
+  *(uint2*)((uint16_t*)c.out + (token * c.heads + head) * c.head_size + column) =
+      make_uint2(ptx::pack2<kHalf>(x[0], x[1]), ptx::pack2<kHalf>(x[2], x[3]));
 }
 
 // Grid: (blocks of queries, kv heads * parts of their query heads, splits if plan.partial). A block owns 16 plan.tiles
-// rows: plan.queries queries of one request, each with plan.query_rows query heads of one kv head; request b has room
-// for blocks from cu[b] / queries + b on, the surplus returns. A warp owns 16 rows and all their keys, so that keys and
-// values cross shared memory once for all of a block's rows, and rows never meet. All threads copy chunks of keys and
-// values to two tiles, one ahead of the products. Chunks that end inside the prefix are read once. From there on, in a
-// tree, rows attend to slots of their own: if the rest of the prefix and the tree fit the two tiles, they are read
-// once, and a warp picks the rows of each query by their addresses; else slots are gathered query by query.
+// rows: plan.queries queries of one request, each with 2^plan.query_shift query heads of one kv head; request b has
+// room for blocks from cu[b] / queries + b on, the surplus returns. A warp owns 16 rows and all their keys, so that
+// keys and values cross shared memory once for all of a block's rows, and rows never meet. All threads copy chunks of
+// keys and values to two tiles, one ahead of the products. Chunks that end inside the prefix are read once. From there
+// on, in a tree, rows attend to slots of their own: if the rest of the prefix and the tree fit the two tiles, they are
+// read once, and a warp picks the rows of each query by their addresses; else slots are gathered query by query.
 // plan.partial: sums of one split go to memory, (tokens, heads, splits, head_size) and then (.., 2). Else all splits in
 // order, their joint sums waiting in memory (tokens, heads, head_size) where they are more than one, and the result.
 template <Half kHalf, int kHead, bool kInt8>
-__global__ __launch_bounds__(
-    32 * Shape<kHead>::kMostTiles < 128
-        ? 128
-        : 32 * Shape<kHead>::kMostTiles) void attention_kernel(const __grid_constant__ DeviceAttention c,
-                                                               const __grid_constant__ Plan plan) {
+__global__ __launch_bounds__(256) void attention_kernel(const __grid_constant__ DeviceAttention c,
+                                                        const __grid_constant__ Plan plan) {
   using S = Shape<kHead>;
   constexpr int kChunk = S::kChunk, kSplitChunks = kSplit / kChunk;
   const int tid = threadIdx.x, lane = tid % 32, warp = tid / 32, g = lane / 4, t = lane % 4;
-  const Request request = request_of(c, blockIdx.x, plan.queries, 1);
-  const int begin = (int)(blockIdx.x - (request.first / plan.queries + request.b)) * plan.queries;
-  if (begin < 0 || begin >= request.queries) return;
-  const int active = min(request.queries - begin, plan.queries);
+  const int half = warp % S::kHalves, first_row = warp / S::kHalves * 16;
+  const bool computes = first_row < 16 * plan.tiles;
+  const Request found = request_of(c, blockIdx.x, plan.queries, 1);
+  const int begin = (int)(blockIdx.x - (found.first / plan.queries + found.b)) * plan.queries;
+  if (begin < 0 || begin >= found.queries) return;
+  const int active = min(found.queries - begin, plan.queries);
   const int kv_head = blockIdx.y / plan.parts, part = blockIdx.y % plan.parts;
   const int group = (int)(c.heads / c.kv_heads);
   char* shared = shared_memory();
   const Places at = places<kHead>(kInt8, plan.tiles, plan.queries);
   int2* bounds = (int2*)(shared + at.bounds);
-  int* rows = (int*)(shared + at.rows) + min(warp, plan.tiles - 1) * kChunk;
+  int* rows = (int*)(shared + at.rows) + (computes ? warp : 0) * kChunk;
   Loader<kHalf, kHead, kInt8> loader{c,
-                                     c.block_table + request.b * c.table_width,
+                                     c.block_table + found.b * c.table_width,
                                      kv_head,
                                      shared,
                                      (Slot*)(shared + at.slots),
@@ -351,10 +358,14 @@ __global__ __launch_bounds__(
                                      (float*)(shared + at.scales)};
   Slot* slots = loader.slots;
 
+#pragma unroll 1
   for (int i = warp; i < active; i += blockDim.x / 32) {
-    const int2 found = positions_of(c, request, begin + i);
-    if (lane == 0) bounds[i] = found;
+    const int2 positions = positions_of(c, found, begin + i);
+    if (lane == 0) bounds[i] = positions;
   }
+  // In memory, so that it does not sit in registers through the products; so do sums and bounds of rows.
+  Request& request = *(Request*)(shared + at.request);
+  if (tid == 0) request = found;
   if (tid < S::kPieces) *(uint4*)(shared + at.zero + tid * 16) = make_uint4(0, 0, 0, 0);
   __syncthreads();
   int first_position = INT_MAX, last_position = 0;  // of the block
@@ -374,66 +385,71 @@ __global__ __launch_bounds__(
   const int base = request.prefix / kChunk * kChunk;
   const bool resident = request.prefix - base + request.tree <= 2 * kChunk;
 
-  // This lane's rows g and g + 8 of the warp's tile, and what all rows of the tile have in common.
-  const int first_query = warp * 16 / plan.query_rows;
-  int query[2], head[2], from[2], to[2];
+  // The rows of the warp's tile; this lane's are g and g + 8. What all have in common decides how chunks are computed.
+  struct Row {
+    int query, head;  // in the block; of all
+    int64_t token;
+    bool real;
+  };
+  const auto row_of = [&](int i) {
+    const int row = first_row + i, in_group = (part << plan.query_shift) + (row & ((1 << plan.query_shift) - 1));
+    const int query = row >> plan.query_shift;
+    return Row{query, kv_head * group + in_group, request.first + begin + (int64_t)query,
+               computes && query < active && in_group < group};
+  };
+  const int first_query = first_row >> plan.query_shift;
+  const int last_query = min((first_row + 15) >> plan.query_shift, active - 1);
   bool real[2];
   int least_from = INT_MAX, most_from = 0, least_to = INT_MAX, most_to = 0;
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
-    const int row = warp * 16 + g + 8 * r;
-    query[r] = row / plan.query_rows;
-    const int in_group = part * plan.query_rows + row % plan.query_rows;
-    head[r] = kv_head * group + in_group;
-    real[r] = warp < plan.tiles && query[r] < active && in_group < group;
-    from[r] = real[r] ? bounds[query[r]].x : 0, to[r] = real[r] ? bounds[query[r]].y : 0;
-    if (real[r]) {
-      least_from = min(least_from, from[r]), most_from = max(most_from, from[r]);
-      least_to = min(least_to, to[r]), most_to = max(most_to, to[r]);
+    const Row row = row_of(g + 8 * r);
+    real[r] = row.real;
+    if (row.real) {
+      const int2 own = bounds[row.query];
+      least_from = min(least_from, own.x), most_from = max(most_from, own.x);
+      least_to = min(least_to, own.y), most_to = max(most_to, own.y);
     }
   }
   least_from = __reduce_min_sync(~0u, least_from), most_from = __reduce_max_sync(~0u, most_from);
   least_to = __reduce_min_sync(~0u, least_to), most_to = __reduce_max_sync(~0u, most_to);
-  const int last_query = min((warp * 16 + 15) / plan.query_rows, active - 1);  // of the tile
 
   // Queries; a scale below 0 turns their signs.
   std::conditional_t<S::kQueriesInRegisters, RegisterQueries<kHead>, SharedQueries<kHead>> q;
   const uint32_t sign = c.scale < 0 ? 0x80008000u : 0;
   const float scale = fabsf(c.scale);
+  const auto query_of = [&](const Row& row) {
+    return (const uint32_t*)((const uint16_t*)c.q + row.token * c.q_token + row.head * c.q_head);
+  };
   if constexpr (S::kQueriesInRegisters) {
 #pragma unroll
-    for (int k = 0; k < kHead / 16; ++k)
+    for (int r = 0; r < 2; ++r) {
+      const uint32_t* own_query = query_of(row_of(g + 8 * r));
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const int r = i % 2, column = 16 * k + 2 * t + 8 * (i / 2);
-        const int64_t token = request.first + begin + query[r];
-        q.a[k][i] = 0;
-        if (real[r] && column < c.head_size)
-          q.a[k][i] =
-              __ldg((const uint32_t*)((const uint16_t*)c.q + token * c.q_token + head[r] * c.q_head + column)) ^ sign;
+      for (int i = 0; i < kHead / 8; ++i) {
+        const bool there = real[r] && 8 * i < c.head_size;
+        q.a[i / 2][i % 2 * 2 + r] = there ? __ldg(own_query + 4 * i + t) ^ sign : 0;
       }
-  } else {
-    for (int i = tid; i < plan.tiles * 16 * kHead / 2; i += blockDim.x) {
-      const int row = i / (kHead / 2), column = i % (kHead / 2) * 2;
-      const int in_group = part * plan.query_rows + row % plan.query_rows, of = row / plan.query_rows;
-      const int64_t token = request.first + begin + of;
-      uint32_t two = 0;
-      if (of < active && in_group < group && column < c.head_size)
-        two = __ldg((const uint32_t*)((const uint16_t*)c.q + token * c.q_token +
-                                      (kv_head * group + in_group) * c.q_head + column)) ^
-              sign;
-      *(uint32_t*)(shared + at.queries + row * S::kRowBytes + ((column / 8 ^ (row & 7)) << 4) + column % 8 * 2) = two;
     }
-    const int row = min(warp, plan.tiles - 1) * 16 + lane % 16;
-    q.row = shared + at.queries + row * S::kRowBytes, q.turn = ((row & 7) ^ lane >> 4) << 4;
+  } else {
+    char* own_queries = shared + at.queries + (computes ? first_row : 0) * S::kRowBytes;
+#pragma unroll 1
+    for (int i = lane; i < 16 * S::kPieces * 4 && computes && half == 0; i += 32) {
+      const int row = i / (S::kPieces * 4), column = i % (S::kPieces * 4) * 2;
+      const Row of = row_of(row);
+      *(uint32_t*)(own_queries + row * S::kRowBytes + ((column / 8 ^ (row & 7)) << 4) + column % 8 * 2) =
+          of.real && column < c.head_size ? __ldg(query_of(of) + column / 2) ^ sign : 0;
+    }
+    q.row = own_queries + lane % 16 * S::kRowBytes, q.turn = ((lane & 7) ^ lane >> 4) << 4;
   }
 
   State<kHead> s;
   State<kHead>::clear(s);
-  float total_m[2] = {-INFINITY, -INFINITY}, total_l[2] = {0.f, 0.f};
+  float2* totals = (float2*)(shared + at.totals) + (computes ? warp : 0) * 16 + g;  // m and l of earlier splits
   bool joined = false, loaded = false;
   const float* scales = loader.scales;
   if (low < own) {
+#pragma unroll 1
     for (int i = tid; i < 2 * kChunk; i += blockDim.x) {
       const int slot = (low + i / kChunk) * kChunk + i % kChunk;
       slots[(low + i / kChunk) % 2 * kChunk + i % kChunk] = loader.look_up(slot, slot < last_position);
@@ -448,25 +464,32 @@ __global__ __launch_bounds__(
       for (int r = 0; r < 2; ++r) {
         s.l[r] = ptx::add(s.l[r], __shfl_xor_sync(~0u, s.l[r], 1));
         s.l[r] = ptx::add(s.l[r], __shfl_xor_sync(~0u, s.l[r], 2));
-        const int64_t row = (request.first + begin + query[r]) * c.heads + head[r];
-        float* sums = c.memory + row * c.head_size;
+        const Row row = row_of(g + 8 * r);
+        float* sums = c.memory + (row.token * c.heads + row.head) * c.head_size + half * S::kColumns + 2 * t;
+        const auto own_column = [&](int j) { return row.real && half * S::kColumns + 8 * j < c.head_size; };
         if (joined) {
-          const Joint joint = join(total_m[r], total_l[r], s.m[r], s.l[r]);
+          const float2 total = totals[8 * r];
+          const Joint joint = join(total.x, total.y, s.m[r], s.l[r]);
           s.m[r] = joint.m, s.l[r] = joint.l;
 #pragma unroll
-          for (int j = 0; j < kHead / 8; ++j)
-            if (real[r] && 8 * j < c.head_size) {
-              const float2 before = *(const float2*)(sums + 8 * j + 2 * t);
-              s.acc[j][2 * r] = join(joint, before.x, s.acc[j][2 * r]);
-              s.acc[j][2 * r + 1] = join(joint, before.y, s.acc[j][2 * r + 1]);
-            }
-        }
-        total_m[r] = s.m[r], total_l[r] = s.l[r];
-        if (chunk < high) {
+          for (int j = 0; j < S::kColumns / 8; j += 4) {
+            float2 before[4] = {};
 #pragma unroll
-          for (int j = 0; j < kHead / 8; ++j)
-            if (real[r] && 8 * j < c.head_size)
-              *(float2*)(sums + 8 * j + 2 * t) = make_float2(s.acc[j][2 * r], s.acc[j][2 * r + 1]);
+            for (int i = 0; i < 4; ++i)
+              if (own_column(j + i)) before[i] = *(const float2*)(sums + 8 * (j + i));
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+              s.acc[j + i][2 * r] = join(joint, before[i].x, s.acc[j + i][2 * r]);
+              s.acc[j + i][2 * r + 1] = join(joint, before[i].y, s.acc[j + i][2 * r + 1]);
+            }
+          }
+        }
+        if (chunk < high) {
+          __syncwarp();  // the lanes of a row have read what was there
+          if (computes) totals[8 * r] = make_float2(s.m[r], s.l[r]);
+#pragma unroll
+          for (int j = 0; j < S::kColumns / 8; ++j)
+            if (own_column(j)) *(float2*)(sums + 8 * j) = make_float2(s.acc[j][2 * r], s.acc[j][2 * r + 1]);
         }
       }
       if (chunk >= high) break;
@@ -494,6 +517,7 @@ __global__ __launch_bounds__(
         if (!loaded) {
           __syncthreads();
           const int end = request.prefix + request.tree;
+#pragma unroll 1
           for (int i = tid; i < 2 * kChunk; i += blockDim.x) slots[i] = loader.look_up(base + i, base + i < end);
           __syncthreads();
           loader.issue(0, 0);
@@ -508,6 +532,7 @@ __global__ __launch_bounds__(
         if (warp == 0)
           list_rows(c, request, begin + pass, true, first, kChunk, 0, bounds[pass].x, bounds[pass].y, rows);
         __syncthreads();
+#pragma unroll 1
         for (int i = tid; i < kChunk; i += blockDim.x) {
           const int slot = ((int*)(shared + at.rows))[i];
           slots[i] = loader.look_up(slot, slot >= 0);
@@ -518,12 +543,13 @@ __global__ __launch_bounds__(
       }
 
       const bool some = most_to > first && least_from < first + kChunk;
-      if (warp < plan.tiles && some) {
-        Tiles tiles{shared, shared + at.zero, rows, scales, scales + 2 * kChunk};
+      if (computes && some) {
+        Tiles tiles{shared, 0, at.zero, half, rows, scales, scales + 2 * kChunk};
         if (!in_tree && most_from <= first && least_to >= first + kChunk) {
           const int tile = kInt8 ? 0 : chunk % 2;
-          tiles.keys += tile * 2 * S::kTileBytes;
-          attend<kHalf, kHead, kInt8, true>(s, q, tiles, scale, first, from, to, real);
+          tiles.keys = tile * 2 * S::kTileBytes;
+          const int2 all[2] = {};
+          attend<kHalf, kHead, kInt8, true>(s, q, tiles, scale, first, all);
         } else {
           // Together: zeros as weights would let infinite values of others through.
           bool together = false;
@@ -533,11 +559,13 @@ __global__ __launch_bounds__(
             const int x = together ? least_from : bounds[i].x, y = together ? most_to : bounds[i].y;
             if ((gathered && i != pass) || x >= first + kChunk || y <= first) continue;
             list_rows(c, request, begin + i, in_tree && !gathered, first, kChunk, offset, x, y, rows);
-            bool counts[2];
+            int2 own[2];
 #pragma unroll
-            for (int r = 0; r < 2; ++r)
-              counts[r] = real[r] && (together || query[r] == i) && from[r] < first + kChunk && to[r] > first;
-            attend<kHalf, kHead, kInt8, false>(s, q, tiles, scale, first, from, to, counts);
+            for (int r = 0; r < 2; ++r) {
+              const Row row = row_of(g + 8 * r);
+              own[r] = row.real && (together || row.query == i) ? bounds[row.query] : make_int2(0, 0);
+            }
+            attend<kHalf, kHead, kInt8, false>(s, q, tiles, scale, first, own);
             if (together) break;
           }
         }
@@ -546,25 +574,32 @@ __global__ __launch_bounds__(
     if (!in_tree && tid < kChunk && chunk + 2 < own) slots[chunk % 2 * kChunk + tid] = ahead;
   }
 
+  // Rows leave by way of the tiles, a row at a time: whole lines of gates and results, few registers.
+  __syncthreads();
+  if (!computes) return;
+  float* own_rows = (float*)shared + warp * 16 * S::kColumns;  // 8 columns j of row i lie at j ^ i % 8
 #pragma unroll
-  for (int r = 0; r < 2; ++r) {
-    if (!real[r]) continue;
-    const int64_t token = request.first + begin + query[r];
-    if (plan.partial) {
-      const int64_t row = (token * c.heads + head[r]) * plan.splits + blockIdx.z;
-      const int64_t rows_in_all = c.tokens * c.heads * plan.splits;
+  for (int r = 0; r < 2; ++r)
 #pragma unroll
-      for (int j = 0; j < kHead / 8; ++j)
-        if (8 * j < c.head_size)
-          *(float2*)(c.memory + row * c.head_size + 8 * j + 2 * t) = make_float2(s.acc[j][2 * r], s.acc[j][2 * r + 1]);
-      if (t == 0) *(float2*)(c.memory + rows_in_all * c.head_size + 2 * row) = make_float2(s.m[r], s.l[r]);
-    } else {
-      const float factor = normalizer(s.l[r], request.impossible);
-#pragma unroll
-      for (int j = 0; j < kHead / 8; ++j)
-        if (8 * j < c.head_size)
-          finish<kHalf>(c, token, head[r], 8 * j + 2 * t, factor, s.acc[j][2 * r], s.acc[j][2 * r + 1]);
-    }
+    for (int j = 0; j < S::kColumns / 8; ++j)
+      *(float2*)(own_rows + (g + 8 * r) * S::kColumns + (j ^ g) * 8 + 2 * t) =
+          make_float2(s.acc[j][2 * r], s.acc[j][2 * r + 1]);
+  __syncwarp();
+  for (int i = 0; i < 16; ++i) {
+    const float m = __shfl_sync(~0u, i < 8 ? s.m[0] : s.m[1], i % 8 * 4);
+    const float l = __shfl_sync(~0u, i < 8 ? s.l[0] : s.l[1], i % 8 * 4);
+    const Row row = row_of(i);
+    if (!row.real) continue;
+    const int64_t at_split = (row.token * c.heads + row.head) * plan.splits + blockIdx.z;
+    if (plan.partial && half == 0 && lane == 0)
+      *(float2*)(c.memory + c.tokens * c.heads * plan.splits * c.head_size + 2 * at_split) = make_float2(m, l);
+    const int column = half * S::kColumns + 4 * lane;
+    if (4 * lane >= S::kColumns || column >= c.head_size) continue;
+    const float4 sums = *(const float4*)(own_rows + i * S::kColumns + (4 * lane ^ i % 8 * 8));
+    if (plan.partial)
+      *(float4*)(c.memory + at_split * c.head_size + column) = sums;
+    else
+      finish<kHalf>(c, row.token, row.head, column, normalizer(l, request.impossible), sums);
   }
 }
 
@@ -601,8 +636,7 @@ __global__ __launch_bounds__(128) void join_kernel(const __grid_constant__ Devic
   for (int i = 0; i < kPieces; ++i) {
     const int column = 4 * (lane + 32 * i);
     if (column >= c.head_size) continue;
-    finish<kHalf>(c, token, head, column, factor, acc[i][0], acc[i][1]);
-    finish<kHalf>(c, token, head, column + 2, factor, acc[i][2], acc[i][3]);
+    finish<kHalf>(c, token, head, column, factor, make_float4(acc[i][0], acc[i][1], acc[i][2], acc[i][3]));
   }
 }
 

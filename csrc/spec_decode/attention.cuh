@@ -19,19 +19,21 @@ struct Shape {
   static constexpr int kTileBytes = kChunk * kRowBytes;  // keys, or values, of a chunk
   static constexpr int kPieces = kHead / 8;              // 16-byte pieces of a row; piece i lies at i ^ (row & 7)
   static constexpr bool kQueriesInRegisters = kHead <= 128;
-  static constexpr int kMostTiles = kHead == 256 ? 4 : 8;  // warps with rows
+  static constexpr int kColumns = kHead < 128 ? kHead : 128;  // of values and sums, of a warp: what registers hold
+  static constexpr int kHalves = kHead / kColumns;            // warps of a tile of rows, each with all scores
+  static constexpr int kMostTiles = 8 / kHalves;
 };
 
 // The online softmax of rows g and g + 8 of a warp's tile, in the lane order of mma_16816.
 template <int kHead>
 struct State {
-  float acc[kHead / 8][4];
+  float acc[Shape<kHead>::kColumns / 8][4];
   float m[2];  // largest score, in base 2; -inf before the first key
   float l[2];  // this lane's share of the sum of exp2(score - m)
 
   M3_DEVICE void clear(State& s) {
 #pragma unroll
-    for (int j = 0; j < kHead / 8; ++j)
+    for (int j = 0; j < Shape<kHead>::kColumns / 8; ++j)
 #pragma unroll
       for (int e = 0; e < 4; ++e) s.acc[j][e] = 0.f;
 #pragma unroll
@@ -51,10 +53,9 @@ M3_DEVICE Joint join(float m, float l, float next_m, float next_l) {
 }
 
 M3_DEVICE float join(const Joint& joint, float before, float after) {
-  const float late = ptx::mul(after, joint.after);
-  if (joint.before == 0.f) return late;
-  if (joint.after == 0.f) return ptx::mul(before, joint.before);
-  return ptx::fma(before, joint.before, late);
+  const float early = ptx::mul(before, joint.before), late = ptx::mul(after, joint.after);
+  const float both = ptx::fma(before, joint.before, late);
+  return joint.before == 0.f ? late : joint.after == 0.f ? early : both;
 }
 
 // What multiplies a row's sums: 1 / l; 0 without keys, nan of a request whose lengths are impossible.
@@ -62,48 +63,56 @@ M3_DEVICE float normalizer(float l, bool impossible) { return impossible ? NAN :
 
 M3_DEVICE float sigmoid(float gate) { return 1.f / ptx::add(1.f, ptx::exp2(ptx::mul(gate, -1.4426950408889634f))); }
 
-// Keys and values of a pass: rows of shared memory, by lists or in place.
+// Keys and values of a pass: rows of shared memory, by lists or in place. Bytes from its start, multiples of a row.
 struct Tiles {
-  const char* keys;       // of the first chunk in shared memory; its values lie kTileBytes behind, the next chunk 2
-  const char* zero;       // a row of zeros
+  const char* shared;
+  int keys;               // of the first chunk; its values lie kTileBytes behind, the next chunk 2 kTileBytes
+  int zero;               // a row of zeros
+  int half;               // of the columns of values
   const int* rows;        // (kChunk,) row of each position, -1: none that the pass attends to; unused where kShared
   const float* k_scales;  // of rows, of int8 caches
   const float* v_scales;
 };
 
 // One chunk for a warp's rows. kShared: every position counts for every row, and position i is row i of `tiles`. Else
-// position `first` + i counts for row r iff from[r] <= first + i < to[r], and rows that are not `active` stay
+// position `first` + i counts for row r iff bounds[r].x <= first + i < bounds[r].y, and rows that have none stay
 // untouched. Queries: `q` in registers, or 16 rows of shared memory like those of keys.
 template <Half kHalf, int kHead, bool kInt8, bool kShared, class Queries>
 M3_DEVICE void attend(State<kHead>& s, const Queries& q, const Tiles& tiles, float scale, int first,
-                      const int (&from)[2], const int (&to)[2], const bool (&active)[2]) {
+                      const int2 (&bounds)[2]) {
   using S = Shape<kHead>;
   constexpr int kBlocks = S::kChunk / 16;
   const int lane = threadIdx.x % 32, t = lane % 4;
-  const char* at[kBlocks];
-  int turn[kBlocks];
+  // Where this lane's rows of keys or values lie, and piece ^ row % 8 in them, for a first piece of 0 or 1. The other
+  // pieces are an exclusive or away: rows are aligned to their size.
+  int at[kBlocks];
+  const auto find = [&](int key, int piece, int values) {
+#pragma unroll
+    for (int block = 0; block < kBlocks; ++block) {
+      const int row = kShared ? key + 16 * block : tiles.rows[key + 16 * block];
+      const int place = tiles.keys + values + row * S::kRowBytes + row / S::kChunk * S::kTileBytes;
+      at[block] = (kShared || row >= 0 ? place : tiles.zero) + (((row & 7) ^ piece) << 4);
+    }
+  };
+  const auto piece_at = [&](int block, int bytes) {  // where kShared, blocks are a constant apart
+    return tiles.shared + (kShared ? (at[0] ^ bytes) + block * 16 * S::kRowBytes : at[block] ^ bytes);
+  };
 
   // Scores: lane i names the row of key i % 8 of one of four 8 x 8 matrices (two blocks of 8 keys, two of 8 columns).
-#pragma unroll
-  for (int block = 0; block < kBlocks; ++block) {
-    const int key = 16 * block + (lane >> 4) * 8 + lane % 8;
-    const int row = kShared ? key : tiles.rows[key];
-    at[block] = kShared || row >= 0 ? tiles.keys + row * S::kRowBytes + row / S::kChunk * S::kTileBytes : tiles.zero;
-    turn[block] = ((row & 7) ^ (lane >> 3 & 1)) << 4;
-  }
+  find((lane >> 4) * 8 + lane % 8, lane >> 3 & 1, 0);
   float score[2 * kBlocks][4];
 #pragma unroll
   for (int j = 0; j < 2 * kBlocks; ++j)
 #pragma unroll
     for (int e = 0; e < 4; ++e) score[j][e] = 0.f;
-#pragma unroll
+#pragma unroll(S::kQueriesInRegisters ? kHead / 16 : 2)
   for (int k = 0; k < kHead / 16; ++k) {
     uint32_t a[4];
     q.load(a, k);
 #pragma unroll
     for (int block = 0; block < kBlocks; ++block) {
       uint32_t b[4];
-      ptx::ldmatrix_x4(b, at[block] + (32 * k ^ turn[block]));
+      ptx::ldmatrix_x4(b, piece_at(block, 32 * k));
       ptx::mma_16816<kHalf>(score[2 * block], a, b[0], b[1]);
       ptx::mma_16816<kHalf>(score[2 * block + 1], a, b[2], b[3]);
     }
@@ -111,12 +120,15 @@ M3_DEVICE void attend(State<kHead>& s, const Queries& q, const Tiles& tiles, flo
 
   // Softmax: score[j][e] is of position 8j + 2t + e % 2 and row g + 8 (e / 2).
   uint32_t counts = ~0u;
+  bool active[2] = {true, true};
   if constexpr (!kShared) {
+#pragma unroll
+    for (int r = 0; r < 2; ++r) active[r] = bounds[r].x < first + S::kChunk && bounds[r].y > first;
     counts = 0;
 #pragma unroll
     for (int i = 0; i < 8 * kBlocks; ++i) {
       const int j = i / 4, e = i % 4, position = first + 8 * j + 2 * t + e % 2;
-      if (active[e / 2] && position >= from[e / 2] && position < to[e / 2]) counts |= 1u << i;
+      if (position >= bounds[e / 2].x && position < bounds[e / 2].y) counts |= 1u << i;
     }
   }
   float v_scale[kInt8 ? 4 * kBlocks : 1];
@@ -172,16 +184,9 @@ M3_DEVICE void attend(State<kHead>& s, const Queries& q, const Tiles& tiles, flo
   }
 
   // Values: acc = acc alpha + p v, the product a sum of its own. Lane i names the row of key i % 16.
+  find(lane % 16, lane >> 4, S::kTileBytes + tiles.half * 2 * S::kColumns);
 #pragma unroll
-  for (int block = 0; block < kBlocks; ++block) {
-    const int key = 16 * block + lane % 16;
-    const int row = kShared ? key : tiles.rows[key];
-    at[block] = kShared || row >= 0 ? tiles.keys + S::kTileBytes + row * S::kRowBytes + row / S::kChunk * S::kTileBytes
-                                    : tiles.zero;
-    turn[block] = ((row & 7) ^ lane >> 4) << 4;
-  }
-#pragma unroll
-  for (int n = 0; n < kHead / 8; n += 4) {
+  for (int n = 0; n < S::kColumns / 8; n += 4) {
     float term[4][4];
 #pragma unroll
     for (int i = 0; i < 16; ++i) term[i / 4][i % 4] = 0.f;
@@ -190,7 +195,7 @@ M3_DEVICE void attend(State<kHead>& s, const Queries& q, const Tiles& tiles, flo
 #pragma unroll
       for (int pair = 0; pair < 2; ++pair) {
         uint32_t b[4];
-        ptx::ldmatrix_x4_trans(b, at[block] + (16 * (n + 2 * pair) ^ turn[block]));
+        ptx::ldmatrix_x4_trans(b, piece_at(block, 16 * (n + 2 * pair)));
         ptx::mma_16816<kHalf>(term[2 * pair], p[block], b[0], b[1]);
         ptx::mma_16816<kHalf>(term[2 * pair + 1], p[block], b[2], b[3]);
       }

@@ -7,7 +7,7 @@ touches no memory that is not the call's. Every result is deterministic and depe
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
@@ -25,11 +25,10 @@ TYPE = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 MODE = {"greedy": 0, "target_only": 1, "chain": 2, "coupled": 3}
 LOGPROB = {"none": 0, "raw": 1, "sampling": 2}
 MOST_VOCABULARY = 2**20
-# tree_attention and tree_commit belong here: the functions of cuda_attention.py and cuda_commit.py, and their `refusal`.
 RANKS = 0  # blocks that share a request of tree_verify: 1, 2, 4, 8, 16; 0: as many as the device has room for
 
 
-REFUSALS = {"tree_attention": cuda_attention.refusal, "tree_commit": cuda_commit.refusal}
+REFUSALS: dict[str, Callable[..., str]] = {"tree_attention": cuda_attention.refusal, "tree_commit": cuda_commit.refusal}
 
 
 def unsupported(op: str, first: Tensor, *args: Any) -> str:

@@ -45,7 +45,10 @@ def _int32(name: str, tensor: Tensor | None, like: Tensor) -> tuple[int, int]:
 
 def _paged(tensor: Tensor | None) -> tuple[int, int, int, int]:
     """(address; pages, slots, heads in elements)."""
-    return NOTHING if tensor is None else (tensor.data_ptr(), *tensor.stride()[:3])
+    if tensor is None:
+        return NOTHING
+    page, slot, head = tensor.stride()[:3]
+    return tensor.data_ptr(), page, slot, head
 
 
 def tree_attention(
@@ -82,13 +85,13 @@ def tree_attention(
     if q.data_ptr() % 4 or any(stride % 2 for stride in q.stride()[:2]) or q.stride(2) != 1:
         q = q.clone(memory_format=torch.contiguous_format)
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    shape = (tokens, heads, kv_heads, head_size)
+    sizes = (tokens, heads, kv_heads, head_size)
     table = (cache_seqlens.numel(), pages, page_size, block_table.shape[1])
     with cuda.on_device(q):
-        count = _cuda_ext.spec_decode_attention_memory(shape, table, int8)
+        count = _cuda_ext.spec_decode_attention_memory(sizes, table, int8)
         memory = torch.empty(count, dtype=torch.float32, device=q.device)
         _cuda_ext.spec_decode_tree_attention(
-            shape,
+            sizes,
             (q.data_ptr(), TYPE[q.dtype], q.stride(0), q.stride(1)),
             _paged(k_cache),
             _paged(v_cache),

@@ -113,6 +113,7 @@ extern const char* kernel_name;
 // The calling fiber sleeps until `ready`; others run.
 void wait(const char* what, std::function<bool()> ready);
 void yield();
+void preempt();
 [[noreturn]] void fail(const std::string& why);
 
 // All lanes of `mask` that still run must come; `compute` sees each lane's operand (null for lanes not in mask).

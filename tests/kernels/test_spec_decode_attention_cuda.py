@@ -53,13 +53,13 @@ def check(request: Request, out: Tensor, window: int = 0) -> None:
 CASES: dict[str, tuple[torch.dtype, list[tuple[int, int]], dict[str, Any], dict[str, Any]]] = {
     "one_key": (BF16, [(0, 1)], dict(heads=(1, 1), size=16), dict(page_size=1)),
     "decode": (BF16, [(70, 1), (64, 1), (0, 1)], dict(heads=(16, 1), size=128, gate="head"), dict(page_size=5)),
-    "causal": (FP16, [(65, 40), (0, 5), (3, 1)], dict(heads=(6, 2), size=80), dict(page_size=16)),
+    "causal": (FP16, [(65, 20), (0, 5), (3, 1)], dict(heads=(3, 1), size=80), dict(page_size=16)),
     "causal_window": (BF16, [(130, 20), (100, 2)], dict(heads=(8, 2), size=64, gate="element"), dict(window=50)),
-    "tree": (BF16, [(60, 33), (130, 5)], dict(heads=(12, 2), size=128, tree=True, gate="element"), dict(page_size=64)),
+    "tree": (BF16, [(60, 18), (130, 5)], dict(heads=(6, 1), size=128, tree=True, gate="element"), dict(page_size=64)),
     "tree_of_one_head": (FP16, [(20, 9)], dict(heads=(2, 2), size=64, tree=True), dict(page_size=1)),
-    "tree_beyond_two_tiles": (FP16, [(63, 70), (1, 66)], dict(heads=(4, 1), size=64, tree=True), dict(page_size=5)),
+    "tree_beyond_two_tiles": (FP16, [(63, 70), (1, 66)], dict(heads=(2, 1), size=64, tree=True), dict(page_size=5)),
     "tree_window": (BF16, [(70, 8), (3, 4)], dict(heads=(20, 1), size=64, tree=True, gate="head"), dict(window=9)),
-    "two_splits": (FP16, [(508, 9), (700, 3)], dict(heads=(16, 1), size=64, tree=True), dict(page_size=64)),
+    "two_splits": (FP16, [(508, 6), (1030, 1)], dict(heads=(16, 1), size=64, tree=True), dict(page_size=64)),
     "large_heads": (BF16, [(90, 7), (30, 2)], dict(heads=(6, 2), size=256, tree=True, gate="head"), dict(page_size=16)),
     "large_heads_gathered": (FP16, [(31, 40)], dict(heads=(3, 1), size=200, tree=True), dict(page_size=5)),
 }
@@ -86,7 +86,7 @@ def test_every_order_of_a_device_gives_the_same(backend: str, name: str) -> None
     """Also few and many multiprocessors: splits in turn, or each in a block and joined; blocks of few and many rows."""
     requests, options = case_of(name)
     found = []
-    for seed, multiprocessors in enumerate((1, 4, 1000, 40)):
+    for seed, multiprocessors in enumerate((1, 1000, 4)):
         play(80 + 10 * (seed % 2), multiprocessors, seed)
         found.append(torch.cat(attend(*requests, **options)))
     assert all(bitwise_equal(other, found[0]) for other in found[1:])
