@@ -22,7 +22,7 @@ TYPE = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 MODE = {"greedy": 0, "target_only": 1, "chain": 2, "coupled": 3}
 LOGPROB = {"none": 0, "raw": 1, "sampling": 2}
 MOST_VOCABULARY = 2**20
-# tree_attention and tree_commit belong here: the functions of cuda_attention.py and cuda_commit.py, and their `refusal`.
+# tree_attention and tree_commit belong here: imports from cuda_attention.py and cuda_commit.py, and their `refusal`.
 RANKS = 0  # blocks that share a request of tree_verify: 1, 2, 4, 8, 16; 0: as many as the device has room for
 
 
