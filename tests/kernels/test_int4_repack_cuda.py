@@ -148,6 +148,7 @@ QUANTIZED: dict[str, tuple[tuple[int, ...], int]] = {
     "odd": ((70, 200), 48),
     "experts": ((2, 65, 130), 32),
     "one_row": ((1, 17), 16),
+    "odd_columns": ((5, 33), 32),
     "one_group": ((64, 128), 128),
     "per_channel": ((66, 300), -1),
     "group_longer_than_row": ((3, 20), 64),
@@ -163,6 +164,8 @@ def test_quantize(in_room: Any, dtype: torch.dtype, scale_dtype: torch.dtype, sy
     w = surrounded_by_nan(spiky(*shape).to(dtype).to(DEVICE))
     options: dict[str, Any] = dict(group_size=group_size, symmetric=symmetric, scale_dtype=scale_dtype)
     assert_as_in_torch(in_room, lambda: quantize_weight(w, **options), seeds=SEEDS[:1])
+    quantize_tiles = in_room("cuda", lambda: dispatch.offered("m3kernels.int4", "quantize_tiles", w))
+    assert quantize_tiles(w, **options) is not None  # else torch did it
 
 
 @pytest.mark.parametrize("size", (1e-42, 1e-9, 3e4, 4e5), ids=str)
