@@ -33,13 +33,6 @@ class Device(NamedTuple):
 
 PLAYED = [(80, 3, 1), (80, 16, 2), (90, 1, 3), (90, 4, 4), (90, 16, 5), (120, 8, 6)]
 DEVICES = [Device(*played) for played in PLAYED]
-    Device(80, 3, 1),
-    Device(80, 16, 2),
-    Device(90, 1, 3),
-    Device(90, 4, 4),
-    Device(90, 16, 5),
-    Device(120, 8, 6),
-]
 
 
 def play(device: Device) -> None:
