@@ -82,6 +82,8 @@ def cuda_archs() -> list[str]:
     archs = [arch for arch in os.environ.get("M3_CUDA_ARCHS", CUDA_ARCHS).replace(",", ";").split(";") if arch]
     if not archs or not all(arch.rstrip("af").isdigit() for arch in archs):
         raise SystemExit(f"setup: M3_CUDA_ARCHS: want a list like {CUDA_ARCHS!r}; got {';'.join(archs)!r}")
+    if "90" in archs:
+        raise SystemExit("setup: M3_CUDA_ARCHS: want 90a (the kernels use wgmma there); got 90")
     return archs
 
 

@@ -31,6 +31,7 @@ PYBIND11_MODULE(_cuda_ext, m) {
       "What was built and what the driver offers: archs, compiler, runtime, driver (CUDA versions, 0: no driver), "
       "problem "
       "(\"\" if a device can be used), devices, and emulated (kernels built for the CPU, by tests).");
+  m.def("capability", &m3::capability, "Compute capability of the kernels that run on the current device; 90 is 9.0.");
   m3::int4::bind_gemm_cuda(m);
   m3::int4::bind_pack_cuda(m);
   m3::policy_loss::bind_cuda(m);

@@ -1,7 +1,7 @@
 // Facts about the CUDA runtime and devices. A machine without a driver is an answer here, not an error.
 #include "common/cuda_info.h"
 
-#include <cuda_runtime.h>
+#include "common/launch.cuh"
 
 namespace m3 {
 
@@ -24,5 +24,7 @@ CudaInfo cuda_info() {
   }
   return info;
 }
+
+int capability() { return device().capability; }
 
 }  // namespace m3

@@ -21,4 +21,7 @@ struct CudaInfo {
 
 CudaInfo cuda_info();
 
+// Compute capability of the kernels that run on the current device: 90 is 9.0.
+int capability();
+
 }  // namespace m3

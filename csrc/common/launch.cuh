@@ -3,6 +3,7 @@
 #pragma once
 #include <cuda_runtime.h>
 
+#include <algorithm>
 #include <stdexcept>
 #include <string>
 #include <utility>
@@ -56,9 +57,21 @@ void launch(const char* op, void (*kernel)(Parameters...), const Launch& how, Ar
 
 // What schedules depend on, of the current device.
 struct Device {
-  int multiprocessors, capability;  // capability 90 is 9.0
+  int multiprocessors;
+  int capability;                   // 90 is 9.0; of a device that no target was built for, that of the PTX it compiles
   int shared_bytes;                 // dynamic shared memory that a block may have
 };
+
+// The newest target of this build whose kernels a device runs: of its own generation, or else PTX, which is older than 90.
+inline int built_capability(int capability) {
+  constexpr int kBuilt[] = {__CUDA_ARCH_LIST__};
+  int newest = 0;
+  for (int target : kBuilt) {
+    target /= 10;
+    if (target <= capability && (target / 10 == capability / 10 || target < 90)) newest = std::max(newest, target);
+  }
+  return newest;
+}
 
 inline const Device& device() {
   static thread_local Device found[64] = {};
@@ -71,7 +84,7 @@ inline const Device& device() {
     check_cuda("cuda", cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, index));
     check_cuda("cuda", cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, index));
     check_cuda("cuda", cudaDeviceGetAttribute(&d.shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, index));
-    d.capability = 10 * major + minor;
+    d.capability = built_capability(10 * major + minor);
     check_cuda("cuda", cudaDeviceGetAttribute(&d.multiprocessors, cudaDevAttrMultiProcessorCount, index));
   }
   return d;

@@ -8,7 +8,6 @@ pack_tiles and quantize_tiles, which load weights.
 
 from __future__ import annotations
 
-import functools
 from typing import Any, NamedTuple
 
 import torch
@@ -49,19 +48,6 @@ def _span(tensor: Tensor | None, dtype: torch.dtype | None = None) -> tuple[int,
     return tensor.data_ptr(), tensor.numel()
 
 
-def _capability(tensor: Tensor) -> int:
-    if cuda.EMULATED:
-        major, minor = _cuda_ext.build_info()["devices"][0]["capability"]
-        return 10 * major + minor
-    return _capability_of(tensor.device)
-
-
-@functools.cache
-def _capability_of(device: torch.device) -> int:
-    major, minor = torch.cuda.get_device_capability(device)
-    return 10 * major + minor
-
-
 class Weight(NamedTuple):
     """A packed weight as an op receives it."""
 
@@ -85,6 +71,14 @@ class Weight(NamedTuple):
     @property
     def numbers(self) -> tuple[int, int, int, int, int]:
         return self.experts or 1, self.out_features, self.in_features, self.group_size, self.first_k
+
+
+def kernel_name(x: Tensor, weight: Weight, rows: int, row_invariant: bool) -> str:
+    """What crossovers.py says for the current device. A scale of another type may have no place in fp16: not for wgmma,
+    which puts scales into the weight's 16 bits."""
+    kernel = crossover(_cuda_ext.capability(), rows, weight.experts, row_invariant).kernel
+    wide = x.dtype == torch.float16 and weight.scales.dtype != torch.float16
+    return "many" if kernel == "wgmma" and wide else kernel
 
 
 # -- pieces -----------------------------------------------------------------------------------------------------------
@@ -208,8 +202,8 @@ def int4_gemm(
     if not rows:
         return x.new_empty(0, out_features)
     weight = Weight(qweight, scales, zeros, perm, out_features, in_features, group_size, first_k)
-    kernel = crossover(_capability(x), rows, None, row_invariant).kernel
     with cuda.on_device(x):
+        kernel = kernel_name(x, weight, rows, row_invariant)
         if perm is not None:
             x = gather(x, perm, rows)
         if kernel == "dense":
@@ -235,8 +229,8 @@ def int4_grouped_gemm(
     if not rows:
         return x.new_empty(0, out_features)
     weight = Weight(qweight, scales, zeros, perm, out_features, in_features, group_size, first_k)
-    kernel = crossover(_capability(x), rows, weight.experts, row_invariant).kernel
     with cuda.on_device(x):
+        kernel = kernel_name(x, weight, rows, row_invariant)
         offsets = offsets.to(torch.int32)
         if perm is not None:
             x = gather(x, perm, rows, offsets=offsets)
@@ -268,8 +262,8 @@ def int4_moe(
         return torch.zeros_like(x)
     w13 = Weight(w13_qweight, w13_scales, w13_zeros, w13_perm, two_i, hidden_size, group_size, w13_first_k)
     w2 = Weight(w2_qweight, w2_scales, w2_zeros, w2_perm, hidden_size, intermediate_size, group_size, w2_first_k)
-    kernel = crossover(_capability(x), rows, experts, row_invariant).kernel
     with cuda.on_device(x):
+        kernel = kernel_name(x, w13, rows, row_invariant)
         offsets, row_token, slot_row = route(topk_ids, experts)
         source, index = (x, row_token) if w13.perm is None else (gather(x, w13.perm, rows, row_token, offsets), None)
         if intermediate_size % TILE_N == 0:

@@ -13,6 +13,8 @@ CudaInfo cuda_info() {
   return info;
 }
 
+int capability() { return emulator::settings.capability; }
+
 }  // namespace m3
 
 extern "C" __attribute__((visibility("default"))) void m3_emulator_set(int capability, int multiprocessors,
