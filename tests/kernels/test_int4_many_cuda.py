@@ -152,7 +152,7 @@ CASES: dict[str, dict[str, Any]] = {
     "group_32": dict(m=66, n=136, k=512, group_size=32),
     "bf16_scales": dict(m=66, n=64, k=80, group_size=64, scale_dtype=torch.bfloat16),
     "fp32_scales": dict(m=66, n=64, k=80, group_size=64, scale_dtype=torch.float32),
-    "more_stages_than_a_ring": dict(m=66, n=70, k=1100, group_size=128),
+    "more_stages_than_a_ring": dict(m=66, n=70, k=1096, group_size=128),
     "many_tiles": dict(m=257, n=200, k=200, group_size=64, bias=True),
 }
 
