@@ -98,7 +98,8 @@ def build_once() -> Path:
 
 @functools.cache
 def load(path: Path) -> ModuleType:
-    spec = importlib.util.spec_from_file_location("m3kernels._cuda_ext", path)
+    """The built module, by a name of its own: pybind11 keeps a module for the name under which it was first imported."""
+    spec = importlib.util.spec_from_file_location("emulated._cuda_ext", path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

@@ -189,7 +189,7 @@ def test_gradients(backend: str, dtype: torch.dtype) -> None:
 
 
 # -- row-invariance ---------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize(("m", "dtype"), zip((1, 15, 17, 64, 65, 100), 3 * HALVES, strict=True), ids=str)
+@pytest.mark.parametrize(("m", "dtype"), list(zip((1, 15, 17, 64, 65, 100), 3 * HALVES, strict=True)), ids=str)
 def test_every_number_of_rows_gives_the_same_rows(backend: str, m: int, dtype: torch.dtype) -> None:
     x, weight, bias = inputs(130, 65, 200, group_size=48, dtype=dtype, bias=True)
     whole = int4_gemm(x, weight, bias)
