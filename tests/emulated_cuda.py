@@ -98,7 +98,7 @@ def build_once() -> Path:
 
 @functools.cache
 def load(path: Path) -> ModuleType:
-    """The built module, by a name of its own: pybind11 keeps a module for the name under which it was first imported."""
+    """The built module, by a name of its own: pybind11 keeps a module by the name of its first import."""
     spec = importlib.util.spec_from_file_location("emulated._cuda_ext", path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)

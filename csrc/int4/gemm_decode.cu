@@ -20,6 +20,7 @@ struct Decode {
   int32_t units;        // blocks that cover n, for one chunk of rows and one split
   int32_t chunks;       // of rows, if dense
   uint32_t row_bytes;   // of x
+  int32_t unit_tiles;   // from a block's first n-tile to that of the next block
   int32_t next_tile;    // from a block's first n-tile to its second
   bool cluster;         // the splits of a unit are one cluster, else they meet in the workspace
   bool wide_x, wide_y;  // rows of x are 16-byte aligned; quads of y lie in one row, aligned
@@ -95,7 +96,7 @@ M3_DEVICE bool find_unit(const Decode& d, int chunk_rows, Unit& unit) {
     if (!found) return false;
     index -= before * d.units;
   }
-  unit.tile = index / chunks;
+  unit.tile = index / chunks * d.unit_tiles;
   unit.row = first + index % chunks * chunk_rows;
   unit.rows = min(last - unit.row, chunk_rows);
   return true;
@@ -546,8 +547,8 @@ void start(const Product& p, const Shape& shape) {
   d.group_start = p.group_size < 0 ? 0 : (int32_t)(p.first_k % p.group_size / kTileK);
   d.row_bytes = (uint32_t)(2 * p.k);
   d.units = (int32_t)shape.units, d.chunks = (int32_t)shape.chunks;
-  d.next_tile = 1;
-  if (gated) d.next_tile = (int32_t)shape.units;
+  d.unit_tiles = kTiles, d.next_tile = 1;
+  if (gated) d.unit_tiles = 1, d.next_tile = (int32_t)shape.units;
   d.cluster = shape.cluster;
   d.wide_x = p.k % 8 == 0 && (uintptr_t)p.x % 16 == 0;
   const int64_t columns = gated ? p.n / 2 : p.n;

@@ -71,6 +71,9 @@ CASES: dict[str, dict[str, Any]] = {
     "group_48": dict(m=2, n=63, k=101, group_size=48),
     "per_channel": dict(m=4, n=64, k=139, group_size=-1, bias=True),
     "act_order": dict(m=3, n=33, k=140, group_size=64, act_order=True),
+    "seven_tiles_of_few_rows": dict(m=9, n=390, k=96, group_size=32),
+    "seven_tiles_of_some_rows": dict(m=33, n=390, k=96, group_size=32),
+    "seven_tiles_of_many_rows": dict(m=70, n=390, k=96, group_size=32),
     "most_of_decode": dict(m=64, n=65, k=130, group_size=32),
     "many_rows": dict(m=70, n=65, k=130, group_size=32, act_order=True, bias=True),
 }
@@ -118,6 +121,7 @@ GROUPED: dict[str, dict[str, Any]] = {
     "act_order": dict(bounds=[0, 1, 9], n=33, k=100, group_size=48, act_order=True),
     "more_rows_than_decode": dict(bounds=[0, 70, 150], n=40, k=96, group_size=96),
     "one_busy_expert": dict(bounds=[0, 0, 100, 100, 101], n=40, k=96, group_size=96),
+    "seven_tiles": dict(bounds=[0, 9, 29], n=390, k=64, group_size=32),
     "no_rows": dict(bounds=[0, 0, 0], n=64, k=96, group_size=32),
 }
 
@@ -159,6 +163,7 @@ MOE: dict[str, dict[str, Any]] = {
     "gated": dict(tokens=5, hidden=48, intermediate=64, experts=4, top_k=2),
     "gate_apart": dict(tokens=9, hidden=70, intermediate=37, experts=5, top_k=3, group_size=48),
     "one_token": dict(tokens=1, hidden=33, intermediate=17, experts=3, top_k=1),
+    "five_tiles": dict(tokens=30, hidden=290, intermediate=320, experts=2, top_k=2),
     "symmetric": dict(tokens=6, hidden=64, intermediate=128, experts=5, top_k=2, group_size=128, symmetric=True),
     "act_order": dict(tokens=6, hidden=96, intermediate=64, experts=4, top_k=2, act_order=True),
     "many_rows": dict(tokens=90, hidden=48, intermediate=64, experts=2, top_k=2),

@@ -65,6 +65,9 @@ class Model:
     def product(self, x: Tensor, weight: Int4Weight) -> Tensor:
         return int4_gemm(x, weight, activations=self.activations)
 
+    def attend(self, q: Tensor, *caches: Tensor, mask_bits: Tensor | None, gate: Tensor) -> Tensor:
+        return tree_attention(q, *caches, mask_bits=mask_bits, gate=gate)
+
     def forward(self, tokens: Tensor, positions: Tensor, prefix: Tensor, mask_bits: Tensor | None) -> Tensor:
         """(B, N, V) logits of N new tokens of each request, whose keys go to slots prefix .. prefix + N - 1."""
         count = tokens.shape[1]
@@ -76,11 +79,8 @@ class Model:
             q, k, v, gate = parts.split([HEADS, KV_HEADS, KV_HEADS, HEADS], dim=2)
             k_cache[pages, slots % self.page_size] = rotate(k, positions).to(self.kv_dtype)
             v_cache[pages, slots % self.page_size] = v.to(self.kv_dtype)
-            attended = tree_attention(
-                *(rotate(q, positions), k_cache, v_cache, self.block_table, prefix + count),
-                mask_bits=mask_bits,
-                gate=gate,
-            )
+            caches = k_cache, v_cache, self.block_table, prefix + count
+            attended = self.attend(rotate(q, positions), *caches, mask_bits=mask_bits, gate=gate)
             x = x + self.product(attended.flatten(2), layer.out)
             x = x + 0.3 * self.product(torch.tanh(self.product(normalise(x), layer.up)), layer.down)
         return self.product(normalise(x), self.head)
