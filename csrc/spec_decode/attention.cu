@@ -475,90 +475,88 @@ __global__ __launch_bounds__(256) void attention_kernel(const __grid_constant__ 
       slots[(block.low + i / kChunk) % 2 * kChunk + i % kChunk] = loader.look_up(slot, slot < block.last_position);
     }
     __syncthreads();
-    loader.issue(block.low % 2, kInt8 ? 0 : block.low % 2);
+    loader.issue(block.low % 2, block.low % 2);
   }
 
-  int chunk = block.low;
-  do {  // a split
+  int chunk = block.low, pass = 0;  // one pass over a chunk, or one for each query whose slots are gathered
+  do {                              // a split
     State<kHead>::clear(s);
     while (chunk < block.high) {
-      // One pass over the chunk, or one for each query whose slots are gathered.
       const int first = chunk * kChunk;
       const bool in_tree = chunk >= block.own, gathered = in_tree && !block.resident;
-      for (int pass = 0; pass < (gathered ? block.active : 1); ++pass) {
-        int offset = 0;  // slot of row 0 of the tiles
-        if (!in_tree) {
-          const int tile = kInt8 ? 0 : chunk % 2;
-          loader.arrive(chunk % 2, tile);
-          const int slot = first + 2 * kChunk + tid;
-          const bool looks = tid < kChunk && chunk + 2 < block.own;
-          const Slot ahead = loader.look_up(slot, looks && slot < block.last_position);  // while copies start
-          if (chunk + 1 < block.own) loader.issue((chunk + 1) % 2, kInt8 ? 0 : 1 - tile);
-          if (looks) slots[chunk % 2 * kChunk + tid] = ahead;
-          offset = first - tile * kChunk;
-        } else if (block.resident) {
-          offset = block.base;
-          if (chunk == block.own) {
-            __syncthreads();
-            const int end = block.request.prefix + block.request.tree;
-#pragma unroll 1
-            for (int i = tid; i < 2 * kChunk; i += blockDim.x)
-              slots[i] = loader.look_up(block.base + i, block.base + i < end);
-            __syncthreads();
-            loader.issue(0, 0);
-            if constexpr (kInt8) loader.arrive(0, 0);  // there is one place for integers
-            loader.issue(1, 1);
-            loader.arrive(1, 1);
-          }
-        } else {
-          offset = first;
+      int offset = 0;  // slot of row 0 of the tiles
+      if (!in_tree) {
+        const int tile = chunk % 2;
+        loader.arrive(tile, tile);
+        const int slot = first + 2 * kChunk + tid;
+        const bool looks = tid < kChunk && chunk + 2 < block.own;
+        const Slot ahead = loader.look_up(slot, looks && slot < block.last_position);  // while copies start
+        if (chunk + 1 < block.own) loader.issue(1 - tile, 1 - tile);
+        if (looks) slots[tile * kChunk + tid] = ahead;
+        offset = first - tile * kChunk;
+      } else if (block.resident) {
+        offset = block.base;
+        if (chunk == block.own) {
           __syncthreads();
-          if (warp == 0)
-            list_rows(c, block.request, block.begin + pass, true, first, kChunk, 0, bounds[pass].x, bounds[pass].y,
-                      rows);
-          __syncthreads();
+          const int end = block.request.prefix + block.request.tree;
 #pragma unroll 1
-          for (int i = tid; i < kChunk; i += blockDim.x) {
-            const int slot = ((int*)(shared + at.rows))[i];
-            slots[i] = loader.look_up(slot, slot >= 0);
-          }
+          for (int i = tid; i < 2 * kChunk; i += blockDim.x)
+            slots[i] = loader.look_up(block.base + i, block.base + i < end);
           __syncthreads();
           loader.issue(0, 0);
-          loader.arrive(0, 0);
+          if constexpr (kInt8) loader.arrive(0, 0);  // there is one place for integers
+          loader.issue(1, 1);
+          loader.arrive(1, 1);
         }
+      } else {
+        offset = first;
+        __syncthreads();
+        if (warp == 0)
+          list_rows(c, block.request, block.begin + pass, true, first, kChunk, 0, bounds[pass].x, bounds[pass].y, rows);
+        __syncthreads();
+#pragma unroll 1
+        for (int i = tid; i < kChunk; i += blockDim.x) {
+          const int slot = ((int*)(shared + at.rows))[i];
+          slots[i] = loader.look_up(slot, slot >= 0);
+        }
+        __syncthreads();
+        loader.issue(0, 0);
+        loader.arrive(0, 0);
+      }
 
-        if (computes && span.most_to > first && span.least_from < first + kChunk) {
-          Tiles tiles{shared, 0, at.zero, half, rows, scales, scales + 2 * kChunk};
-          if (!in_tree && span.most_from <= first && span.least_to >= first + kChunk) {
-            const int tile = kInt8 ? 0 : chunk % 2;
-            tiles.keys = tile * 2 * S::kTileBytes;
-            const int2 all[2] = {};
-            attend<kHalf, kHead, kInt8, true>(s, q, tiles, scale, first, all);
-          } else {
-            int query = first_row >> block.query_shift,
-                last = min((first_row + 15) >> block.query_shift, block.active - 1);
-            // Together: zeros as weights would let infinite values of others through.
-            bool together = false;
-            if (!in_tree && last > query)
-              together = finite<kHalf, kHead>(shared + (kInt8 ? 0 : chunk % 2) * 2 * S::kTileBytes + S::kTileBytes);
-            if (together) last = query;
-            if (gathered) query = max(query, pass), last = min(last, pass);
-            for (; query <= last; ++query) {
-              const int x = together ? span.least_from : bounds[query].x, y = together ? span.most_to : bounds[query].y;
-              if (x >= first + kChunk || y <= first) continue;
-              list_rows(c, block.request, block.begin + query, in_tree && !gathered, first, kChunk, offset, x, y, rows);
-              int2 own[2];
+      if (computes && span.most_to > first && span.least_from < first + kChunk) {
+        Tiles tiles{shared, 0, at.zero, half, rows, scales, scales + 2 * kChunk};
+        if (!in_tree && span.most_from <= first && span.least_to >= first + kChunk) {
+          const int tile = chunk % 2;
+          tiles.keys = tile * 2 * S::kTileBytes;
+          tiles.k_scales += tile * kChunk, tiles.v_scales += tile * kChunk;
+          const int2 all[2] = {};
+          attend<kHalf, kHead, kInt8, true>(s, q, tiles, scale, first, all);
+        } else {
+          int query = first_row >> block.query_shift,
+              last = min((first_row + 15) >> block.query_shift, block.active - 1);
+          // Together: zeros as weights would let infinite values of others through.
+          bool together = false;
+          if (!in_tree && last > query) together = finite<kHalf, kHead>(shared + (chunk % 2 * 2 + 1) * S::kTileBytes);
+          if (together) last = query;
+          if (gathered) query = max(query, pass), last = min(last, pass);
+          for (; query <= last; ++query) {
+            const int x = together ? span.least_from : bounds[query].x, y = together ? span.most_to : bounds[query].y;
+            if (x >= first + kChunk || y <= first) continue;
+            list_rows(c, block.request, block.begin + query, in_tree && !gathered, first, kChunk, offset, x, y, rows);
+            int2 own[2];
 #pragma unroll
-              for (int r = 0; r < 2; ++r) {
-                const Row row = row_of(g + 8 * r);
-                own[r] = row.real && (together || row.query == query) ? bounds[row.query] : make_int2(0, 0);
-              }
-              attend<kHalf, kHead, kInt8, false>(s, q, tiles, scale, first, own);
+            for (int r = 0; r < 2; ++r) {
+              const Row row = row_of(g + 8 * r);
+              own[r] = row.real && (together || row.query == query) ? bounds[row.query] : make_int2(0, 0);
             }
+            attend<kHalf, kHead, kInt8, false>(s, q, tiles, scale, first, own);
           }
         }
       }
-      if (++chunk % kSplitChunks == 0) break;
+      pass = gathered && pass + 1 < block.active ? pass + 1 : 0;
+      chunk += pass == 0;
+      if (pass == 0 && chunk % kSplitChunks == 0) break;
     }
 
     // It is complete.

@@ -160,18 +160,10 @@ M3_DEVICE void attend(State<kHead>& s, const Queries& q, const Tiles& tiles, flo
     p = ptx::exp2(ptx::fma(p, scale, -top[i % 4 / 2]));
     if (!kShared && !(counts >> i & 1)) p = 0.f;
     sum[i % 4 / 2] = ptx::add(sum[i % 4 / 2], p);
-  }
-  // The range of fp32 holds the product of a weight and a scale; that of fp16 may not: there values come scaled.
-  if constexpr (kInt8 && kHalf == Half::kBf16) {
-#pragma unroll
-    for (int i = 0; i < 4 * kBlocks; ++i) {
-      const float v_scale = scale_of(tiles.v_scales, i);
-#pragma unroll
-      for (int r = 0; r < 2; ++r) {
-        float& p = score[i / 2][2 * r + i % 2];
-        const float weight = ptx::mul(p, v_scale);
-        p = kShared || counts >> (i / 2 * 4 + 2 * r + i % 2) & 1 ? weight : 0.f;
-      }
+    // The range of fp32 holds the product of a weight and a scale; that of fp16 may not: there values come scaled.
+    if constexpr (kInt8 && kHalf == Half::kBf16) {
+      p = ptx::mul(p, scale_of(tiles.v_scales, i / 4 * 2 + i % 2));
+      if (!kShared && !(counts >> i & 1)) p = 0.f;
     }
   }
   uint32_t p[kBlocks][4];
