@@ -154,6 +154,8 @@ M3_DEVICE void attend(State<kHead>& s, const Queries& q, const Tiles& tiles, flo
     top[r] = fmaxf(s.m[r], ptx::mul(top[r], scale));
     alpha[r] = ptx::exp2(s.m[r] - top[r]);
   }
+  // Scales of values are read from here on: not held in registers while scores are made.
+  if constexpr (kInt8 && kHalf == Half::kBf16) __syncwarp();
 #pragma unroll
   for (int i = 0; i < 8 * kBlocks; ++i) {
     float& p = score[i / 4][i % 4];
