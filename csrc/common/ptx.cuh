@@ -190,6 +190,10 @@ M3_DEVICE void cp_async_16(void* shared, const void* global, int valid = 16) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(shared)), "l"(global), "r"(valid)
                : "memory");
 }
+M3_DEVICE void cp_async_4(void* shared, const void* global, int valid = 4) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(shared_address(shared)), "l"(global), "r"(valid)
+               : "memory");
+}
 M3_DEVICE void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 // Waits until at most kGroups of this thread's groups are under way.
 template <int kGroups>

@@ -18,6 +18,7 @@ constexpr int64_t kMemory = int64_t{64} << 20;  // bytes of partial sums; beyond
 // -- plan -------------------------------------------------------------------------------------------------------------
 // How one call is cut. Nothing here changes a bit of a result.
 struct Plan {
+  int group;        // query heads of a kv head
   int tiles;        // a block owns 16 tiles rows
   int threads;      // at least 128: the others load
   int query_shift;  // 2^this rows of a query in a block: its heads of one kv head, or a part of them
@@ -27,26 +28,33 @@ struct Plan {
   bool partial;     // a block owns one split, and the splits are joined by a second kernel
 };
 
-// Places in shared memory, in bytes.
+// Places in shared memory, in bytes: constants, so that no register holds one. Only the size is of a plan.
 struct Places {
-  int raw, zero, queries, slots, rows, scales, totals, request, bounds, bytes;
+  int raw, zero, slots, rows, scales, totals, bounds, spans, block, queries;
 };
 
 template <int kHead>
-__host__ __device__ constexpr Places places(bool int8, int tiles, int queries) {
+__host__ __device__ constexpr Places places(bool int8) {
   using S = Shape<kHead>;
+  constexpr int kWarps = S::kMostTiles * S::kHalves;
   Places p{};
   p.raw = 4 * S::kTileBytes;
   p.zero = p.raw + (int8 ? S::kTileBytes : 0);
-  p.queries = p.zero + S::kRowBytes;
-  p.slots = p.queries + (S::kQueriesInRegisters ? 0 : tiles * 16 * S::kRowBytes);
-  p.rows = p.slots + 2 * S::kChunk * 16;
-  p.scales = p.rows + tiles * S::kHalves * S::kChunk * 4;
-  p.totals = p.scales + (int8 ? 4 * S::kChunk * 4 : 0);
-  p.request = p.totals + tiles * S::kHalves * 16 * 8;
-  p.bounds = p.request + 32;
-  p.bytes = p.bounds + queries * 8;
+  p.slots = p.zero + S::kRowBytes;
+  p.rows = p.slots + 2 * S::kChunk * 8;
+  p.scales = p.rows + kWarps * S::kChunk * 4;
+  p.totals = p.scales + (int8 ? 6 * S::kChunk * 4 : 0);
+  p.bounds = p.totals + kWarps * 16 * 8;
+  p.spans = p.bounds + S::kMostTiles * 16 * 8;
+  p.block = p.spans + kWarps * 16;
+  p.queries = p.block + 80;
   return p;
+}
+
+template <int kHead>
+constexpr int shared_bytes(bool int8, int tiles) {
+  using S = Shape<kHead>;
+  return places<kHead>(int8).queries + (S::kQueriesInRegisters ? 0 : tiles * 16 * S::kRowBytes);
 }
 
 template <int kHead>
@@ -55,6 +63,7 @@ Plan plan_of(const DeviceAttention& c) {
   const Device& gpu = device();
   const int64_t group = std::bit_ceil((uint64_t)(c.heads / c.kv_heads));
   Plan plan{};
+  plan.group = (int)(c.heads / c.kv_heads);
   const int64_t splits = (c.table_width * c.page_size + kSplit - 1) / kSplit;
   plan.splits = (int)std::min<int64_t>(splits, INT32_MAX);
   const auto cut = [&](int tiles) {
@@ -66,7 +75,7 @@ Plan plan_of(const DeviceAttention& c) {
   const auto blocks = [&] { return (c.tokens + plan.queries - 1) / plan.queries * c.kv_heads * plan.parts; };
   const int64_t rows = (c.tokens + c.requests - 1) / std::max<int64_t>(c.requests, 1) * group;
   cut((int)std::clamp<int64_t>(std::bit_ceil((uint64_t)(rows + 15) / 16), 1, S::kMostTiles));
-  while (plan.tiles > 1 && (places<kHead>(c.int8, plan.tiles, plan.queries).bytes > gpu.shared_bytes ||
+  while (plan.tiles > 1 && (shared_bytes<kHead>(c.int8, plan.tiles) > gpu.shared_bytes ||
                             blocks() * std::max(plan.splits, 1) < gpu.multiprocessors))
     cut(plan.tiles / 2);
   const int64_t resident = gpu.multiprocessors * (plan.tiles > 4 ? 1 : 2);
@@ -170,11 +179,28 @@ M3_DEVICE void list_rows(const DeviceAttention& c, const Request& r, int query, 
 // Where a slot lies. page: -1 none wanted, kNowhere the table names no page.
 struct Slot {
   int page, inside;
-  float k_scale, v_scale;
 };
 constexpr int kNowhere = -2;
 
 // -- attention --------------------------------------------------------------------------------------------------------
+// What all threads of a block know, and what a warp knows of its rows. In shared memory, so that it does not sit in
+// registers through the products; so do sums and bounds of rows.
+struct Block {
+  Request request;
+  int kv_head, heads;  // its query heads are from this on, in those of the kv head
+  int begin, active;   // its queries, in those of the request
+  int last_position;   // none attends to this or beyond
+  int low, own, high;  // chunks [low, high), of which [low, own) hold the same slots for every row
+  int base;            // slot of row 0 of the tiles where resident
+  int query_shift;     // of the plan
+  bool resident;       // the rest of the prefix and the tree fit the tiles
+};
+static_assert(sizeof(Block) <= 80);
+
+struct Span {
+  int least_from, most_from, least_to, most_to;  // of the bounds of its rows
+};
+
 template <int kHead>
 struct RegisterQueries {
   uint32_t a[kHead / 16][4];
@@ -195,35 +221,18 @@ template <Half kHalf, int kHead, bool kInt8>
 struct Loader {
   using S = Shape<kHead>;
   const DeviceAttention& c;
-  const int32_t* table;
-  int64_t kv_head;
+  const Block& block;
   char* shared;
   Slot* slots;
   char* raw;
-  float* scales;
+  float* scales;  // of keys, for each tile, of values, and of keys and values in `raw`
 
   __device__ __forceinline__ Slot look_up(int slot, bool wanted) const {
-    Slot found{-1, 0, 0.f, 0.f};
-    if (!wanted) return found;
-    const int page = (unsigned)slot / (unsigned)c.page_size, block = __ldg(table + page);
-    if (block < 0 || block >= c.pages) {
-      found.page = kNowhere;
-      return found;
-    }
-    found.page = block, found.inside = slot - page * (int)c.page_size;
-    if constexpr (kInt8) {
-      const auto scale = [&](const Paged<float>& of) {
-        return __ldg(of.data + found.page * of.page + found.inside * of.slot + kv_head * of.head);
-      };
-      found.k_scale = scale(c.k_scale), found.v_scale = scale(c.v_scale);
-    }
-    return found;
-  }
-
-  __device__ __forceinline__ const char* address(const Paged<void>& of, const Slot& at) const {
-    constexpr int kElement = kInt8 ? 1 : 2;
-    const int page = max(at.page, 0);
-    return (const char*)of.data + (page * of.page + at.inside * of.slot + kv_head * of.head) * kElement;
+    if (!wanted) return {-1, 0};
+    const int page = (unsigned)slot / (unsigned)c.page_size,
+              at = __ldg(c.block_table + block.request.b * c.table_width + page);
+    if (at < 0 || at >= c.pages) return {kNowhere, 0};
+    return {at, slot - page * (int)c.page_size};
   }
 
   // Starts the copies of the chunk whose slots are slots[kChunk * side ..], to tile `tile` or to `raw`.
@@ -231,6 +240,10 @@ struct Loader {
     constexpr int kPieces = kInt8 ? S::kPieces / 2 : S::kPieces, kPiece = kInt8 ? 16 : 8;
     char* keys = kInt8 ? raw : shared + tile * 2 * S::kTileBytes;
     char* values = keys + (kInt8 ? S::kTileBytes / 2 : S::kTileBytes);
+    const int64_t head = block.kv_head;
+    const auto address = [&](const Paged<void>& of, const Slot& at) {
+      return (const char*)of.data + (max(at.page, 0) * of.page + at.inside * of.slot + head * of.head) * (16 / kPiece);
+    };
 #pragma unroll 1
     for (int i = threadIdx.x; i < S::kChunk * kPieces; i += blockDim.x) {
       const int row = i / kPieces, piece = i % kPieces;
@@ -242,6 +255,16 @@ struct Loader {
       else
         ptx::cp_async_16(keys + to, address(c.k, at) + from, valid);
       ptx::cp_async_16(values + to, address(c.v, at) + from, valid);
+    }
+    if constexpr (kInt8) {
+#pragma unroll 1
+      for (int i = threadIdx.x; i < 2 * S::kChunk; i += blockDim.x) {
+        const Paged<float>& of = i < S::kChunk ? c.k_scale : c.v_scale;
+        const Slot at = slots[S::kChunk * side + i % S::kChunk];
+        ptx::cp_async_4(scales + 4 * S::kChunk + i,
+                        of.data + (max(at.page, 0) * of.page + at.inside * of.slot + head * of.head),
+                        at.page >= 0 ? 4 : 0);
+      }
     }
     ptx::cp_async_commit();
   }
@@ -257,7 +280,7 @@ struct Loader {
       const Slot& at = slots[S::kChunk * side + row];
       const uint4 integers = *(const uint4*)(raw + i * 16);
       const uint32_t four[4] = {integers.x, integers.y, integers.z, integers.w};
-      const float factor = kHalf == Half::kF16 && value ? at.v_scale : 1.f;
+      const float factor = kHalf == Half::kF16 && value ? scales[5 * S::kChunk + row] : 1.f;
       uint32_t two[8];
 #pragma unroll
       for (int j = 0; j < 8; ++j) {
@@ -272,10 +295,8 @@ struct Loader {
       *(uint4*)(to + ((2 * piece + 1 ^ (row & 7)) << 4)) = make_uint4(two[4], two[5], two[6], two[7]);
     }
 #pragma unroll 1
-    for (int i = threadIdx.x; i < S::kChunk; i += blockDim.x) {
-      scales[S::kChunk * tile + i] = slots[S::kChunk * side + i].k_scale;
-      scales[S::kChunk * (2 + tile) + i] = slots[S::kChunk * side + i].v_scale;
-    }
+    for (int i = threadIdx.x; i < 2 * S::kChunk; i += blockDim.x)
+      scales[S::kChunk * (i / S::kChunk * 2 + tile) + i % S::kChunk] = scales[4 * S::kChunk + i];
   }
 
   // Waits for a chunk that was issued; afterwards `tile` can be read, and the other tile and `raw` written.
@@ -336,22 +357,20 @@ __global__ __launch_bounds__(256) void attention_kernel(const __grid_constant__ 
                                                         const __grid_constant__ Plan plan) {
   using S = Shape<kHead>;
   constexpr int kChunk = S::kChunk, kSplitChunks = kSplit / kChunk;
-  const int tid = threadIdx.x, lane = tid % 32, warp = tid / 32, g = lane / 4, t = lane % 4;
-  const int half = warp % S::kHalves, first_row = warp / S::kHalves * 16;
+  const int tid = threadIdx.x, lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = threadIdx.x % 32 / 4;
+  const int t = threadIdx.x % 4;
+  const int half = threadIdx.x / 32 % S::kHalves, first_row = threadIdx.x / 32 / S::kHalves * 16;
   const bool computes = first_row < 16 * plan.tiles;
   const Request found = request_of(c, blockIdx.x, plan.queries, 1);
   const int begin = (int)(blockIdx.x - (found.first / plan.queries + found.b)) * plan.queries;
   if (begin < 0 || begin >= found.queries) return;
   const int active = min(found.queries - begin, plan.queries);
-  const int kv_head = blockIdx.y / plan.parts, part = blockIdx.y % plan.parts;
-  const int group = (int)(c.heads / c.kv_heads);
   char* shared = shared_memory();
-  const Places at = places<kHead>(kInt8, plan.tiles, plan.queries);
+  constexpr Places at = places<kHead>(kInt8);
   int2* bounds = (int2*)(shared + at.bounds);
   int* rows = (int*)(shared + at.rows) + (computes ? warp : 0) * kChunk;
   Loader<kHalf, kHead, kInt8> loader{c,
-                                     c.block_table + found.b * c.table_width,
-                                     kv_head,
+                                     *(Block*)(shared + at.block),
                                      shared,
                                      (Slot*)(shared + at.slots),
                                      shared + at.raw,
@@ -363,27 +382,27 @@ __global__ __launch_bounds__(256) void attention_kernel(const __grid_constant__ 
     const int2 positions = positions_of(c, found, begin + i);
     if (lane == 0) bounds[i] = positions;
   }
-  // In memory, so that it does not sit in registers through the products; so do sums and bounds of rows.
-  Request& request = *(Request*)(shared + at.request);
-  if (tid == 0) request = found;
   if (tid < S::kPieces) *(uint4*)(shared + at.zero + tid * 16) = make_uint4(0, 0, 0, 0);
   __syncthreads();
-  int first_position = INT_MAX, last_position = 0;  // of the block
-  for (int i = lane; i < active; i += 32)
-    if (bounds[i].x < bounds[i].y)
-      first_position = min(first_position, bounds[i].x), last_position = max(last_position, bounds[i].y);
-  first_position = __reduce_min_sync(~0u, first_position), last_position = __reduce_max_sync(~0u, last_position);
-
-  // Chunks [low, high), of which [low, own) hold the same slots for every row.
-  int low = last_position ? first_position / kChunk : 0, high = (last_position + kChunk - 1) / kChunk;
-  if (plan.partial) {
-    low = max(low, (int)blockIdx.z * kSplitChunks), high = min(high, ((int)blockIdx.z + 1) * kSplitChunks);
-    if (low >= high) return;
+  Block& block = *(Block*)(shared + at.block);
+  {
+    int from = INT_MAX, to = 0;
+    for (int i = lane; i < active; i += 32)
+      if (bounds[i].x < bounds[i].y) from = min(from, bounds[i].x), to = max(to, bounds[i].y);
+    from = __reduce_min_sync(~0u, from), to = __reduce_max_sync(~0u, to);
+    int low = to ? from / kChunk : 0, high = (to + kChunk - 1) / kChunk;
+    if (plan.partial) {
+      low = max(low, (int)blockIdx.z * kSplitChunks), high = min(high, ((int)blockIdx.z + 1) * kSplitChunks);
+      if (low >= high) return;
+    }
+    const int kv_head = blockIdx.y / plan.parts, heads = (blockIdx.y - kv_head * plan.parts) << plan.query_shift;
+    const int whole = found.prefix / kChunk, base = whole * kChunk;
+    const int own = c.mask_bits ? max(min(whole, high), low) : high;
+    const bool resident = found.prefix - base + found.tree <= 2 * kChunk;
+    if (tid == 0)
+      block = Block{found, kv_head, heads, begin, active, to, low, own, high, base, plan.query_shift, resident};
+    __syncthreads();
   }
-  const bool tree = c.mask_bits;
-  const int own = tree ? max(min(request.prefix / kChunk, high), low) : high;
-  const int base = request.prefix / kChunk * kChunk;
-  const bool resident = request.prefix - base + request.tree <= 2 * kChunk;
 
   // The rows of the warp's tile; this lane's are g and g + 8. What all have in common decides how chunks are computed.
   struct Row {
@@ -392,27 +411,30 @@ __global__ __launch_bounds__(256) void attention_kernel(const __grid_constant__ 
     bool real;
   };
   const auto row_of = [&](int i) {
-    const int row = first_row + i, in_group = (part << plan.query_shift) + (row & ((1 << plan.query_shift) - 1));
-    const int query = row >> plan.query_shift;
-    return Row{query, kv_head * group + in_group, request.first + begin + (int64_t)query,
-               computes && query < active && in_group < group};
+    const int row = first_row + i, in_group = block.heads + (row & ((1 << block.query_shift) - 1));
+    const int query = row >> block.query_shift;
+    return Row{query, block.kv_head * plan.group + in_group, block.request.first + block.begin + (int64_t)query,
+               computes && query < block.active && in_group < plan.group};
   };
-  const int first_query = first_row >> plan.query_shift;
-  const int last_query = min((first_row + 15) >> plan.query_shift, active - 1);
   bool real[2];
-  int least_from = INT_MAX, most_from = 0, least_to = INT_MAX, most_to = 0;
+  Span& span = *(Span*)(shared + at.spans + (computes ? warp : 0) * (int)sizeof(Span));
+  {
+    Span of{INT_MAX, 0, INT_MAX, 0};
 #pragma unroll
-  for (int r = 0; r < 2; ++r) {
-    const Row row = row_of(g + 8 * r);
-    real[r] = row.real;
-    if (row.real) {
-      const int2 own = bounds[row.query];
-      least_from = min(least_from, own.x), most_from = max(most_from, own.x);
-      least_to = min(least_to, own.y), most_to = max(most_to, own.y);
+    for (int r = 0; r < 2; ++r) {
+      const Row row = row_of(g + 8 * r);
+      real[r] = row.real;
+      if (row.real) {
+        const int2 own = bounds[row.query];
+        of.least_from = min(of.least_from, own.x), of.most_from = max(of.most_from, own.x);
+        of.least_to = min(of.least_to, own.y), of.most_to = max(of.most_to, own.y);
+      }
     }
+    of.least_from = __reduce_min_sync(~0u, of.least_from), of.most_from = __reduce_max_sync(~0u, of.most_from);
+    of.least_to = __reduce_min_sync(~0u, of.least_to), of.most_to = __reduce_max_sync(~0u, of.most_to);
+    if (computes && lane == 0) span = of;
+    __syncwarp();
   }
-  least_from = __reduce_min_sync(~0u, least_from), most_from = __reduce_max_sync(~0u, most_from);
-  least_to = __reduce_min_sync(~0u, least_to), most_to = __reduce_max_sync(~0u, most_to);
 
   // Queries; a scale below 0 turns their signs.
   std::conditional_t<S::kQueriesInRegisters, RegisterQueries<kHead>, SharedQueries<kHead>> q;
@@ -444,93 +466,53 @@ __global__ __launch_bounds__(256) void attention_kernel(const __grid_constant__ 
   }
 
   State<kHead> s;
-  State<kHead>::clear(s);
   float2* totals = (float2*)(shared + at.totals) + (computes ? warp : 0) * 16 + g;  // m and l of earlier splits
-  bool joined = false, loaded = false;
   const float* scales = loader.scales;
-  if (low < own) {
+  if (block.low < block.own) {
 #pragma unroll 1
     for (int i = tid; i < 2 * kChunk; i += blockDim.x) {
-      const int slot = (low + i / kChunk) * kChunk + i % kChunk;
-      slots[(low + i / kChunk) % 2 * kChunk + i % kChunk] = loader.look_up(slot, slot < last_position);
+      const int slot = (block.low + i / kChunk) * kChunk + i % kChunk;
+      slots[(block.low + i / kChunk) % 2 * kChunk + i % kChunk] = loader.look_up(slot, slot < block.last_position);
     }
     __syncthreads();
-    loader.issue(low % 2, kInt8 ? 0 : low % 2);
+    loader.issue(block.low % 2, block.low % 2);
   }
 
-  for (int chunk = low;; ++chunk) {
-    if (chunk >= high || (chunk > low && chunk % kSplitChunks == 0)) {  // a split is complete
-#pragma unroll
-      for (int r = 0; r < 2; ++r) {
-        s.l[r] = ptx::add(s.l[r], __shfl_xor_sync(~0u, s.l[r], 1));
-        s.l[r] = ptx::add(s.l[r], __shfl_xor_sync(~0u, s.l[r], 2));
-        const Row row = row_of(g + 8 * r);
-        float* sums = c.memory + (row.token * c.heads + row.head) * c.head_size + half * S::kColumns + 2 * t;
-        const auto own_column = [&](int j) { return row.real && half * S::kColumns + 8 * j < c.head_size; };
-        if (joined) {
-          const float2 total = totals[8 * r];
-          const Joint joint = join(total.x, total.y, s.m[r], s.l[r]);
-          s.m[r] = joint.m, s.l[r] = joint.l;
-#pragma unroll
-          for (int j = 0; j < S::kColumns / 8; j += 4) {
-            float2 before[4] = {};
-#pragma unroll
-            for (int i = 0; i < 4; ++i)
-              if (own_column(j + i)) before[i] = *(const float2*)(sums + 8 * (j + i));
-#pragma unroll
-            for (int i = 0; i < 4; ++i) {
-              s.acc[j + i][2 * r] = join(joint, before[i].x, s.acc[j + i][2 * r]);
-              s.acc[j + i][2 * r + 1] = join(joint, before[i].y, s.acc[j + i][2 * r + 1]);
-            }
-          }
-        }
-        if (chunk < high) {
-          __syncwarp();  // the lanes of a row have read what was there
-          if (computes) totals[8 * r] = make_float2(s.m[r], s.l[r]);
-#pragma unroll
-          for (int j = 0; j < S::kColumns / 8; ++j)
-            if (own_column(j)) *(float2*)(sums + 8 * j) = make_float2(s.acc[j][2 * r], s.acc[j][2 * r + 1]);
-        }
-      }
-      if (chunk >= high) break;
-      State<kHead>::clear(s);
-      joined = true;
-    }
-
-    // One pass over the chunk, or one for each query whose slots are gathered.
-    const int first = chunk * kChunk;
-    const bool in_tree = chunk >= own, gathered = in_tree && !resident;
-    Slot ahead{};
-    for (int pass = 0; pass < (gathered ? active : 1); ++pass) {
+  int chunk = block.low, pass = 0;  // one pass over a chunk, or one for each query whose slots are gathered
+  do {                              // a split
+    State<kHead>::clear(s);
+    while (chunk < block.high) {
+      const int first = chunk * kChunk;
+      const bool in_tree = chunk >= block.own, gathered = in_tree && !block.resident;
       int offset = 0;  // slot of row 0 of the tiles
       if (!in_tree) {
-        const int tile = kInt8 ? 0 : chunk % 2;
-        loader.arrive(chunk % 2, tile);
-        if (chunk + 1 < own) loader.issue((chunk + 1) % 2, kInt8 ? 0 : 1 - tile);
-        if (tid < kChunk && chunk + 2 < own) {
-          const int slot = first + 2 * kChunk + tid;
-          ahead = loader.look_up(slot, slot < last_position);
-        }
+        const int tile = chunk % 2;
+        loader.arrive(tile, tile);
+        const int slot = first + 2 * kChunk + tid;
+        const bool looks = tid < kChunk && chunk + 2 < block.own;
+        const Slot ahead = loader.look_up(slot, looks && slot < block.last_position);  // while copies start
+        if (chunk + 1 < block.own) loader.issue(1 - tile, 1 - tile);
+        if (looks) slots[tile * kChunk + tid] = ahead;
         offset = first - tile * kChunk;
-      } else if (resident) {
-        offset = base;
-        if (!loaded) {
+      } else if (block.resident) {
+        offset = block.base;
+        if (chunk == block.own) {
           __syncthreads();
-          const int end = request.prefix + request.tree;
+          const int end = block.request.prefix + block.request.tree;
 #pragma unroll 1
-          for (int i = tid; i < 2 * kChunk; i += blockDim.x) slots[i] = loader.look_up(base + i, base + i < end);
+          for (int i = tid; i < 2 * kChunk; i += blockDim.x)
+            slots[i] = loader.look_up(block.base + i, block.base + i < end);
           __syncthreads();
           loader.issue(0, 0);
           if constexpr (kInt8) loader.arrive(0, 0);  // there is one place for integers
           loader.issue(1, 1);
           loader.arrive(1, 1);
-          loaded = true;
         }
       } else {
         offset = first;
         __syncthreads();
         if (warp == 0)
-          list_rows(c, request, begin + pass, true, first, kChunk, 0, bounds[pass].x, bounds[pass].y, rows);
+          list_rows(c, block.request, block.begin + pass, true, first, kChunk, 0, bounds[pass].x, bounds[pass].y, rows);
         __syncthreads();
 #pragma unroll 1
         for (int i = tid; i < kChunk; i += blockDim.x) {
@@ -542,37 +524,75 @@ __global__ __launch_bounds__(256) void attention_kernel(const __grid_constant__ 
         loader.arrive(0, 0);
       }
 
-      const bool some = most_to > first && least_from < first + kChunk;
-      if (computes && some) {
+      if (computes && span.most_to > first && span.least_from < first + kChunk) {
         Tiles tiles{shared, 0, at.zero, half, rows, scales, scales + 2 * kChunk};
-        if (!in_tree && most_from <= first && least_to >= first + kChunk) {
-          const int tile = kInt8 ? 0 : chunk % 2;
+        if (!in_tree && span.most_from <= first && span.least_to >= first + kChunk) {
+          const int tile = chunk % 2;
           tiles.keys = tile * 2 * S::kTileBytes;
+          tiles.k_scales += tile * kChunk, tiles.v_scales += tile * kChunk;
           const int2 all[2] = {};
           attend<kHalf, kHead, kInt8, true>(s, q, tiles, scale, first, all);
         } else {
+          int query = first_row >> block.query_shift,
+              last = min((first_row + 15) >> block.query_shift, block.active - 1);
           // Together: zeros as weights would let infinite values of others through.
           bool together = false;
-          if (!in_tree && last_query > first_query)
-            together = finite<kHalf, kHead>(shared + (kInt8 ? 0 : chunk % 2) * 2 * S::kTileBytes + S::kTileBytes);
-          for (int i = first_query; i <= last_query; ++i) {
-            const int x = together ? least_from : bounds[i].x, y = together ? most_to : bounds[i].y;
-            if ((gathered && i != pass) || x >= first + kChunk || y <= first) continue;
-            list_rows(c, request, begin + i, in_tree && !gathered, first, kChunk, offset, x, y, rows);
+          if (!in_tree && last > query) together = finite<kHalf, kHead>(shared + (chunk % 2 * 2 + 1) * S::kTileBytes);
+          if (together) last = query;
+          if (gathered) query = max(query, pass), last = min(last, pass);
+          for (; query <= last; ++query) {
+            const int x = together ? span.least_from : bounds[query].x, y = together ? span.most_to : bounds[query].y;
+            if (x >= first + kChunk || y <= first) continue;
+            list_rows(c, block.request, block.begin + query, in_tree && !gathered, first, kChunk, offset, x, y, rows);
             int2 own[2];
 #pragma unroll
             for (int r = 0; r < 2; ++r) {
               const Row row = row_of(g + 8 * r);
-              own[r] = row.real && (together || row.query == i) ? bounds[row.query] : make_int2(0, 0);
+              own[r] = row.real && (together || row.query == query) ? bounds[row.query] : make_int2(0, 0);
             }
             attend<kHalf, kHead, kInt8, false>(s, q, tiles, scale, first, own);
-            if (together) break;
           }
         }
       }
+      pass = gathered && pass + 1 < block.active ? pass + 1 : 0;
+      chunk += pass == 0;
+      if (pass == 0 && chunk % kSplitChunks == 0) break;
     }
-    if (!in_tree && tid < kChunk && chunk + 2 < own) slots[chunk % 2 * kChunk + tid] = ahead;
-  }
+
+    // It is complete.
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      s.l[r] = ptx::add(s.l[r], __shfl_xor_sync(~0u, s.l[r], 1));
+      s.l[r] = ptx::add(s.l[r], __shfl_xor_sync(~0u, s.l[r], 2));
+      const Row row = row_of(g + 8 * r);
+      float* sums = c.memory + (row.token * c.heads + row.head) * c.head_size + half * S::kColumns + 2 * t;
+      const auto own_column = [&](int j) { return row.real && half * S::kColumns + 8 * j < c.head_size; };
+      if ((chunk - 1) / kSplitChunks * kSplitChunks > block.low) {  // not the first
+        const float2 total = totals[8 * r];
+        const Joint joint = join(total.x, total.y, s.m[r], s.l[r]);
+        s.m[r] = joint.m, s.l[r] = joint.l;
+#pragma unroll
+        for (int j = 0; j < S::kColumns / 8; j += 4) {
+          float2 before[4] = {};
+#pragma unroll
+          for (int i = 0; i < 4; ++i)
+            if (own_column(j + i)) before[i] = *(const float2*)(sums + 8 * (j + i));
+#pragma unroll
+          for (int i = 0; i < 4; ++i) {
+            s.acc[j + i][2 * r] = join(joint, before[i].x, s.acc[j + i][2 * r]);
+            s.acc[j + i][2 * r + 1] = join(joint, before[i].y, s.acc[j + i][2 * r + 1]);
+          }
+        }
+      }
+      if (chunk < block.high) {
+        __syncwarp();  // the lanes of a row have read what was there
+        if (computes) totals[8 * r] = make_float2(s.m[r], s.l[r]);
+#pragma unroll
+        for (int j = 0; j < S::kColumns / 8; ++j)
+          if (own_column(j)) *(float2*)(sums + 8 * j) = make_float2(s.acc[j][2 * r], s.acc[j][2 * r + 1]);
+      }
+    }
+  } while (chunk < block.high);
 
   // Rows leave by way of the tiles, a row at a time: whole lines of gates and results, few registers.
   __syncthreads();
@@ -599,7 +619,7 @@ __global__ __launch_bounds__(256) void attention_kernel(const __grid_constant__ 
     if (plan.partial)
       *(float4*)(c.memory + at_split * c.head_size + column) = sums;
     else
-      finish<kHalf>(c, row.token, row.head, column, normalizer(l, request.impossible), sums);
+      finish<kHalf>(c, row.token, row.head, column, normalizer(l, block.request.impossible), sums);
   }
 }
 
@@ -647,7 +667,7 @@ void run(const DeviceAttention& c, cudaStream_t stream) {
   how.grid = dim3((unsigned)(c.tokens / plan.queries + c.requests), (unsigned)(c.kv_heads * plan.parts),
                   plan.partial ? plan.splits : 1);
   how.block = dim3(plan.threads), how.stream = stream;
-  how.shared_bytes = places<kHead>(kInt8, plan.tiles, plan.queries).bytes;
+  how.shared_bytes = shared_bytes<kHead>(kInt8, plan.tiles);
   launch(kOp, attention_kernel<kHalf, kHead, kInt8>, how, c, plan);
   if (!plan.partial) return;
   Launch joining{};

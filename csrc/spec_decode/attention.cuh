@@ -82,7 +82,7 @@ M3_DEVICE void attend(State<kHead>& s, const Queries& q, const Tiles& tiles, flo
                       const int2 (&bounds)[2]) {
   using S = Shape<kHead>;
   constexpr int kBlocks = S::kChunk / 16;
-  const int lane = threadIdx.x % 32, t = lane % 4;
+  const int lane = threadIdx.x % 32, t = threadIdx.x % 4;
   // Where this lane's rows of keys or values lie, and piece ^ row % 8 in them, for a first piece of 0 or 1. The other
   // pieces are an exclusive or away: rows are aligned to their size.
   int at[kBlocks];
@@ -99,7 +99,7 @@ M3_DEVICE void attend(State<kHead>& s, const Queries& q, const Tiles& tiles, flo
   };
 
   // Scores: lane i names the row of key i % 8 of one of four 8 x 8 matrices (two blocks of 8 keys, two of 8 columns).
-  find((lane >> 4) * 8 + lane % 8, lane >> 3 & 1, 0);
+  find(lane >> 4 << 3 | (lane & 7), lane >> 3 & 1, 0);
   float score[2 * kBlocks][4];
 #pragma unroll
   for (int j = 0; j < 2 * kBlocks; ++j)
@@ -131,13 +131,14 @@ M3_DEVICE void attend(State<kHead>& s, const Queries& q, const Tiles& tiles, flo
       if (position >= bounds[e / 2].x && position < bounds[e / 2].y) counts |= 1u << i;
     }
   }
-  float v_scale[kInt8 ? 4 * kBlocks : 1];
+  const auto scale_of = [&](const float* scales, int i) {  // of position 8 (i / 2) + 2 t + i % 2
+    const int key = 8 * (i / 2) + 2 * t + i % 2;
+    return scales[kShared ? key : max(tiles.rows[key], 0)];
+  };
   if constexpr (kInt8) {
 #pragma unroll
     for (int i = 0; i < 4 * kBlocks; ++i) {
-      const int key = 8 * (i / 2) + 2 * t + i % 2, row = kShared ? key : max(tiles.rows[key], 0);
-      const float k_scale = tiles.k_scales[row];
-      v_scale[i] = tiles.v_scales[row];
+      const float k_scale = scale_of(tiles.k_scales, i);
       score[i / 2][i % 2] = ptx::mul(score[i / 2][i % 2], k_scale);
       score[i / 2][2 + i % 2] = ptx::mul(score[i / 2][2 + i % 2], k_scale);
     }
@@ -153,19 +154,18 @@ M3_DEVICE void attend(State<kHead>& s, const Queries& q, const Tiles& tiles, flo
     top[r] = fmaxf(s.m[r], ptx::mul(top[r], scale));
     alpha[r] = ptx::exp2(s.m[r] - top[r]);
   }
+  // Scales of values are read from here on: not held in registers while scores are made.
+  if constexpr (kInt8 && kHalf == Half::kBf16) __syncwarp();
 #pragma unroll
   for (int i = 0; i < 8 * kBlocks; ++i) {
     float& p = score[i / 4][i % 4];
     p = ptx::exp2(ptx::fma(p, scale, -top[i % 4 / 2]));
     if (!kShared && !(counts >> i & 1)) p = 0.f;
     sum[i % 4 / 2] = ptx::add(sum[i % 4 / 2], p);
-  }
-  // The range of fp32 holds the product of a weight and a scale; that of fp16 may not: there values come scaled.
-  if constexpr (kInt8 && kHalf == Half::kBf16) {
-#pragma unroll
-    for (int i = 0; i < 8 * kBlocks; ++i) {
-      const float weight = ptx::mul(score[i / 4][i % 4], v_scale[i / 4 * 2 + i % 2]);
-      score[i / 4][i % 4] = kShared || counts >> i & 1 ? weight : 0.f;
+    // The range of fp32 holds the product of a weight and a scale; that of fp16 may not: there values come scaled.
+    if constexpr (kInt8 && kHalf == Half::kBf16) {
+      p = ptx::mul(p, scale_of(tiles.v_scales, i / 4 * 2 + i % 2));
+      if (!kShared && !(counts >> i & 1)) p = 0.f;
     }
   }
   uint32_t p[kBlocks][4];
@@ -184,7 +184,7 @@ M3_DEVICE void attend(State<kHead>& s, const Queries& q, const Tiles& tiles, flo
   }
 
   // Values: acc = acc alpha + p v, the product a sum of its own. Lane i names the row of key i % 16.
-  find(lane % 16, lane >> 4, S::kTileBytes + tiles.half * 2 * S::kColumns);
+  find(lane & 15, lane >> 4, S::kTileBytes + tiles.half * 2 * S::kColumns);
 #pragma unroll
   for (int n = 0; n < S::kColumns / 8; n += 4) {
     float term[4][4];

@@ -251,13 +251,14 @@ char* shared_at(uint32_t offset, int rank) { return (*fiber->block->cluster)[(si
 
 // -- asynchronous copies
 // --------------------------------------------------------------------------------------------------
-void copy_async(void* to, const void* from, int valid) {
-  check_shared("cp.async", to, 16, 16);
-  if (valid < 0 || valid > 16) fail("cp.async: want 0 to 16 valid bytes; got " + std::to_string(valid));
-  if (valid && (uintptr_t)from % 16) fail("cp.async: want a source aligned to 16 bytes");
-  Copy copy{to, from, 16, valid, nullptr};
+void copy_async(void* to, const void* from, int valid, int bytes) {
+  check_shared("cp.async", to, bytes, bytes);
+  if (valid < 0 || valid > bytes)
+    fail("cp.async: want no more valid bytes than it copies; got " + std::to_string(valid));
+  if (valid && (uintptr_t)from % bytes) fail("cp.async: want a source aligned to what it copies");
+  Copy copy{to, from, bytes, valid, nullptr};
   if (coin() & 1) return finish(copy);
-  std::memset(to, 0xFF, 16);
+  std::memset(to, 0xFF, bytes);
   fiber->copy_groups.back().push_back(copy);
 }
 

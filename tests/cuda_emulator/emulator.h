@@ -124,7 +124,7 @@ void check_shared(const char* what, const void* pointer, int bytes, int alignmen
 uint32_t shared_offset(const void* pointer);
 char* shared_at(uint32_t offset, int rank);
 
-void copy_async(void* to, const void* from, int valid);
+void copy_async(void* to, const void* from, int valid, int bytes = 16);
 void commit_copies();
 void wait_copies(int groups);
 

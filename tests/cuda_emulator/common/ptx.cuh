@@ -143,6 +143,9 @@ M3_DEVICE uint4 load_once(const void* pointer) {
 M3_DEVICE void cp_async_16(void* shared, const void* global, int valid = 16) {
   emulator::copy_async(shared, global, valid);
 }
+M3_DEVICE void cp_async_4(void* shared, const void* global, int valid = 4) {
+  emulator::copy_async(shared, global, valid, 4);
+}
 M3_DEVICE void cp_async_commit() { emulator::commit_copies(); }
 template <int kGroups>
 M3_DEVICE void cp_async_wait() {
