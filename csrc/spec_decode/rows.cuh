@@ -378,49 +378,51 @@ struct Slice {
     }
   }
 
+  // From `kept`, or the row is read again.
   __device__ __forceinline__ void at(int v, float (&z)[kNeighbours]) const {
     if (kept) {
-#pragma unroll
-      for (int j = 0; j < kNeighbours; ++j) z[j] = kept[j / 4 * plane + (v - first) / 2 + j % 4];
+      const float4 low = *(const float4*)(kept + (v - first) / 2);
+      const float4 high = *(const float4*)(kept + plane + (v - first) / 2);
+      z[0] = low.x, z[1] = low.y, z[2] = low.z, z[3] = low.w;
+      z[4] = high.x, z[5] = high.y, z[6] = high.z, z[7] = high.w;
     } else {
       unpack(load(v, (uintptr_t)row % 16 == 0), v, z);
     }
   }
 
   // Calls visit(v, z) for this lane's 8 tokens from v on, by ascending v, all lanes of a warp together; outside z is
-  // -inf. kFirst: write z to `kept`; otherwise it is read from there.
+  // -inf. kFirst: many loads under way, z is written to `kept`; otherwise z is as `at` has it.
   template <bool kFirst = false, class Visit>
   __device__ __forceinline__ void each(Visit visit) const {
-    constexpr int kFlight = kFirst ? 8 / (2 * kQuads) : 2 / kQuads;  // loads of a thread under way
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    if (!kFirst && kept) {
-#pragma unroll 1
-      for (int v = first + warp * kSegment + lane * kNeighbours; v - lane * kNeighbours < end; v += kStep) {
-        const float4 low = *(const float4*)(kept + (v - first) / 2);
-        const float4 high = *(const float4*)(kept + plane + (v - first) / 2);
-        float z[kNeighbours] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
-        visit(v, z);
-      }
-      return;
-    }
+    const int from = first + threadIdx.x / 32 * kSegment, mine = threadIdx.x % 32 * kNeighbours;
     const bool aligned = (uintptr_t)row % 16 == 0;
+    if constexpr (kFirst) {
+      constexpr int kFlight = 4 / kQuads;  // loads of a thread under way
 #pragma unroll 1
-    for (int base = first + warp * kSegment; base < end; base += kFlight * kStep) {
-      Raw raw[kFlight];
+      for (int base = from; base < end; base += kFlight * kStep) {
+        Raw raw[kFlight];
 #pragma unroll
-      for (int i = 0; i < kFlight; ++i)
-        if (base + i * kStep < end) raw[i] = load(base + i * kStep + lane * kNeighbours, aligned);
+        for (int i = 0; i < kFlight; ++i)
+          if (base + i * kStep < end) raw[i] = load(base + i * kStep + mine, aligned);
 #pragma unroll
-      for (int i = 0; i < kFlight; ++i) {
-        if (base + i * kStep >= end) break;
-        const int v = base + i * kStep + lane * kNeighbours;
-        float z[kNeighbours];
-        unpack(raw[i], v, z);
-        if (kFirst && kept) {
-          *(float4*)(kept + (v - first) / 2) = make_float4(z[0], z[1], z[2], z[3]);
-          *(float4*)(kept + plane + (v - first) / 2) = make_float4(z[4], z[5], z[6], z[7]);
+        for (int i = 0; i < kFlight; ++i) {
+          if (base + i * kStep >= end) break;
+          const int v = base + i * kStep + mine;
+          float z[kNeighbours];
+          unpack(raw[i], v, z);
+          if (kept) {
+            *(float4*)(kept + (v - first) / 2) = make_float4(z[0], z[1], z[2], z[3]);
+            *(float4*)(kept + plane + (v - first) / 2) = make_float4(z[4], z[5], z[6], z[7]);
+          }
+          visit(v, z);
         }
-        visit(v, z);
+      }
+    } else {
+#pragma unroll 1
+      for (int base = from; base < end; base += kStep) {
+        float z[kNeighbours];
+        at(base + mine, z);
+        visit(base + mine, z);
       }
     }
   }

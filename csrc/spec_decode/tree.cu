@@ -97,7 +97,7 @@ M3_DEVICE void select(Board* board, int* digits, int candidates, int count, int*
 
 // Grid: (requests). A block holds the keys of its candidates, the nodes chosen and their parents in shared memory;
 // then warp 0 links the nodes while the others walk up from theirs. A node that does not reach the root is padding.
-__global__ void __launch_bounds__(kThreads) finalize_kernel(const Finalize a) {
+__global__ void __launch_bounds__(kThreads, 1) finalize_kernel(const Finalize a) {
   char* shared = shared_memory();
   const Layout at(a.nodes, a.candidates);
   Board* board = (Board*)shared;
@@ -171,7 +171,7 @@ __host__ __device__ __forceinline__ int bytes_per_row(int nodes) {
 // Grid: (requests). Parents are looked up among the selected nodes, the first that equals the entry of the column. A
 // warp then writes the mask of a node; bytes outside the mask are written by no one, links that are none stay as the
 // caller left them.
-__global__ void __launch_bounds__(kThreads) build_kernel(const Build a) {
+__global__ void __launch_bounds__(kThreads, 1) build_kernel(const Build a) {
   char* shared = shared_memory();
   const Layout at(a.nodes, 0);
   Board* board = (Board*)shared;
@@ -236,7 +236,7 @@ __global__ void __launch_bounds__(kThreads) build_kernel(const Build a) {
 
 // Grid: (requests). A warp reads the row of a node: its ancestors' number is its depth, the last of them its parent,
 // and it is the first child of every ancestor that no elder node has.
-__global__ void __launch_bounds__(kThreads) reconstruct_kernel(const Reconstruct a) {
+__global__ void __launch_bounds__(kThreads, 1) reconstruct_kernel(const Reconstruct a) {
   char* shared = shared_memory();
   const Layout at(a.nodes, 0);
   int *parents = (int*)(shared + at.parents), *first_child = (int*)(shared + at.first_child);
@@ -276,7 +276,7 @@ __global__ void __launch_bounds__(kThreads) reconstruct_kernel(const Reconstruct
 // -- following predictions --------------------------------------------------------------------------------------------
 // Grid: (requests). All that a walk may read is loaded at once: what would be a chain of loads from device memory is
 // one of shared memory, walked by thread 0. Places and links outside the tree are taken as ends.
-__global__ void __launch_bounds__(kThreads) greedy_kernel(const Walk a) {
+__global__ void __launch_bounds__(kThreads, 1) greedy_kernel(const Walk a) {
   int64_t* shared = (int64_t*)shared_memory();
   const int64_t b = blockIdx.x, total = (int64_t)a.batch * a.nodes;
   const int n = a.nodes;

@@ -530,7 +530,7 @@ struct Walk {
 // rank that knows the token writes the slot. Links that would lead back are taken as ends, tokens outside the
 // vocabulary are never accepted: nothing in memory can keep a walk from ending.
 template <Type kType>
-__global__ void __launch_bounds__(kThreads) verify_kernel(const Verify a, const Cut cut) {
+__global__ void __launch_bounds__(kThreads, 1) verify_kernel(const Verify a, const Cut cut) {
   char* shared = shared_memory();
   const Layout at(a.nodes, cut);
   const Team team{(Board*)shared, (int)(blockIdx.x % cut.ranks), cut.ranks};
