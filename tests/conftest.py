@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Iterator
 
@@ -32,12 +33,25 @@ def cuda_module() -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def forced(room: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    monkeypatch.setenv("M3KERNELS_BACKEND", room)
+    dispatch.rooms.cache_clear()
+    yield room
+    dispatch.rooms.cache_clear()
+
+
+@pytest.fixture
+def backend_as_built(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """Forces the room named by the (indirect) parameter; a room that cannot serve a call then raises BackendError."""
+    with forced(request.param, monkeypatch):
+        yield request.param
+
+
 @pytest.fixture
 def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """Forces the room named by the (indirect) parameter; a room that cannot serve a call then raises BackendError."""
+    """The same; where there is no GPU, CUDA rooms are those of the emulated device."""
     if request.param.rpartition("=")[2] == "cuda":
         request.getfixturevalue("cuda_module")
-    monkeypatch.setenv("M3KERNELS_BACKEND", request.param)
-    dispatch.rooms.cache_clear()
-    yield request.param
-    dispatch.rooms.cache_clear()
+    with forced(request.param, monkeypatch):
+        yield request.param

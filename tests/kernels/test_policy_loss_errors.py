@@ -572,14 +572,14 @@ def test_a_forced_room_that_cannot_serve_says_why(backend: str, name: str) -> No
 
 
 @pytest.mark.parametrize(
-    ("backend", "message"),
+    ("backend_as_built", "message"),
     (
         ("cuda", "m3kernels.policy_loss.linear_policy_loss: cuda: "),
         ("policy_loss=m3", "M3KERNELS_BACKEND: want one of cpu, cuda, triton, reference, or family=room; got "),
     ),
-    indirect=["backend"],
+    indirect=["backend_as_built"],
 )
-def test_a_room_that_is_not_there_says_why(backend: str, message: str) -> None:
+def test_a_room_that_is_not_there_says_why(backend_as_built: str, message: str) -> None:
     with pytest.raises(BackendError, match="^" + re.escape(message)):
         linear_policy_loss(**POLICY)
 

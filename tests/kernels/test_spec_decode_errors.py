@@ -498,9 +498,9 @@ def test_tensors_without_data_are_refused(name: str) -> None:
         op(**{key: on_meta(value) for key, value in arguments.items()})
 
 
-@pytest.mark.parametrize("backend", ("spec_decode=cuda",), indirect=True)
+@pytest.mark.parametrize("backend_as_built", ("spec_decode=cuda",), indirect=True)
 @pytest.mark.parametrize("name", ROOM_CALLS)
-def test_a_room_that_is_not_there_says_why(backend: str, name: str) -> None:
+def test_a_room_that_is_not_there_says_why(backend_as_built: str, name: str) -> None:
     op, arguments = ROOM_CALLS[name]
     with pytest.raises(BackendError, match=f"^m3kernels.spec_decode.{name}: cuda: "):
         op(**arguments)
