@@ -625,7 +625,7 @@ __global__ __launch_bounds__(256) void attention_kernel(const __grid_constant__ 
 
 // Grid: (tokens, blocks of 4 heads). A warp joins the splits of one row in ascending order and writes the result.
 template <Half kHalf>
-__global__ __launch_bounds__(128) void join_kernel(const __grid_constant__ DeviceAttention c, int splits) {
+__global__ __launch_bounds__(128, 8) void join_kernel(const __grid_constant__ DeviceAttention c, int splits) {
   constexpr int kPieces = 2;  // of 4 columns a lane
   const int token = blockIdx.x, head = blockIdx.y * 4 + threadIdx.x / 32, lane = threadIdx.x % 32;
   if (head >= c.heads) return;
