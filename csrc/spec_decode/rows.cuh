@@ -152,19 +152,20 @@ constexpr int kBins = 2048;
 // Shared memory of a team's exchanges.
 struct Board {
   Pair warps[kWarps];
-  Pair messages[2];  // alternately: when a rank writes one again, all have read it
+  Pair messages[3];  // to the team, the first two alternately: when a rank writes one again, all have read it;
+                     // the last is for the block alone, which meets nobody before it writes again
   Mass scan[kWarps];
   Mass rest;
   int found, count;
 };
 
 // Team::fold, out of line: kernels have many.
-static __device__ __noinline__ Pair folded(Pair p, Fold how, Board* board, int turn, int size) {
+static __device__ __noinline__ Pair folded(Pair p, Fold how, Board* board, int message, int size) {
   p = across(p, 32, how);
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   if (lane == 0) board->warps[warp] = p;
   __syncthreads();
-  Pair* slot = board->messages + turn;
+  Pair* slot = board->messages + message;
   if (warp == 0) {
     p = board->warps[lane % kWarps];
     if (how == Fold::kMaxMinOfPairs) p.b = max(p.b, __shfl_xor_sync(kAll, p.b, 1));
@@ -216,11 +217,11 @@ struct Team {
     return *own;
   }
 
-  // Over the team's threads, or, with `alone`, over this block's; what each rank gave is in message(rank) until the
-  // next fold.
+  // Over the team's threads, or, with `alone`, over this block's; what each rank gave to the team's last fold is in
+  // message(rank).
   __device__ __forceinline__ Pair fold(Pair p, Fold how, bool alone = false) {
-    turn ^= 1;
-    return folded(p, how, board, turn, alone ? 1 : size);
+    if (!alone) turn ^= 1;
+    return folded(p, how, board, alone ? 2 : turn, alone ? 1 : size);
   }
   __device__ __forceinline__ Pair message(int other) const { return from(board->messages + turn, other); }
 };

@@ -98,7 +98,7 @@ void entry() {
   self->done = true;
   self->warp->live &= ~(1u << self->lane);
   Block& block = *self->block;
-  --block.live;
+  if (!--block.live) std::memset(block.shared, 0xFF, (size_t)block.shared_bytes);  // gone, for the cluster too
   complete_meetings(*self->warp);
   Barrier& all = block.barriers[0];
   if (all.arrived && all.arrived >= block.live) release(all);
@@ -407,11 +407,12 @@ void run_cluster(std::vector<Block*>& blocks, const dim3& block_size) {
   std::shuffle(order.begin(), order.end(), coin);
   long idle = 0;
   size_t left = order.size();
+  size_t turn = coin() % blocks.size(), stuck = 0;  // a block runs until it must wait for others of its cluster
   failure.clear();
   while (left && failure.empty()) {
     bool moved = false, spun = true;
     for (Fiber* f : order) {
-      if (f->done || (f->ready && !f->ready())) continue;
+      if (f->block != blocks[turn] || f->done || (f->ready && !f->ready())) continue;
       const bool waited = (bool)f->ready;
       f->ready = nullptr;
       f->waits_at = "";
@@ -421,15 +422,18 @@ void run_cluster(std::vector<Block*>& blocks, const dim3& block_size) {
       if (f->done) --left;
       if (f->done || f->ready || waited) spun = false;
     }
-    if (failure.empty() && left && !moved) {
+    if (moved) stuck = 0;
+    if (!moved || spun) turn = (turn + 1) % blocks.size();
+    if (failure.empty() && left && !moved && ++stuck >= blocks.size()) {
       for (Block* block : blocks) moved |= finish_one_bulk(*block);
+      stuck = 0;
       if (!moved) {
-        auto stuck = std::find_if(order.begin(), order.end(), [](Fiber* f) { return !f->done; });
+        auto first = std::find_if(order.begin(), order.end(), [](Fiber* f) { return !f->done; });
         fiber = nullptr;
         failure = std::string(kernel_name) + ": emulator: deadlock: " + std::to_string(left) + " threads wait, " +
-                  place(**stuck) + " at " + (*stuck)->waits_at;
+                  place(**first) + " at " + (*first)->waits_at;
         for (Fiber* f : order)
-          if (!f->done && std::strcmp(f->waits_at, (*stuck)->waits_at)) {
+          if (!f->done && std::strcmp(f->waits_at, (*first)->waits_at)) {
             failure += ", " + place(*f) + " at " + f->waits_at;
             break;
           }

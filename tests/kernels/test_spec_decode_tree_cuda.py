@@ -190,3 +190,15 @@ def test_verify_tree_greedy_survives_links_and_places_of_nothing(room: ModuleTyp
     assert bool((ours[0][0] == 7).all()) and bool((ours[0][2] == 7).all())
     assert bool((ours[0][1, :100] == 7).all()) and bool((ours[0][1, 127:] == 7).all())
     assert bool((ours[2] < 9).all())
+
+
+def test_verify_tree_greedy_takes_no_link_out_of_the_tree(room: ModuleType) -> None:
+    outputs, given = walk_inputs(width=9)
+    given[0].fill_(5)
+    given[4].fill_(3)
+    for node in (9, 10, 18):
+        given[2].fill_(node)
+        given[3].fill_(node)
+        ours = there(outputs)
+        room.verify_tree_greedy(*ours, *there(given))
+        assert not ours[2].any()

@@ -191,6 +191,35 @@ def test_a_root_with_more_children_than_a_warp_has_lanes(verify: Verify) -> None
     check(verify, call)
 
 
+@two_devices
+def test_children_leave_their_segment_before_it_is_searched(verify: Verify) -> None:
+    call = inputs("target_only", requests=3, nodes=70, vocabulary=1100, coins=True, width=2)
+    call["temperature"].fill_(5.0)
+    call["next_token"].fill_(-1)
+    call["next_token"][:, 0] = 1
+    call["next_sibling"] = torch.arange(1, 71).expand(3, 70).where(torch.arange(70) < 69, -1).contiguous()
+    call["candidates"][:, 1:] = torch.arange(69) + 3
+    call["coins"].fill_(0.999)
+    check(verify, call)
+
+
+@two_devices
+def test_a_list_that_overflows(verify: Verify) -> None:
+    call = inputs("coupled", requests=2, nodes=2, vocabulary=7001, width=1, filters=True, dtype=torch.bfloat16)
+    call["logits"].fill_(1.0)
+    call["temperature"].fill_(1.0)
+    check(verify, call)
+
+
+@two_devices
+@pytest.mark.parametrize("mode", ("greedy", "coupled"))
+def test_the_first_of_the_largest(verify: Verify, mode: str) -> None:
+    call = inputs(mode, requests=3)
+    call["logits"].clamp_(max=0.5)
+    call["temperature"].fill_(0.0)
+    check(verify, call)
+
+
 @each_device
 def test_every_team(verify: Verify) -> None:
     check(verify, inputs("coupled", filters=True, requests=2, logprobs="sampling"))
@@ -208,9 +237,33 @@ def test_no_link_leads_back(verify: Verify) -> None:
     for b, node in enumerate((0, -5, 2**40, 99)):
         call["next_token"][b].fill_(node)
         call["next_sibling"][b].fill_(node)
+    call["logits"][..., 7] = 50.0
+    call["candidates"].fill_(7)
     _, accept_index, accept_length, _ = verify(**call)
     assert accept_length.tolist() == [0, 0, 0, 0]
     assert accept_index[:, 0].tolist() == [0, 0, 0, 0]
+
+
+@pytest.mark.parametrize("verify", ("one_block",), indirect=True)
+def test_no_link_leads_out_of_the_tree(verify: Verify) -> None:
+    call = inputs("coupled", requests=4, vocabulary=4, filters=True)
+    call["temperature"].fill_(1.0)
+    call["logits"].fill_(0.0)
+    call["top_k"] = None
+    call["top_p"].fill_(0.9)
+    call["candidates"].fill_(-1)
+    for node in range(9, 100, 2):
+        call["next_token"].fill_(node)
+        assert not verify(**call)[2].any()
+
+
+@two_devices
+@pytest.mark.parametrize("mode", ("greedy", "target_only", "coupled"))
+def test_tokens_beyond_the_vocabulary_are_no_others(verify: Verify, mode: str) -> None:
+    call = inputs(mode, requests=2, vocabulary=40)
+    call["logits"][..., 7] = 50.0
+    call["candidates"].fill_(7 + 2**32)
+    assert not verify(**call)[2].any()
 
 
 @two_devices
