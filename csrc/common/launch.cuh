@@ -58,11 +58,12 @@ void launch(const char* op, void (*kernel)(Parameters...), const Launch& how, Ar
 // What schedules depend on, of the current device.
 struct Device {
   int multiprocessors;
-  int capability;                   // 90 is 9.0; of a device that no target was built for, that of the PTX it compiles
-  int shared_bytes;                 // dynamic shared memory that a block may have
+  int capability;    // 90 is 9.0; of a device that no target was built for, that of the PTX it compiles
+  int shared_bytes;  // dynamic shared memory that a block may have
 };
 
-// The newest target of this build whose kernels a device runs: of its own generation, or else PTX, which is older than 90.
+// The newest target of this build whose kernels a device runs: of its own generation, or else PTX, which is older
+// than 90.
 inline int built_capability(int capability) {
   constexpr int kBuilt[] = {__CUDA_ARCH_LIST__};
   int newest = 0;

@@ -99,8 +99,8 @@ static inline float __fmaf_rn(float a, float b, float c) { return std::fma(a, b,
 static inline double __dadd_rn(double a, double b) { return a + b; }
 static inline double __dmul_rn(double a, double b) { return a * b; }
 static inline double __fma_rn(double a, double b, double c) { return std::fma(a, b, c); }
-#define __expf(x) std::exp((float)(x))  // glibc has a function of this name
-#define __logf(x) std::log((float)(x))  // glibc has a function of this name
+#define __expf(x) std::exp((float)(x))    // glibc has a function of this name
+#define __logf(x) std::log((float)(x))    // glibc has a function of this name
 #define __log2f(x) std::log2((float)(x))  // glibc has a function of this name
 static inline float __fdividef(float a, float b) { return a / b; }
 static inline float rsqrtf(float x) { return 1 / std::sqrt(x); }

@@ -22,7 +22,7 @@ each_arch = pytest.mark.parametrize(
 
 # File of kernels -> instructions of which each kernel there must have at least one, by target.
 MATRIX = {
-    "int4/gemm_decode": dict.fromkeys(ARCHS, ("HMMA", "LDG.E.128")),
+    "int4/gemm_decode": dict.fromkeys(ARCHS, ("HMMA", "LDGSTS", "LDSM")),
     "int4/gemm_many": dict.fromkeys(ARCHS, ("HMMA", "LDGSTS")),
     "int4/gemm_many_sm90": {"90a": ("HGMMA", "UBLKCP")},
     "spec_decode/attention": dict.fromkeys(ARCHS, ("HMMA", "LDGSTS")),
@@ -39,12 +39,14 @@ def test_every_kernel_keeps_its_budget(arch):
 
 @each_arch
 def test_nothing_is_in_local_memory(arch):
+    """Nor loaded from there or stored; what the budget excuses is one register that nvcc keeps there on sm_100a."""
     spilled = {
         name: cost
         for name, cost in costs(arch).items()
-        if cost.local > BUDGET[arch][name][1] or "LDL" in cost.instructions or "STL" in cost.instructions
+        if cost.local > BUDGET[arch][name][1] or (cost.local == 0 and {"LDL", "STL"} & set(cost.instructions))
     }
     assert not spilled
+    assert sum(budget[1] > 0 for budget in BUDGET[arch].values()) <= (arch == "100a")
 
 
 @each_arch
