@@ -20,7 +20,7 @@ from typing import NamedTuple
 ROOT = Path(__file__).resolve().parent.parent.parent
 FLAGS = ["-std=c++20", "-O3", "-DNDEBUG", "-fmad=false", f"-I{ROOT / 'csrc'}"]  # as in setup.py
 ARCHS = ("80", "90a", "100a", "120a")
-COUNTED = ("HGMMA", "HMMA", "LDG.E.128", "LDGSTS", "UBLKCP", "LDSM", "LDL", "STL")
+COUNTED = ("HGMMA", "HMMA", "LDG.128", "LDGSTS", "UBLKCP", "LDSM", "LDL", "STL")  # LDG.128: with any other suffix
 NO_KERNELS = "cuda_info.cu"
 
 
@@ -107,8 +107,9 @@ def instruction_counts(code: str) -> dict[str, dict[str, int]]:
             section = re.search(r"\.text\.(\S+?)[,\"]", line)
             kernel = section.group(1) if section else ""
         elif kernel and (found := re.search(r"\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", line)):
+            name = re.sub(r"^LDG\..*\.128.*", "LDG.128", found.group(1))
             for each in COUNTED:
-                if found.group(1).startswith(each):
+                if name.startswith(each):
                     counts.setdefault(kernel, Counter())[each] += 1
     return {name: dict(counter) for name, counter in counts.items()}
 

@@ -74,11 +74,11 @@ def test_names_are_shortened_to_what_is_read():
 def test_instructions_are_counted_by_kernel():
     code = """
 \t.section\t.text._Z1k,"ax",@progbits
-        /*0010*/              @P0 LDG.E.128 R4, desc[UR4][R2.64] ;
+        /*0010*/              @P0 LDG.E.NA.LTC256B.128 R4, desc[UR4][R2.64] ;
         /*0020*/                  HMMA.16816.F32 R4, R8, R2, R4 ;
         /*0030*/              @!UP0 UBLKCP.S.G [UR6], [UR8], UR12 ;
 \t.section\t.text._Z1m,"ax",@progbits
         /*0010*/                  STL [R1], R2 ;
 """
-    want = {"_Z1k": {"LDG.E.128": 1, "HMMA": 1, "UBLKCP": 1}, "_Z1m": {"STL": 1}}
+    want = {"_Z1k": {"LDG.128": 1, "HMMA": 1, "UBLKCP": 1}, "_Z1m": {"STL": 1}}
     assert instruction_counts(code) == want
