@@ -15,6 +15,15 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported, which no module above does
 
 
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Where tests will want the emulated CUDA module, its compilation begins now, on a core that others leave free."""
+    wanted = not session.config.getoption("collectonly") and not torch.cuda.is_available()
+    if wanted and any("_cuda" in item.nodeid for item in session.items):
+        import emulated_cuda
+
+        emulated_cuda.begin()
+
+
 @pytest.fixture(autouse=True)
 def seed() -> None:
     torch.manual_seed(0)
