@@ -1,7 +1,7 @@
 // Products of few rows with packed INT4 weights: the weight is streamed once, at the rate of memory.
 #include "common/launch.cuh"
 #include "common/ptx.cuh"
-#include "int4/gemm_cuda.h"
+#include "int4/product.cuh"
 
 namespace m3::int4 {
 namespace {
@@ -54,10 +54,8 @@ M3_DEVICE void sync_team(int part) {
     ptx::bar_sync(1 + part, 32 * kWarps);
 }
 
-M3_DEVICE int32_t clamp_row(int32_t row, int64_t rows) { return row < 0 ? 0 : row < rows ? row : (int32_t)rows; }
-
-// The unit of this block; false if it has none. Grouped: the expert is found by a prefix sum over the experts' chunks,
-// which every warp computes for itself. Chunks of rows that share a weight are neighbours: the second reads it from L2.
+// The unit of this block; false if it has none. Chunks of rows that share a weight are neighbours: the second reads it
+// from L2.
 M3_DEVICE bool find_unit(const Decode& d, int chunk_rows, Unit& unit) {
   int32_t index = (int32_t)blockIdx.x;
   unit.split = 0;
@@ -66,35 +64,10 @@ M3_DEVICE bool find_unit(const Decode& d, int chunk_rows, Unit& unit) {
   int32_t first = 0, last = (int32_t)d.p.rows, chunks = d.chunks;
   unit.expert = 0;
   if (d.p.offsets) {
-    const int lane = (int)threadIdx.x % 32;
-    const int32_t wanted = index / d.units;  // counted in chunks of all experts
-    int32_t before = 0;
-    bool found = false;
-    for (int64_t base = 0; base < d.p.experts && !found; base += 32) {
-      int32_t begin = 0, end = 0;
-      if (base + lane < d.p.experts) {
-        begin = clamp_row(__ldg(d.p.offsets + base + lane), d.p.rows);
-        end = max(begin, clamp_row(__ldg(d.p.offsets + base + lane + 1), d.p.rows));
-      }
-      const int32_t own = (end - begin + chunk_rows - 1) / chunk_rows;
-      int32_t sum = own;
-#pragma unroll
-      for (int step = 1; step < 32; step *= 2) {
-        const int32_t other = __shfl_up_sync(~0u, sum, step);
-        if (lane >= step) sum += other;
-      }
-      const uint32_t beyond = __ballot_sync(~0u, before + sum > wanted);
-      found = beyond != 0;
-      const int source = found ? __ffs((int)beyond) - 1 : 31;
-      if (found) {
-        unit.expert = base + source;
-        first = __shfl_sync(~0u, begin, source), last = __shfl_sync(~0u, end, source);
-        chunks = __shfl_sync(~0u, own, source);
-      }
-      before += __shfl_sync(~0u, found ? sum - own : sum, source);
-    }
-    if (!found) return false;
-    index -= before * d.units;
+    ExpertRows rows;
+    if (!find_expert(d.p, chunk_rows, index / d.units, rows)) return false;
+    unit.expert = rows.expert, first = rows.first, last = rows.last, chunks = rows.chunks;
+    index -= rows.before * d.units;
   }
   unit.tile = index / chunks * d.unit_tiles;
   unit.row = first + index % chunks * chunk_rows;
@@ -102,27 +75,7 @@ M3_DEVICE bool find_unit(const Decode& d, int chunk_rows, Unit& unit) {
   return true;
 }
 
-// Registers of A for mma_16816 of one word: (u - zero) of rows g (zero[0]) and g + 8 (zero[1]), exact. A nibble under
-// an exponent of 2^7 (bf16) or 2^10 (fp16) is that power plus the nibble; 4 bits higher, fp16 has 16 times the nibble.
-template <Half kHalf>
-M3_DEVICE void widen(uint32_t word, const uint32_t (&zero)[2], uint32_t (&a)[4]) {
-  constexpr int kAndOr = (0xF0 & 0xCC) | 0xAA;
-  if constexpr (kHalf == Half::kBf16) {
-#pragma unroll
-    for (int i = 0; i < 4; ++i)
-      a[i] = ptx::sub2<kHalf>(ptx::lop3<kAndOr>(word >> 4 * i, 0x000F000Fu, 0x43004300u), zero[i & 1]);
-  } else {
-#pragma unroll
-    for (int i = 0; i < 4; i += 2) {
-      const uint32_t bits = word >> 4 * i;
-      a[i] = ptx::sub2<kHalf>(ptx::lop3<kAndOr>(bits, 0x000F000Fu, 0x64006400u), zero[0]);
-      a[i + 1] = ptx::fma2<kHalf>(ptx::lop3<kAndOr>(bits, 0x00F000F0u, 0x64006400u), 0x2C002C00u, zero[1]);
-    }
-  }
-}
-
-// zero[a] as widen wants it: bf16 128 + z twice; fp16 1024 + z, and -(64 + z). Byte a of `low` (rows g), `high` (g +
-// 8).
+// zero[a]: the offsets that `centred` wants, of byte a of `low` (rows g) and of `high` (rows g + 8).
 template <Half kHalf>
 M3_DEVICE void widen_zeros(uint32_t low, uint32_t high, uint32_t (&zero)[4][2]) {
 #pragma unroll
@@ -158,10 +111,6 @@ M3_DEVICE void widen_scales(DeviceType type, const uint4& raw, float (&scale)[4]
 
 M3_DEVICE float4 add4(const float4& a, const float4& b) {
   return make_float4(ptx::add(a.x, b.x), ptx::add(a.y, b.y), ptx::add(a.z, b.z), ptx::add(a.w, b.w));
-}
-
-M3_DEVICE float silu(float x) {
-  return ptx::mul(x, ptx::reciprocal(ptx::add(1.f, ptx::exp2(ptx::mul(x, -1.4426950408889634f)))));
 }
 
 // What one thread copies of the rows of x of its part: kRows rows of 128 bytes a stage, each 16-byte chunk c of row r
@@ -302,10 +251,10 @@ __global__ void __launch_bounds__(32 * kSplitParts * kTiles, resident(kTokenTile
   auto multiply = [&](const char* tile, const char* x, int j) {
     const uint4 words = *(const uint4*)(tile + chunk_offset(g, t));
     uint32_t a[4][4];
-    widen<kHalf>(words.x, zero[0], a[0]);
-    widen<kHalf>(words.y, zero[1], a[1]);
-    widen<kHalf>(words.z, zero[2], a[2]);
-    widen<kHalf>(words.w, zero[3], a[3]);
+    centred<kHalf>(words.x, zero[0][0], zero[0][1], a[0]);
+    centred<kHalf>(words.y, zero[1][0], zero[1][1], a[1]);
+    centred<kHalf>(words.z, zero[2][0], zero[2][1], a[2]);
+    centred<kHalf>(words.w, zero[3][0], zero[3][1], a[3]);
     const int chunk = ((2 * j + (lane >> 3 & 1)) ^ (lane & 7)) << 4;
     if constexpr (kTokenTiles == 1) {
       uint32_t b[2];
@@ -475,8 +424,8 @@ __global__ void __launch_bounds__(32 * kSplitParts * kTiles, resident(kTokenTile
     float v[4] = {whole.x, whole.y, whole.z, whole.w};
     if (gated) {
       const float4 up = total(1, quad_item);
-      v[0] = ptx::mul(silu(v[0]), up.x), v[1] = ptx::mul(silu(v[1]), up.y);
-      v[2] = ptx::mul(silu(v[2]), up.z), v[3] = ptx::mul(silu(v[3]), up.w);
+      v[0] = silu_mul(v[0], up.x), v[1] = silu_mul(v[1], up.y);
+      v[2] = silu_mul(v[2], up.z), v[3] = silu_mul(v[3], up.w);
     }
     const int valid = (int)min(width - column, (int64_t)4);
     if (d.p.bias)

@@ -2,8 +2,7 @@
 // stored.
 #pragma once
 #include "common/launch.cuh"
-#include "common/ptx.cuh"
-#include "int4/gemm_cuda.h"
+#include "int4/product.cuh"
 
 namespace m3::int4 {
 
@@ -60,7 +59,7 @@ struct Tokens {
   int64_t first;      // row of y
 };
 
-// Where token tile `tile` lies. Offsets are read by all lanes of a warp, 32 experts at a time.
+// Where token tile `tile` lies; called by whole warps.
 template <int kTokens>
 M3_DEVICE Tokens tokens_at(const Problem& problem, int tile) {
   const Product& p = problem.product;
@@ -68,32 +67,10 @@ M3_DEVICE Tokens tokens_at(const Problem& problem, int tile) {
     const int64_t first = (int64_t)tile * kTokens;
     return {0, (int)min((int64_t)kTokens, p.rows - first), first};
   }
-  const int lane = (int)threadIdx.x % 32;
-  int before = 0;  // tiles of the experts before `base`
-  for (int base = 0; base < p.experts; base += 32) {
-    const int expert = base + lane;
-    int64_t low = 0, high = 0;
-    if (expert < p.experts) {
-      low = min(max((int64_t)p.offsets[expert], (int64_t)0), p.rows);
-      high = min((int64_t)p.offsets[expert + 1], p.rows);
-    }
-    const int tiles = high > low ? (int)((high - low + kTokens - 1) / kTokens) : 0;
-    int last = tiles;  // inclusive sum over lanes
-#pragma unroll
-    for (int step = 1; step < 32; step *= 2) {
-      const int other = __shfl_up_sync(~0u, last, step);
-      if (lane >= step) last += other;
-    }
-    const unsigned beyond = __ballot_sync(~0u, before + last > tile);
-    if (beyond) {
-      const int owner = __ffs((int)beyond) - 1;
-      const int inside = tile - before - __shfl_sync(~0u, last - tiles, owner);
-      const int64_t first = __shfl_sync(~0u, low, owner) + (int64_t)inside * kTokens;
-      return {base + owner, (int)min((int64_t)kTokens, __shfl_sync(~0u, high, owner) - first), first};
-    }
-    before += __shfl_sync(~0u, last, 31);
-  }
-  return {0, 0, 0};
+  ExpertRows rows;
+  if (!find_expert(p, kTokens, tile, rows)) return {0, 0, 0};
+  const int64_t first = rows.first + (int64_t)(tile - rows.before) * kTokens;
+  return {rows.expert, (int)min((int64_t)kTokens, rows.last - first), first};
 }
 
 // -- x ----------------------------------------------------------------------------------------------------------------
@@ -157,32 +134,7 @@ M3_DEVICE uint32_t offset_of(uint32_t zero) {
   return h == 0 ? (0x6400u + zero) * 0x10001u : (0xD400u + 16 * zero) * 0x10001u;  // 1024 + z; -(64 + z)
 }
 
-// u - z, exact, of a lane's word: the A fragment of mma_16816 and wgmma.
-template <Half kHalf>
-M3_DEVICE void centred(uint32_t word, uint32_t offset0, uint32_t offset1, uint32_t (&a)[4]) {
-  constexpr int kAndOr = (0xF0 & 0xCC) | 0xAA;
-  constexpr uint32_t kLow = 0x000F000F, kHigh = 0x00F000F0;
-  if constexpr (kHalf == Half::kF16) {  // 1024 + u; 1024 + 16 u, which / 16 is 64 + u
-    constexpr uint32_t kBase = 0x64006400, kSixteenth = 0x2C002C00;
-    const uint32_t shifted = word >> 8;
-    a[0] = ptx::sub2<kHalf>(ptx::lop3<kAndOr>(word, kLow, kBase), offset0);
-    a[1] = ptx::fma2<kHalf>(ptx::lop3<kAndOr>(word, kHigh, kBase), kSixteenth, offset1);
-    a[2] = ptx::sub2<kHalf>(ptx::lop3<kAndOr>(shifted, kLow, kBase), offset0);
-    a[3] = ptx::fma2<kHalf>(ptx::lop3<kAndOr>(shifted, kHigh, kBase), kSixteenth, offset1);
-  } else {  // 128 + u
-    constexpr uint32_t kBase = 0x43004300;
-#pragma unroll
-    for (int i = 0; i < 4; ++i)
-      a[i] = ptx::sub2<kHalf>(ptx::lop3<kAndOr>(word >> 4 * i, kLow, kBase), i % 2 ? offset1 : offset0);
-  }
-}
-
 // -- y ----------------------------------------------------------------------------------------------------------------
-M3_DEVICE float silu_mul(float gate, float up) {
-  constexpr float kLog2E = 1.44269504f;
-  return ptx::mul(ptx::mul(gate, ptx::reciprocal(ptx::add(1.f, ptx::exp2(ptx::mul(-gate, kLog2E))))), up);
-}
-
 // fp32 results on their way from fragments to rows of y: (tokens, kWidth), bits 3 and 4 of the column xored with bits 1
 // and 2 of the token, so that the lanes of a warp, which hold eight rows of W and four pairs of tokens, meet no bank
 // twice. Index of column `column`, below 64, of token 2 t; token 8 j + 2 t + 1 is at index + (8 j + 1) * kWidth, and

@@ -19,7 +19,7 @@ M, N, K, GROUP = 3, 130, 432, 32
 MUTATIONS = {  # name -> (file, what stands there once, what stands there instead)
     "none": ("int4/layout.h", "", ""),
     "chunks of a tile in order": ("int4/layout.h", "t * 128 + ((g ^ (2 * t)) * 16)", "t * 128 + (g * 16)"),
-    "columns of A swapped": ("int4/gemm_decode.cu", "bits = word >> 4 * i;", "bits = word >> (8 - 4 * i);"),
+    "columns of A repeated": ("int4/product.cuh", "shifted = word >> 8;", "shifted = word;"),
     "scales of the other half": ("int4/gemm_decode.cu", "scale[i >> 1][a]", "scale[i & 1][a]"),
     "a run of tiles too long": ("int4/gemm_decode.cu", "left = d.group_tiles;", "left = d.group_tiles + 1;"),
 }
