@@ -40,6 +40,7 @@ PENALTIES: Mapping[str, float] = MappingProxyType(
     {
         "redundant_question": 0.1,  # the paper: severe, about 0.1
         "safety_risk": 0.1,  # ours: no number given; as severe
+        "illogical_order": 0.5,  # ours: no number given; between the two
         "rigid_phrasing": 0.9,  # the paper: mild, about 0.9
     }
 )

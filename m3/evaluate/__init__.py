@@ -1,0 +1,1 @@
+"""Evaluations: stations of a consultation, HealthBench, hallucination, replays of recorded transcripts."""

@@ -1,0 +1,1 @@
+"""OpenAI-compatible HTTP over whoever can answer a chat: the engine, or a patient."""

@@ -1,0 +1,1 @@
+"""Reading English without a model: words, sentences, quantities, likeness; and embeddings."""
