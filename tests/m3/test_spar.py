@@ -186,8 +186,8 @@ ERRORS = {
     "min_std": (lambda: spar.Config(min_std=0.0), "spar.Config: min_std: want a number > 0; got 0.0"),
     "unknown_violation": (
         lambda: spar.step_factor(["redundant_questions"]),
-        "spar.step_factor: violations: want of ['illogical_order', 'redundant_question', 'rigid_phrasing', 'safety_risk']; "
-        "got 'redundant_questions'; nearest is 'redundant_question'",
+        "spar.step_factor: violations: want of ['illogical_order', 'redundant_question', 'rigid_phrasing', "
+        "'safety_risk']; got 'redundant_questions'; nearest is 'redundant_question'",
     ),
     "violation_like_none": (
         lambda: spar.step_factor(["zzz"], spar.Config(penalties={"a": 0.5})),
