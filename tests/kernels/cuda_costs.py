@@ -83,6 +83,7 @@ def short(name: str) -> str:
     return name
 
 
+@functools.cache
 def costs(arch: str) -> dict[str, Cost]:
     """{"family_file: kernel<...>": Cost} of every kernel, compiled for one target."""
     found = {}
