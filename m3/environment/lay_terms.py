@@ -147,7 +147,8 @@ CONCEPTS: tuple[tuple[str, ...], ...] = (
         "self-harm",
         "not worth living",
     ),
-    ("anxious", "anxiety", "nervous"), ("stress", "stressed"),
+    ("anxious", "anxiety", "nervous"),
+    ("stress", "stressed"),
     ("sleep", "sleeping", "insomnia"),
     ("memory", "forgetful", "forgetting", "remember things"),
     ("fall", "fallen", "falls", "trip over"),
@@ -197,8 +198,12 @@ _VARIANT_GAP = 1  # ours: words that may stand between two words of a name ("sho
 
 def topic_stems(text: str) -> list[str]:
     """Stems of the words of a text in order, without grammar; all of them where nothing else is left."""
-    found = [stem(word) for word in words(text)]
-    return [one for one in found if one not in FUNCTION_WORDS] or found
+    return without_grammar([stem(word) for word in words(text)])
+
+
+def without_grammar(stems: list[str]) -> list[str]:
+    """Stems of a sentence without those of grammar; all of them where nothing else is left."""
+    return [one for one in stems if one not in FUNCTION_WORDS] or stems
 
 
 @functools.cache

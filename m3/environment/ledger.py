@@ -43,7 +43,8 @@ _NUMBER_WORDS = dict(
     zip(
         (
             "one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen "
-            "seventeen eighteen nineteen twenty thirty forty fifty sixty seventy eighty ninety hundred once twice half dozen"
+            "seventeen eighteen nineteen twenty thirty forty fifty sixty seventy eighty ninety hundred once "
+            "twice half dozen"
         ).split(),
         (*range(1, 21), 30, 40, 50, 60, 70, 80, 90, 100, 1, 2, 0.5, 12),
         strict=True,
