@@ -163,7 +163,7 @@ class _Entry:
 
 
 def _wanted(phrase: str, label: str) -> list[_Wanted]:
-    """A key as written, and by the concepts it names; grammar counts where one word alone would be left ("bring on")."""
+    """A key as written, and by the concepts it names; grammar counts where one word alone is left ("bring on")."""
     stems = topic_stems(phrase)
     ways = [frozenset(stems if len(stems) > 1 else all_stems(phrase))]
     if found := concepts(stems):
