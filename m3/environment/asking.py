@@ -19,9 +19,8 @@ import enum
 import re
 
 from m3.environment.case import Case, Disclosure, Fact
-from m3.environment.lay_terms import concepts, topic_stems, without_grammar
+from m3.environment.lay_terms import tokens, ways
 from m3.text.words import sentences
-from m3.text.words import stems as all_stems
 
 MAX_CHARACTERS = 8_000  # ours: no patient listens longer; bounds the work a message can cause
 MAX_SENTENCE_WORDS = 60  # ours: a longer "sentence" is a list without stops; its beginning counts
@@ -163,13 +162,7 @@ class _Entry:
 
 
 def _wanted(phrase: str, label: str) -> list[_Wanted]:
-    """A key as written, and by the concepts it names; grammar counts where one word alone is left ("bring on")."""
-    stems = topic_stems(phrase)
-    ways = [frozenset(stems if len(stems) > 1 else all_stems(phrase))]
-    if found := concepts(stems):
-        covered = frozenset().union(*found.values())
-        ways.append(frozenset({*(ways[0] - covered), *found}))
-    return [_Wanted(way, f"{label} '{phrase}'") for way in dict.fromkeys(ways) if way]
+    return [_Wanted(way, f"{label} '{phrase}'") for way in ways(phrase)]
 
 
 class _Index:
@@ -191,7 +184,7 @@ class _Index:
     def read(self, sentence: str) -> Ask:
         if _MACHINE.search(sentence):
             return Ask(sentence=sentence, kind=AskKind.machine)
-        present = self.known & {*(said := all_stems(sentence)[:MAX_SENTENCE_WORDS]), *concepts(without_grammar(said))}
+        present = self.known & tokens(sentence, MAX_SENTENCE_WORDS)
         specific = [(entry.fact.id, one.name) for entry in self.entries if (one := _first(entry.keys, present))]
         is_open = _OPEN.search(sentence) is not None or _MORE.search(sentence) is not None
         told = {fact for fact, _ in specific}

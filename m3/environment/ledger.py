@@ -20,7 +20,7 @@ from collections.abc import Iterable, Sequence
 
 from m3.environment.asking import AskKind, asked
 from m3.environment.case import Case, Disclosure, Fact
-from m3.environment.lay_terms import concepts, is_clinical, topic_stems
+from m3.environment.lay_terms import concepts, is_clinical, means, tokens
 from m3.text.words import content_stems, is_negated, sentences, stem, words
 
 DIAGNOSIS = "diagnosis"  # what is leaked when the patient names what it has
@@ -87,7 +87,6 @@ class _Known:
 
     fact: Fact
     wordings: tuple[frozenset[str], ...]
-    keys: tuple[frozenset[str], ...]
     numbers: frozenset[float]
     negated: bool | None  # None: its two wordings differ, polarity cannot be checked
 
@@ -101,7 +100,7 @@ class Ledger:
         texts = [case.opening_line, case.chief_complaint, case.sex, case.setting]
         for fact in case.facts:
             texts += [fact.text, fact.said, *fact.keys, *fact.keywords]
-        self._vocabulary = _tokens(" . ".join(texts)) | {stem(word) for text in texts for word in words(text)}
+        self._vocabulary = tokens(" . ".join(texts)) | {stem(word) for text in texts for word in words(text)}
         self._numbers = {number for text in texts for number in numbers(text)}
         if case.age is not None:
             self._numbers.add(case.age)
@@ -168,8 +167,8 @@ class Ledger:
         opened = _ANSWER.match(clause)
         answer = opened.group(1).lower() if opened else ""
         body = clause[opened.end() :] if opened else clause
-        tokens, said_numbers = _tokens(body), numbers(body)
-        spoken = [known for known in self._facts if _speaks_of(known, tokens)]
+        spoken_tokens, said_numbers = tokens(body), numbers(body)
+        spoken = [known for known in self._facts if _speaks_of(known, spoken_tokens)]
         bare = not spoken and len(set(specific)) == 1 and answer != "" and len(content_stems(body)) <= 2
         if bare:
             spoken = [known for known in self._facts if known.fact.id == specific[0]]
@@ -200,7 +199,6 @@ def _known(fact: Fact) -> _Known:
     return _Known(
         fact,
         tuple(frozenset(content_stems(text)) for text in dict.fromkeys((fact.said, fact.text))),
-        tuple(_tokens(key) for key in fact.keys),
         frozenset(numbers(fact.text) | numbers(fact.said) | ({fact.value[0]} if fact.value else set())),
         by_text if by_text == by_said else None,
     )
@@ -211,24 +209,11 @@ def _without_answer(text: str) -> str:
     return text[opened.end() :] if opened else text
 
 
-def _tokens(text: str) -> frozenset[str]:
-    """Topic stems of a text and the concepts it names."""
-    stems = topic_stems(text)
-    return frozenset(stems) | frozenset(concepts(stems))
-
-
-def _speaks_of(known: _Known, tokens: frozenset[str]) -> bool:
-    """By most of its content words, or by all words of a key that are in its own wording too."""
-    for wording in known.wordings:
-        if wording and len(wording & tokens) / len(wording) >= _OVERLAP:
-            return True
-    return any(_shares(key, tokens) for key in known.keys)
-
-
-def _shares(key: frozenset[str], tokens: frozenset[str]) -> bool:
-    named = {one for one in key if one.startswith("=")}
-    plain = key - named
-    return plain <= tokens or bool(named and named <= tokens)
+def _speaks_of(known: _Known, said: frozenset[str]) -> bool:
+    """By most of its content words, or by all words of a key."""
+    if any(wording and len(wording & said) / len(wording) >= _OVERLAP for wording in known.wordings):
+        return True
+    return any(means(said, key) for key in known.fact.keys)
 
 
 def _may_tell(fact: Fact, allowed: Iterable[str], topics: set[str], talkative: bool) -> bool:
