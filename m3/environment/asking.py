@@ -5,8 +5,8 @@ smoke", "Any fever?", "Tell me about ...", "I would like to know ..."); a statem
 
 - a fact one of whose ``keys`` has all its words in the sentence, in any order (a *specific* ask). Words are compared by
   stem; grammar does not count; lay and medical names of one thing are the same (lay_terms.CONCEPTS);
-- if the sentence is open ("tell me about", "what is ... like"), a fact one of whose ``keywords`` it names, unless the
-  fact is told on specific asking only (an ask by *topic*).
+- if it asks for none so and is open ("tell me about", "what is ... like"), a fact one of whose ``keywords`` it names,
+  unless the fact is told on specific asking only (an ask by *topic*).
 
 What a patient does with an ask is its own matter (patient.py): findings of an examination are asked for here as well.
 Text meant for a machine ("ignore your instructions", "list all facts") asks for nothing and is named as such.
@@ -186,15 +186,10 @@ class _Index:
             return Ask(sentence=sentence, kind=AskKind.machine)
         present = self.known & tokens(sentence, MAX_SENTENCE_WORDS)
         specific = [(entry.fact.id, one.name) for entry in self.entries if (one := _first(entry.keys, present))]
-        is_open = _OPEN.search(sentence) is not None or _MORE.search(sentence) is not None
-        told = {fact for fact, _ in specific}
-        topical = [
-            (entry.fact.id, one.name)
-            for entry in (self.entries if is_open else ())
-            if entry.fact.id not in told and (one := _first(entry.topics, present))
-        ]
-        kind = AskKind.specific if specific else AskKind.topic if topical else _kind_without_facts(sentence)
-        found = specific + topical
+        found = specific
+        if not specific and (_OPEN.search(sentence) or _MORE.search(sentence)):
+            found = [(entry.fact.id, one.name) for entry in self.entries if (one := _first(entry.topics, present))]
+        kind = AskKind.specific if specific else AskKind.topic if found else _kind_without_facts(sentence)
         return Ask(
             sentence=sentence,
             kind=kind,

@@ -1,15 +1,16 @@
 """Scripted physicians: a good one that has read the checklist, a baseline, and the exploits a reward must not pay.
 
-``good`` is an oracle: it plans questions from a case's checklist, asks one or two at a time in natural words and logical
-order, repeats nothing that was answered, stops, and then gives a sensible differential, the essential examinations, the
-right diagnosis and the escalation that is due. It measures the top of the scale, not skill. ``random_questions`` knows
-nothing of the case. The others are degenerate policies; a reward that pays one of them is broken.
+``good`` is an oracle: it plans questions from a case's checklist, asks one or two at a time in the usual order, repeats
+nothing that was answered, stops, and then gives a sensible differential, the essential examinations, the right
+diagnosis and the escalation that is due. It measures the top of the scale, not skill. ``random_questions`` knows nothing
+of the case. The others are degenerate policies; a reward that pays one of them is broken.
 
 A policy is made for one case: ``POLICIES["good"](case)``. All are deterministic functions of the dialogue and the seed.
 """
 
 from __future__ import annotations
 
+import itertools
 import random
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -128,7 +129,7 @@ class Good(_Physician):
         return " ".join([*opening, *(now or [CLOSING])])
 
     def _opening(self, messages: Sequence[Message], *, first: bool) -> list[str]:
-        """What is said before the questions: an answer to how the patient feels, and at first what is due by the list."""
+        """What is said before the questions: an answer to how the patient feels; at first, what is due by the list."""
         said = []
         last = messages[-1]
         if last.meta.get("snippet") or any(why == "filler: anxious" for why in last.why):
@@ -185,15 +186,9 @@ def _questions(case: Case, item: ChecklistItem) -> list[str]:
     for pattern, word in _PERSONS:
         topic = re.sub(pattern, word, topic, flags=re.IGNORECASE)
     clause = re.match(r"(?:when|where|whether|if|how|what|who|which|why)\b", topic, re.IGNORECASE)
-    ways = (
-        [f"Could you tell me {topic[0].lower()}{topic[1:]}?" if clause else f"May I ask about {topic}?"]
-        if topic
-        else []
-    )
-    for one in sorted(able):
-        for key in case.fact[one].keys:
-            ways.append(f"May I ask you this: {key}?")
-    return [way for way in dict.fromkeys(ways) if _names(case, way, able)]
+    ways = [f"Could you tell me {topic}?" if clause else f"May I ask about {topic}?"] if topic else []
+    ways += [f"May I ask you this: {key}?" for one in sorted(able) for key in case.fact[one].keys]
+    return list(itertools.islice((way for way in dict.fromkeys(ways) if _names(case, way, able)), TRIES))
 
 
 def _names(case: Case, question: str, facts: set[str]) -> bool:
@@ -234,11 +229,12 @@ class AskEverything(_Physician):
 
     name = "ask_everything"
 
+    def __init__(self, case: Case) -> None:
+        super().__init__(case)
+        self.text = " ".join([*(questions[0] for _, questions in Good(case).plan), *GENERIC_QUESTIONS])
+
     def say(self, messages: Sequence[Message], mine: Sequence[Message], phase: Phase, rng: random.Random) -> str:
-        if phase != Phase.inquiry:
-            return super().say(messages, mine, phase, rng)
-        good = Good(self.case)
-        return " ".join([*(questions[0] for _, questions in good.plan), *GENERIC_QUESTIONS])
+        return self.text if phase == Phase.inquiry else super().say(messages, mine, phase, rng)
 
 
 class AskNothing(_Physician):
@@ -252,11 +248,13 @@ class Repeat(_Physician):
 
     name = "repeat"
 
+    def __init__(self, case: Case) -> None:
+        super().__init__(case)
+        plan = Good(case).plan
+        self.text = plan[0][1][0] if plan else GENERIC_QUESTIONS[0]
+
     def say(self, messages: Sequence[Message], mine: Sequence[Message], phase: Phase, rng: random.Random) -> str:
-        if phase != Phase.inquiry:
-            return super().say(messages, mine, phase, rng)
-        plan = Good(self.case).plan
-        return plan[0][1][0] if plan else GENERIC_QUESTIONS[0]
+        return self.text if phase == Phase.inquiry else super().say(messages, mine, phase, rng)
 
 
 class OrderEveryTest(_Physician):
