@@ -21,10 +21,13 @@ from collections.abc import Iterable, Sequence
 from m3.environment.asking import AskKind, asked
 from m3.environment.case import Case, Disclosure, Fact
 from m3.environment.lay_terms import concepts, is_clinical, means, tokens
-from m3.text.words import content_stems, is_negated, sentences, stem, words
+from m3.text.words import STOP_WORDS, content_stems, is_negated, sentences, stem, words
 
 DIAGNOSIS = "diagnosis"  # what is leaked when the patient names what it has
 _OVERLAP = 0.6  # ours: share of a fact's content words that makes a clause speak of it
+_EMPTY = frozenset(
+    stem(word) for word in (*STOP_WORDS, "all", "nothing", "no", "not")
+)  # of "that's all", "no, nothing"
 _VERBATIM = 4  # ours: content words that no other sentence holds by chance
 _UNKNOWN = re.compile(
     r"\b(?:(?:don't|do not|don’t|didn't|didn’t) (?:really )?(?:know|remember|recall)|not (?:really )?sure|no idea|"
@@ -202,7 +205,7 @@ def _known(fact: Fact) -> _Known:
     own = tokens(f"{fact.said} {fact.text}")
     return _Known(
         fact,
-        tuple(frozenset(content_stems(text)) for text in dict.fromkeys((fact.said, fact.text))),
+        tuple(frozenset(content_stems(text)) - _EMPTY for text in dict.fromkeys((fact.said, fact.text))),
         tuple(key for key in fact.keys if len(words(key)) > 1 or means(own, key)),
         frozenset(numbers(fact.text) | numbers(fact.said) | ({fact.value[0]} if fact.value else set())),
         by_text if by_text == by_said else None,

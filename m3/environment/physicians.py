@@ -2,8 +2,8 @@
 
 ``good`` is an oracle: it plans questions from a case's checklist, asks one or two at a time in the usual order, repeats
 nothing that was answered, stops, and then gives a sensible differential, the essential examinations, the right
-diagnosis and the escalation that is due. It measures the top of the scale, not skill. ``random_questions`` knows nothing
-of the case. The others are degenerate policies; a reward that pays one of them is broken.
+diagnosis and the escalation that is due. It measures the top of the scale, not skill. ``random_questions`` knows
+nothing of the case. The others are degenerate policies; a reward that pays one of them is broken.
 
 A policy is made for one case: ``POLICIES["good"](case)``. All are deterministic functions of the dialogue and the seed.
 """
@@ -182,13 +182,19 @@ def _questions(case: Case, item: ChecklistItem) -> list[str]:
     """Ways to ask for an item, the most natural first; each names one of its facts that the patient can tell."""
     able = {one for one in item.facts if case.fact[one].section != "exam"}
     topic = _LEADING_VERB.sub("", item.criterion.strip().rstrip("."))
-    topic = re.sub(r"^(?:about|for|into|on)\b\s*", "", topic)
+    topic = re.sub(r"^(?:(?:\w+ly|and|about|for|into|on)\b\s*)+", "", topic)
     for pattern, word in _PERSONS:
         topic = re.sub(pattern, word, topic, flags=re.IGNORECASE)
     clause = re.match(r"(?:when|where|whether|if|how|what|who|which|why)\b", topic, re.IGNORECASE)
     ways = [f"Could you tell me {topic}?" if clause else f"May I ask about {topic}?"] if topic else []
     ways += [f"May I ask you this: {key}?" for one in sorted(able) for key in case.fact[one].keys]
-    return list(itertools.islice((way for way in dict.fromkeys(ways) if _names(case, way, able)), TRIES))
+    never = [other for other in case.items(Phase.inquiry) if other.points < 0]
+    fit = (
+        way
+        for way in dict.fromkeys(ways)
+        if _names(case, way, able) and not any(performs(other, way) for other in never)
+    )
+    return list(itertools.islice(fit, TRIES))
 
 
 def _names(case: Case, question: str, facts: set[str]) -> bool:
