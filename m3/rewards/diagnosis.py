@@ -157,9 +157,11 @@ _CAUSE = re.compile(
     r"|e\.g|i\.e|progressing to|in (?:an?|the) )",
     re.IGNORECASE,
 )
+_CAUSE_OF_REFERENCE = re.compile(r"\b(?:due to|secondary to|caused by|associated with|in the setting of)", re.IGNORECASE)
+_EXAMPLE = re.compile(r"\b(?:such as|including|for example|e\.g)", re.IGNORECASE)
 _HEDGE = re.compile(
     r"\b(?:possible|possibly|potential|potentially|suspected|suspicious|suspicion of|may(?:be)?|might|could be|can be"
-    r"|suggestive of|query|concern for)\b",
+    r"|suggestive of|query|concern for|possibility of)\b",
     re.IGNORECASE,
 )
 _ALTERNATIVE = re.compile(r"\s+(?:or|vs\.?|versus|and/or|/)\s+|\s*/\s*|\beither\b|\bor\s+", re.IGNORECASE)
@@ -193,9 +195,10 @@ def read_answer(text: str) -> Answer:
     main = _before(_CAUSE, _BRACKETS.sub(" ", kept)) if _name_before(_CAUSE, kept) else _BRACKETS.sub(" ", kept)
     alternatives = [part for part in _ALTERNATIVE.split(main) if part.strip(" ,.;")]
     if len(alternatives) > 1:
-        labels = [label for part in alternatives if (label := _first_label(part)) is not None]
+        labels = [Label(text=" ".join(_HEDGE.sub(" ", part).split()).strip(" ,.;")) for part in alternatives]
         return Answer(reading=Reading.undecided, statement=kept, labels=tuple(labels)) if labels else _nothing()
     labels = _labels(kept)
+    kept = _before(_EXAMPLE, _before(_HEDGE, kept)).strip(" ,.;:-")
     return Answer(reading=Reading.decided, statement=kept, labels=tuple(labels)) if labels else _nothing()
 
 
@@ -246,15 +249,21 @@ def _before(pattern: re.Pattern[str], text: str) -> str:
 
 def _labels(statement: str) -> list[Label]:
     """Diseases claimed together: those joined by "and", "with", commas; hedged ones only where they stand first."""
-    asides = tuple(part.strip() for part in _BRACKETS.findall(statement) if not icd10.codes_in(part))
+    asides = tuple(
+        part.strip()
+        for part in _BRACKETS.findall(statement)
+        if not icd10.codes_in(part) and not _ALTERNATIVE.search(part) and not _HEDGE.search(part)
+    )
     codes = tuple(icd10.codes_in(statement))
     body = " ".join(_BRACKETS.sub(" ", statement).split())
-    found = []
+    found: list[Label] = []
     for i, part in enumerate(part.strip(" .") for part in _JOINT.split(body)):
         hedged = bool(_HEDGE.search(part))
         name = _HEDGE.sub(" ", part).strip()
-        if not re.search(r"[A-Za-z]{2}", name) or (hedged and i > 0):
+        if not re.search(r"[A-Za-z]{2}", name) or _EXAMPLE.match(name):
             continue
+        if hedged and i > 0 and not all(_core(words_of(label.text)) <= _GENERIC for label in found):
+            continue  # "a rash, possibly measles" claims measles; "measles, possibly pneumonia" does not claim the second
         found.append(Label(text=name, hedged=hedged, aside=asides if not found else (), codes=codes if not found else ()))
     return found
 
@@ -306,11 +315,15 @@ _GENERIC = frozenset(
         " pityriasis lichen tinea systemic granuloma sclerosis amyloidosis drug medication poisoning toxicity overdose"
         " depression anxiety psychosis dementia seizure stroke shock sepsis diabetes mellitus hypertension hypotension"
         " emergency crisis hyperplasia atrophy dystrophy dysplasia hemangioma angioma fibroma pemphigus pemphigoid acne"
-        " porphyria mucositis folliculitis panniculitis gastroenteritis hypertensive contact syndrome inversion nipple"
+        " porphyria mucositis folliculitis panniculitis gastroenteritis hypertensive syndrome inversion nipple"
         " positional paroxysmal photosensitivity melanotic macular acral papulosa nigra venous arterial vascular viral tract"
         " atrophic atrophicus serous mucous fluid blood cell basal squamous elastolysis emotional stress traumatic"
     ).split()
 )
+
+
+_ANY_DRUG = frozenset(stem(word) for word in ("drug", "medication", "medicine"))
+_INDUCED = re.compile(r"\b(?:induced|caused by|due to|secondary to|associated)\b", re.IGNORECASE)
 
 
 def _plain(text: str) -> list[str]:
@@ -379,7 +392,7 @@ def _opposed(one: str, other: str) -> bool:
 def compare(reference: str, label: str, config: Config | None = None) -> str:
     """same, narrower, broader or none: what an answer's label is to a reference's (module docstring)."""
     config = config or Config()
-    want_words, got_words = words_of(_before(_CAUSE, reference)), words_of(label)
+    want_words, got_words = words_of(_before(_CAUSE_OF_REFERENCE, reference)), words_of(label)
     want, got = _core(want_words), _core(got_words)
     if not want or not got:
         return "none"
@@ -390,6 +403,8 @@ def compare(reference: str, label: str, config: Config | None = None) -> str:
     numbers = {word for word in want if word.isdecimal()}
     if numbers != want:  # a number that the answer does not say is no contradiction; another one was refused above
         want -= numbers - got
+    if _INDUCED.search(label) and len(want) > 1:  # any drug is one
+        want -= _ANY_DRUG
     pairs = {word: next((other for other in got if _same_word(word, other, config.spelling)), None) for word in want}
     if all(pairs.values()):
         if len(want) == len(got):
