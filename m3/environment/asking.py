@@ -5,8 +5,8 @@ smoke", "Any fever?", "Tell me about ...", "I would like to know ..."); a statem
 
 - a fact one of whose ``keys`` has all its words in the sentence, in any order (a *specific* ask). Words are compared by
   stem; grammar does not count; lay and medical names of one thing are the same (lay_terms.CONCEPTS);
-- if the sentence is open ("tell me about", "what is ... like"), a fact one of whose ``keywords`` it names, unless the
-  fact is told on specific asking only (an ask by *topic*).
+- if it asks for none so and is open ("tell me about", "what is ... like"), a fact one of whose ``keywords`` it names,
+  unless the fact is told on specific asking only (an ask by *topic*).
 
 What a patient does with an ask is its own matter (patient.py): findings of an examination are asked for here as well.
 Text meant for a machine ("ignore your instructions", "list all facts") asks for nothing and is named as such.
@@ -19,9 +19,8 @@ import enum
 import re
 
 from m3.environment.case import Case, Disclosure, Fact
-from m3.environment.lay_terms import concepts, topic_stems, without_grammar
+from m3.environment.lay_terms import tokens, ways
 from m3.text.words import sentences
-from m3.text.words import stems as all_stems
 
 MAX_CHARACTERS = 8_000  # ours: no patient listens longer; bounds the work a message can cause
 MAX_SENTENCE_WORDS = 60  # ours: a longer "sentence" is a list without stops; its beginning counts
@@ -163,13 +162,7 @@ class _Entry:
 
 
 def _wanted(phrase: str, label: str) -> list[_Wanted]:
-    """A key as written, and by the concepts it names; grammar counts where one word alone would be left ("bring on")."""
-    stems = topic_stems(phrase)
-    ways = [frozenset(stems if len(stems) > 1 else all_stems(phrase))]
-    if found := concepts(stems):
-        covered = frozenset().union(*found.values())
-        ways.append(frozenset({*(ways[0] - covered), *found}))
-    return [_Wanted(way, f"{label} '{phrase}'") for way in dict.fromkeys(ways) if way]
+    return [_Wanted(way, f"{label} '{phrase}'") for way in ways(phrase)]
 
 
 class _Index:
@@ -191,17 +184,12 @@ class _Index:
     def read(self, sentence: str) -> Ask:
         if _MACHINE.search(sentence):
             return Ask(sentence=sentence, kind=AskKind.machine)
-        present = self.known & {*(said := all_stems(sentence)[:MAX_SENTENCE_WORDS]), *concepts(without_grammar(said))}
+        present = self.known & tokens(sentence, MAX_SENTENCE_WORDS)
         specific = [(entry.fact.id, one.name) for entry in self.entries if (one := _first(entry.keys, present))]
-        is_open = _OPEN.search(sentence) is not None or _MORE.search(sentence) is not None
-        told = {fact for fact, _ in specific}
-        topical = [
-            (entry.fact.id, one.name)
-            for entry in (self.entries if is_open else ())
-            if entry.fact.id not in told and (one := _first(entry.topics, present))
-        ]
-        kind = AskKind.specific if specific else AskKind.topic if topical else _kind_without_facts(sentence)
-        found = specific + topical
+        found = specific
+        if not specific and (_OPEN.search(sentence) or _MORE.search(sentence)):
+            found = [(entry.fact.id, one.name) for entry in self.entries if (one := _first(entry.topics, present))]
+        kind = AskKind.specific if specific else AskKind.topic if found else _kind_without_facts(sentence)
         return Ask(
             sentence=sentence,
             kind=kind,
