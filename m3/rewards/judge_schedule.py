@@ -85,19 +85,22 @@ def endpoint_of(conversation: ChatMessages, endpoints: int) -> int:
 
 
 async def first_then_rest(calls: Sequence[Callable[[], Awaitable[T]]]) -> list[T]:
-    """Answers in order: the first call alone, the others together after it. Cancelled, or one failing, all end."""
+    """Answers in order: the first call alone, the others together after it."""
     if not calls:
         return []
     first = await calls[0]()
-    rest: list[asyncio.Task[T]] = []
-    async with asyncio.TaskGroup() as group:
-        for call in calls[1:]:
-            rest.append(group.create_task(_run(call)))
-    return [first, *(task.result() for task in rest)]
+    return [first, *await together(calls[1:])]
 
 
-async def _run(call: Callable[[], Awaitable[T]]) -> T:
-    return await call()
+async def together(calls: Iterable[Callable[[], Awaitable[T]]]) -> list[T]:
+    """Answers in order of calls made at once. Where one fails, or this is cancelled, all have ended on return."""
+    tasks = [asyncio.ensure_future(call()) for call in calls]
+    try:
+        return await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
 
 def plan(

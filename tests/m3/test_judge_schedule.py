@@ -147,9 +147,8 @@ def test_failing_sibling_ends_the_others():
     async def first() -> int:
         return 0
 
-    with pytest.raises(ExceptionGroup) as error:
+    with pytest.raises(KeyError, match="defect"):
         asyncio.run(first_then_rest([first, good, bad]))
-    assert error.group_contains(KeyError)
     assert ended == ["good"]
 
 
