@@ -11,7 +11,7 @@ AUXILIARIES = frozenset(
     "is are was were has have had does do did can could may might must should will would isn't aren't wasn't "
     "weren't hasn't haven't doesn't don't didn't can't cannot couldn't shouldn't won't wouldn't".split()
 )
-_VERBS = (
+_VERBS = frozenset(
     "act affect allow appear arise associate attack become begin belong block boost break bring build carry cause "
     "change clear come consist contain contribute control cover create cure damage decrease depend destroy "
     "determine develop die differ disappear disrupt drop ease enter exist fall feel fight follow form get give go "
@@ -20,8 +20,8 @@ _VERBS = (
     "prevent produce promote protect provide raise reach reduce refer regulate relax release relieve remain "
     "remove replace require respond result rise run seem serve show slow soothe spread start stay stimulate stop "
     "store strengthen suffer suggest support swell take target tend thin trigger treat use vary weaken work "
-    "worsen"
-).split()
+    "worsen".split()
+)
 
 
 def _third(verb: str) -> str:
@@ -32,7 +32,7 @@ def _third(verb: str) -> str:
 
 _THIRD = frozenset(_third(verb) for verb in _VERBS)
 _PAST = frozenset("caused contained developed found gained included increased led made occurred reduced showed".split())
-_FINITE = AUXILIARIES | _THIRD | _PAST | frozenset(_VERBS)
+_FINITE = AUXILIARIES | _THIRD | _PAST | _VERBS
 # Words that are nouns as often as verbs, where they stand after an article or an adjective.
 _ALSO_NOUNS = frozenset(
     "act attack cause change control cover cure damage drop fall feel fight form harm help increase decrease lack "
@@ -108,17 +108,26 @@ def _is_finite(found: list[re.Match[str]], i: int) -> bool:
     return True
 
 
+_ORDER = re.compile(
+    r"(?:please\s+)?(?P<no>do not|don['’]t|never)?\s*(?P<verb>[a-z]+)\b(?!\s*(?:[,:(]|and\b|or\b|of\b))", re.I
+)
+
+
 def imperative(text: str) -> str:
     """ "positive" or "negative" where a text tells someone what to do; "" where not."""
-    match = re.match(r"(?:please\s+)?(do not|don['’]t|never)?\s*([a-z]+)\b(?!\s*(?:,|:|\())", text, re.I)
-    if match is None or match.group(2).lower() not in _IMPERATIVES:
+    match = _ORDER.match(text)
+    if match is None:
         return ""
+    no = (match["no"] or "").lower()
+    if no and no != "never":
+        return "negative"
     rest = text[match.end() :].split(maxsplit=1)
-    if not rest or (rest[0].lower().strip(".,") in AUXILIARIES and not match.group(1)):  # "Exercise is ..."
+    if match["verb"].lower() not in _IMPERATIVES or not rest:
         return ""
-    if not match.group(1) and rest[0].lower() in _THIRD:  # "Sleep helps ..."
-        return ""
-    return "negative" if match.group(1) else "positive"
+    if no:
+        return "negative"
+    after = rest[0].lower().strip(".,")
+    return "" if after in AUXILIARIES or after in _THIRD else "positive"  # "Exercise is ...", "Sleep helps ..."
 
 
 def noun_phrase(text: str) -> str:
@@ -168,7 +177,7 @@ def pronoun(text: str) -> str:
         and " " not in match.group()
     ):
         after = _tokens(text[match.end() :])
-        if not after or after[0].group().lower() not in AUXILIARIES | _THIRD | _PAST | frozenset(_VERBS):
+        if not after or after[0].group().lower() not in AUXILIARIES | _THIRD | _PAST | _VERBS:
             return ""  # "this class of drugs", "some people"
     return match.group()
 

@@ -78,8 +78,8 @@ _ABOUT_OPTIONS = re.compile(
 )
 _OPENERS = re.compile(
     r"^(?:however|in addition|additionally|therefore|thus|hence|moreover|furthermore|also|in fact|indeed|overall|yes|"
-    r"no|sure|for example|for instance|in summary|in conclusion|in short|finally|first(?:ly)?|second(?:ly)?|third(?:ly)?|"
-    r"lastly|next|then|importantly|note that|please note that|remember that|keep in mind that|as mentioned|"
+    r"no|sure|for example|for instance|in summary|in conclusion|in short|finally|first(?:ly)?|second(?:ly)?|"
+    r"third(?:ly)?|lastly|next|then|importantly|(?:please )?note that|remember that|keep in mind that|as mentioned|"
     r"it is (?:also )?(?:important|worth|essential|good) (?:to (?:note|remember|know|keep in mind)|noting|remembering) "
     r"that|that said|in other words|on the other hand|similarly|conversely|unfortunately|fortunately)\b\s*[,:]?\s*",
     re.I,
@@ -87,7 +87,8 @@ _OPENERS = re.compile(
 _REMARK = re.compile(  # the speaker about the talk itself
     r"^(?:i\b|i'm|i’m|we\b|as an ai|as a (?:language model|medical expert)|hello|hi\b|dear|thank|you'?re welcome|"
     r"good (?:morning|afternoon|evening|luck)|let me|let's|here (?:are|is)|the following|hope|sorry|"
-    r"if you have (?:any|more) (?:\w+ )?questions|feel free|please (?:let me know|feel free)|take care|get well|best wishes|congratulations|"
+    r"if you have (?:any|more) (?:\w+ )?questions|feel free|please (?:let me know|feel free)|take care|get well|"
+    r"best wishes|congratulations|"
     r"this (?:answer|response|information) )",
     re.I,
 )
@@ -96,7 +97,7 @@ _REFERRAL = re.compile(  # "ask your doctor", and nothing that could be looked u
     r"pharmacist|specialist|medical (?:advice|attention))",
     re.I,
 )
-_CONDITION = re.compile(r"\b(?:if|when|unless|within|before|after|during|immediately|at once|emergency|\d+)\b", re.I)
+_CONDITION = re.compile(r"\b(?:if|when|unless|within|immediately|at once|emergency|\d+)\b", re.I)
 _HEADING = re.compile(r"^([A-Z][^:.!?]{1,60}):\s+(\S.*)$", re.S)
 _LISTED = re.compile(r"\s*[,;]?\s*(?:such as|including|for example|e\.g\.)\s*$", re.I)
 _DANGLING = re.compile(r"\b(?:if|when|that|who|to|are|is|include|includes|cause|causes|contain|contains)$", re.I)
@@ -309,8 +310,10 @@ def read_object(reply: str) -> dict[str, Any] | None:
     while at >= 0:
         try:
             value, end = decoder.raw_decode(reply, at)
-        except (json.JSONDecodeError, RecursionError):
+        except json.JSONDecodeError:
             end = at + 1
+        except RecursionError:
+            return None
         else:
             if value not in found:
                 found.append(value)
