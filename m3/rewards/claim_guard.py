@@ -1,8 +1,8 @@
-"""The guard of the claim cache: whether two claims say the same, decided word by word. A wrong yes is worse than a no.
+"""The guard of the claim cache: do two claims say the same? Decided word by word; a wrong yes is worse than a no.
 
-Embeddings cannot tell "500 mg" from "50 mg" or "left" from "right". The guard does not look for known dangers; it aligns
-the two claims and **wants every difference explained as harmless**, so a change of any kind that nobody thought of
-keeps claims apart. Explained are: determiners and fillers, inflection, spelling, the synonyms of claim_wording.py,
+Embeddings cannot tell "500 mg" from "50 mg" or "left" from "right". The guard does not look for known dangers; it
+aligns the two claims and **wants every difference explained as harmless**, so a change of a kind that nobody thought
+of keeps claims apart. Explained are: determiners and fillers, inflection, spelling, the synonyms of claim_wording.py,
 quantities that are equal in base units, and four moves of words:
 
 * a fronted phrase ("In adults, X is used" - "X is used in adults"),
@@ -178,8 +178,8 @@ _THAT = {"which": "that", "who": "that", "whom": "that"}
 # Words that link and are not content: what a move may change the number of, and what ends a list.
 _LINKS = _bases("of by be and or")
 _PREPOSITIONS = _bases(
-    "in for among during after before if when because although becaus_of with at on within throughout until unless once while "
-    "by from under despite  to"
+    "in for among during after before if when because although becaus_of with at on within throughout until unless "
+    "once while by from under despite to"
 )
 _ENDS_LIST = _bases("in for among during after before if when because with at on by from to that may be have while")
 _STARTS_LIST = _bases(
@@ -253,7 +253,7 @@ def _restated(tokens: tuple[Token, ...]) -> Iterator[tuple[Token, ...]]:
                 modal -= 1
             yield tokens[at + 3 :] + tokens[modal:at] + (tokens[at + 1],) + tokens[:modal]
         if tokens[at] == "be" and tokens[at + 1] == "not" and tokens[at + 3 : at + 4] == ("by",):
-            yield tokens[at + 4 :] + ("not", tokens[at + 2]) + tokens[:at]
+            yield (*tokens[at + 4 :], "not", tokens[at + 2], *tokens[:at])
 
 
 _MODALS = _bases("may should must will not often usually sometimes rarely mainly")
@@ -314,8 +314,9 @@ _CLASSES = (
     ),
     (
         "time",
-        "before after during until since while previous previously current currently past future early earlier late later "
-        "acute chronic daily weekly morning night evening was had did will immediately now long short term sudden gradual",
+        "before after during until since while previous previously current currently past future early earlier late "
+        "later acute chronic daily weekly morning night evening was had did will immediately now long short term "
+        "sudden gradual",
     ),
     (
         "population",
@@ -324,7 +325,8 @@ _CLASSES = (
     ),
     (
         "modality",
-        "may must should will would shall can might could always sometimes usually often rarely possible certain likely",
+        "may must should will would shall can might could always sometimes usually often rarely possible certain "
+        "likely",
     ),
     (
         "comparison",

@@ -48,7 +48,8 @@ elderly|older adult|older person|older people|senior|senior citizen
 woman|women|female
 man|men|male
 doctor|physician
-healthcare provider|health care provider|healthcare professional|health care professional|health professional|medical professional|health provider|medical provider
+healthcare provider|health care provider|healthcare professional|health care professional|health professional
+healthcare provider|medical professional|health provider|medical provider
 drug|medicine|medication|medicinal product|pharmaceutical
 disease|illness|sickness
 therapy|treatment
