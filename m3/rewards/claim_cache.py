@@ -37,7 +37,7 @@ NEIGHBOURS = 8  # ours: candidates the guard looks at; rewordings of a claim sta
 FIRST_POLL, LAST_POLL = 0.01, 0.1  # ours: seconds between looks at what another process verifies
 LEASE_RENEWED = 5.0  # ours: seconds; well inside the 30 s of a lease
 
-Verify = Callable[[str], Awaitable[FactVerdict]]
+Verify = Callable[[], Awaitable[FactVerdict]]
 
 
 class Source(enum.StrEnum):
@@ -162,15 +162,19 @@ class ClaimCache:
         """The exact key."""
         return digest(normalise(claim), self.scope.verifier, self.scope.corpus_hash, self.scope.prompt_version)
 
-    async def get_or_verify(self, claim: str, verify: Verify) -> CachedVerdict:
-        """The verdict of a claim: a stored one, or what ``verify`` says.
+    async def get_or_verify(self, claim: str, verify: Verify) -> FactVerdict:
+        """The verdict of a claim, as ``ask``."""
+        return (await self.ask(claim, verify)).verdict
+
+    async def ask(self, claim: str, verify: Verify) -> CachedVerdict:
+        """The verdict of a claim, and where it came from: a stored one, or what ``verify`` says of it.
 
         Raises:
             ValueError: an empty claim.
             Exception: whatever ``verify`` raises; those who waited for the same claim get it too.
         """
         if not claim.strip():
-            raise refuse("get_or_verify", "claim", "a text", repr(claim))
+            raise refuse("ClaimCache.ask", "claim", "a text", repr(claim))
         key = self.key(claim)
         if (found := await asyncio.to_thread(self._store.get, key)) is not None:
             return self._exact(claim, found, waited=False)
@@ -242,7 +246,7 @@ class ClaimCache:
     ) -> CachedVerdict:
         renewing = asyncio.create_task(self._renew(name, token))
         try:
-            verdict = await verify(claim)
+            verdict = await verify()
         except Exception as error:
             flight.failed[key] = error
             self._count(waited, failures=1)

@@ -1,9 +1,9 @@
-"""Claims changed on purpose: pairs that must stay apart, and rewordings that should meet, for the audit of the cache.
+"""Claims changed on purpose, for the audit of the cache: some must stay apart, rewordings should meet.
 
-A rule gives a changed sentence or None where it does not apply. Rules of the set "tuning" were looked at while the guard
-was written; those of "test" were not used for it, and their words were chosen without its tables. Kinds that have
-rules in the test set alone (qualifier, conjunction, modality, route, time, comparison, exchange) are kinds the guard was
-never tuned on.
+A rule gives a changed sentence or None where it does not apply. Rules of the set "tuning" were looked at while the
+guard was written; those of "test" were not, and their words were chosen without its tables. Kinds with rules in the
+test set alone (modality, route, time, qualifier, conjunction, comparison, exchange, site) are kinds that the guard was
+not tuned on.
 """
 
 from __future__ import annotations
@@ -113,7 +113,10 @@ def _not_true(text: str, rng: random.Random) -> str | None:
     return "It is not true that " + text[0].lower() + text[1:]
 
 
-_ORGANS = "arm|leg|eye|ear|kidney|lung|breast|hand|foot|knee|hip|shoulder|ovary|testicle|wrist|ankle|elbow|thigh|ureter|atrium|ventricle|hemisphere"
+_ORGANS = (
+    "arm|leg|eye|ear|kidney|lung|breast|hand|foot|knee|hip|shoulder|ovary|testicle|wrist|ankle|elbow|thigh|ureter|"
+    "atrium|ventricle|hemisphere"
+)
 
 
 def side_pairs(text: str, first: str, second: str, rng: random.Random) -> tuple[str, str] | None:
@@ -127,7 +130,8 @@ def side_pairs(text: str, first: str, second: str, rng: random.Random) -> tuple[
 def _exchange(text: str, rng: random.Random) -> str | None:
     """What stands before and after "than", "causes" and the like change places."""
     match = re.fullmatch(
-        r"([\w' -]{3,60}) ((?:(?:is|are) (?:more|less) [\w-]+ than)|causes?|caused|increases?|prevents?|follows?) ([\w' -]{3,60})\.?",
+        r"([\w' -]{3,60}) ((?:(?:is|are) (?:more|less) [\w-]+ than)|causes?|caused|increases?|prevents?|follows?) "
+        r"([\w' -]{3,60})\.?",
         text,
     )
     if match is None:
@@ -212,14 +216,16 @@ TUNING: Mapping[str, Mapping[str, Rule]] = MappingProxyType(
         "negation": {"not": _insert(_MODAL, "not"), "no_not": _drop(r"\bnot\b")},
         "antonym": {
             "antonym": _swap(
-                "increase/decrease, increases/decreases, increased/decreased, high/low, higher/lower, before/after, acute/chronic"
+                "increase/decrease, increases/decreases, increased/decreased, high/low, higher/lower, "
+                "before/after, acute/chronic"
             ),
             "population": _swap("children/adults, men/women, pregnant/elderly"),
         },
         "drug": {
             "drug": _drug(
-                "metformin ibuprofen aspirin prednisone sertraline escitalopram fluoxetine lisinopril metoprolol atorvastatin "
-                "amoxicillin doxycycline omeprazole famotidine levothyroxine gabapentin tramadol naproxen warfarin insulin"
+                "metformin ibuprofen aspirin prednisone sertraline escitalopram fluoxetine lisinopril metoprolol "
+                "atorvastatin amoxicillin doxycycline omeprazole famotidine levothyroxine gabapentin tramadol "
+                "naproxen warfarin insulin"
             )
         },
         "rewording": {
@@ -243,13 +249,15 @@ TEST: Mapping[str, Mapping[str, Rule]] = MappingProxyType(
             "near": _number(lambda x, rng: x + rng.choice([-3, -2, 2, 3, 5]) if x > 5 else x + 2),
             "digits": _number(lambda x, rng: float(str(int(x))[::-1]) if x >= 12 else 2 * x),
             "unit": _swap(
-                "mg>mcg, grams>milligrams, hours>days, days>weeks, weeks>months, months>years, minutes>hours, years>months, inches>feet"
+                "mg>mcg, grams>milligrams, hours>days, days>weeks, weeks>months, months>years, minutes>hours, "
+                "years>months, inches>feet"
             ),
             "bound": _swap(
                 "at least>at most, more than>less than, less than>more than, up to>at least, over>under, within>after"
             ),
             "word": _swap(
-                "two>three, three>four, four>six, five>seven, six>five, twice>once, half>a third, second>third, first>second"
+                "two>three, three>four, four>six, five>seven, six>five, twice>once, half>a third, second>third, "
+                "first>second"
             ),
         },
         "negation": {
@@ -257,7 +265,8 @@ TEST: Mapping[str, Mapping[str, Rule]] = MappingProxyType(
             "not_true": _not_true,
             "without": _swap("with>without, without>with"),
             "no": _swap(
-                "have a>have no, has a>has no, have>do not have, has>does not have, cause>do not cause, causes>does not cause"
+                "have a>have no, has a>has no, have>do not have, has>does not have, cause>do not cause, "
+                "causes>does not cause"
             ),
             "drop": _drop(r"\b(?:no|never|not|rarely)\b"),
             "unable": _swap(
@@ -267,46 +276,55 @@ TEST: Mapping[str, Mapping[str, Rule]] = MappingProxyType(
         },
         "antonym": {
             "clinical": _swap(
-                "benign/malignant, mild/severe, inherited/acquired, bacterial/viral, positive/negative, hypertension/hypotension, "
-                "dominant/recessive, early/late, primary/secondary, internal/external, systolic/diastolic, artery/vein, arteries/veins, "
-                "inflammatory/noninflammatory, infectious/noninfectious, active/inactive, hyperthyroidism/hypothyroidism"
+                "benign/malignant, mild/severe, inherited/acquired, bacterial/viral, positive/negative, "
+                "hypertension/hypotension, dominant/recessive, early/late, primary/secondary, internal/external, "
+                "systolic/diastolic, artery/vein, arteries/veins, inflammatory/noninflammatory, "
+                "infectious/noninfectious, active/inactive, hyperthyroidism/hypothyroidism"
             ),
             "plain": _swap(
-                "better/worse, more/less, larger/smaller, large/small, safe/dangerous, cause/prevent, causes/prevents, gain/loss, "
-                "common/rare, slow/fast, most/few, many/few, all/some, upper/lower, longer/shorter, stronger/weaker, easier/harder, "
-                "improve/worsen, start/stop, starts/stops, usually/seldom, always/sometimes, often/seldom, top/bottom, rise/fall, "
-                "strengthens/weakens, opens/closes, good/bad, strong/weak, healthy/unhealthy, normal/abnormal, can/cannot"
+                "better/worse, more/less, larger/smaller, large/small, safe/dangerous, cause/prevent, "
+                "causes/prevents, gain/loss, common/rare, slow/fast, most/few, many/few, all/some, upper/lower, "
+                "longer/shorter, stronger/weaker, easier/harder, improve/worsen, start/stop, starts/stops, "
+                "usually/seldom, always/sometimes, often/seldom, top/bottom, rise/fall, strengthens/weakens, "
+                "opens/closes, good/bad, strong/weak, healthy/unhealthy, normal/abnormal, can/cannot"
             ),
             "population": _swap(
-                "women/men, children/teenagers, infants/toddlers, adults/children, boys/girls, newborns/adults, male/female, older/younger, "
-                "babies/adults, females/males, mothers/fathers, pregnant/breastfeeding, elderly/young, hispanics/asians, girls>women"
+                "women/men, children/teenagers, infants/toddlers, adults/children, boys/girls, newborns/adults, "
+                "male/female, older/younger, babies/adults, females/males, mothers/fathers, "
+                "pregnant/breastfeeding, elderly/young, hispanics/asians, girls>women"
             ),
         },
         "drug": {
             "drug": _drug(
-                "acyclovir albuterol alendronate allopurinol amitriptyline amlodipine azathioprine baclofen bevacizumab bupropion "
-                "carbamazepine carboplatin cetirizine chlorambucil cisplatin clonazepam clopidogrel cortisone cyclophosphamide cyclosporine "
-                "dexamethasone diazepam digoxin diphenhydramine donepezil duloxetine estrogen etanercept etoposide furosemide "
-                "glucagon haloperidol heparin hydrocortisone imatinib infliximab interferon isoniazid ketoconazole lamivudine lamotrigine "
-                "levodopa lithium loratadine memantine mesalamine methotrexate mycophenolate naloxone nicotine penicillin phenobarbital "
-                "phenytoin prednisolone prednisone progesterone propranolol quinine raloxifene ribavirin rifampin rituximab selegiline "
-                "sildenafil spironolactone tacrolimus tamoxifen testosterone tetracycline thalidomide topiramate valproate vancomycin verapamil "
-                "vincristine zidovudine insulin aspirin ibuprofen acetaminophen naproxen metformin warfarin steroids antibiotics"
+                "acyclovir albuterol alendronate allopurinol amitriptyline amlodipine azathioprine baclofen "
+                "bevacizumab bupropion carbamazepine carboplatin cetirizine chlorambucil cisplatin clonazepam "
+                "clopidogrel cortisone cyclophosphamide cyclosporine dexamethasone diazepam digoxin "
+                "diphenhydramine donepezil duloxetine estrogen etanercept etoposide furosemide glucagon "
+                "haloperidol heparin hydrocortisone imatinib infliximab interferon isoniazid ketoconazole "
+                "lamivudine lamotrigine levodopa lithium loratadine memantine mesalamine methotrexate "
+                "mycophenolate naloxone nicotine penicillin phenobarbital phenytoin prednisolone prednisone "
+                "progesterone propranolol quinine raloxifene ribavirin rifampin rituximab selegiline sildenafil "
+                "spironolactone tacrolimus tamoxifen testosterone tetracycline thalidomide topiramate valproate "
+                "vancomycin verapamil vincristine zidovudine insulin aspirin ibuprofen acetaminophen naproxen "
+                "metformin warfarin steroids antibiotics"
             )
         },
         "modality": {
             "modal": _swap(
-                "may>must, should>may, can>will, must>may, will>may, might>will, could>will, need to>may, recommended>required"
+                "may>must, should>may, can>will, must>may, will>may, might>will, could>will, need to>may, "
+                "recommended>required"
             )
         },
         "route": {
             "route": _swap(
-                "by mouth>by injection, oral>topical, intravenous>oral, injected>swallowed, injection>tablet, pills>injections, topical>oral, inhaled>injected, cream>tablet"
+                "by mouth>by injection, oral>topical, intravenous>oral, injected>swallowed, injection>tablet, "
+                "pills>injections, topical>oral, inhaled>injected, cream>tablet"
             )
         },
         "time": {
             "time": _swap(
-                "before>after, after>before, during>after, daily>weekly, morning>evening, until>after, now>previously, day>week, weeks>days, year>month, at birth>in adulthood, immediately>eventually"
+                "before>after, after>before, during>after, daily>weekly, morning>evening, until>after, "
+                "now>previously, day>week, weeks>days, year>month, at birth>in adulthood, immediately>eventually"
             )
         },
         "qualifier": {
@@ -320,14 +338,16 @@ TEST: Mapping[str, Mapping[str, Rule]] = MappingProxyType(
         "conjunction": {"and_or": _swap("and>or, or>and, and>but not")},
         "comparison": {
             "strength": _swap(
-                "more>most, common>most common, higher>highest, important>most important, as>more than, better>best, risk>cause, linked>unrelated"
+                "more>most, common>most common, higher>highest, important>most important, as>more than, "
+                "better>best, risk>cause, linked>unrelated"
             )
         },
         "exchange": {"roles": _exchange, "numbers": _two_numbers},
         "site": {
             "site": _swap(
-                "kidney/liver, kidneys/lungs, heart/lungs, brain/spinal cord, stomach/bladder, skin/bone, blood/urine, throat/nose, arms/legs, "
-                "hands/feet, breast/ovarian, colon/rectum, knee/elbow, chest/abdomen, muscles/joints, nerves/tendons, thyroid/adrenal, pancreas/spleen"
+                "kidney/liver, kidneys/lungs, heart/lungs, brain/spinal cord, stomach/bladder, skin/bone, "
+                "blood/urine, throat/nose, arms/legs, hands/feet, breast/ovarian, colon/rectum, knee/elbow, "
+                "chest/abdomen, muscles/joints, nerves/tendons, thyroid/adrenal, pancreas/spleen"
             )
         },
         "rewording": {
@@ -337,15 +357,20 @@ TEST: Mapping[str, Mapping[str, Rule]] = MappingProxyType(
             "stop": lambda text, rng: text.rstrip(".") + (" ." if text.endswith(".") else "."),
             "article": _drop(r"(?<=\s)the(?=\s)"),
             "spelling": _swap(
-                "tumor>tumour, tumors>tumours, color>colour, anemia>anaemia, diarrhea>diarrhoea, leukemia>leukaemia, esophagus>oesophagus, fiber>fibre, behavior>behaviour, center>centre, pediatric>paediatric, estrogen>oestrogen, edema>oedema, recognize>recognise, hemoglobin>haemoglobin, randomized>randomised, labor>labour, fetus>foetus"
+                "tumor>tumour, tumors>tumours, color>colour, anemia>anaemia, diarrhea>diarrhoea, "
+                "leukemia>leukaemia, esophagus>oesophagus, fiber>fibre, behavior>behaviour, center>centre, "
+                "pediatric>paediatric, estrogen>oestrogen, edema>oedema, recognize>recognise, "
+                "hemoglobin>haemoglobin, randomized>randomised, labor>labour, fetus>foetus"
             ),
             "synonym": _swap(
-                "doctors>physicians, physician>doctor, help>assist, begin>start, begins>starts, illness>disease, usually>typically, "
-                "sometimes>occasionally, caused by>due to, such as>for example, because of>due to, reduce>decrease, use>utilize, "
-                "might>may, can>may, medicine>drug, drugs>medications, treatment>therapy, heart attack>myocardial infarction, "
-                "high blood pressure>hypertension, kids>children, show>demonstrate, occurs>happens, important>significant, "
-                "stop>discontinue, need>require, large>big, many>numerous, about>approximately, people>persons, whole>entire, "
-                "abdomen>belly, tell>inform, often>commonly, called>known as, get>obtain, keep>maintain, also>additionally"
+                "doctors>physicians, physician>doctor, help>assist, begin>start, begins>starts, illness>disease, "
+                "usually>typically, sometimes>occasionally, caused by>due to, such as>for example, because of>due "
+                "to, reduce>decrease, use>utilize, might>may, can>may, medicine>drug, drugs>medications, "
+                "treatment>therapy, heart attack>myocardial infarction, high blood pressure>hypertension, "
+                "kids>children, show>demonstrate, occurs>happens, important>significant, stop>discontinue, "
+                "need>require, large>big, many>numerous, about>approximately, people>persons, whole>entire, "
+                "abdomen>belly, tell>inform, often>commonly, called>known as, get>obtain, keep>maintain, "
+                "also>additionally"
             ),
             "list": _list_order,
             "fronted": _fronted,
@@ -353,7 +378,8 @@ TEST: Mapping[str, Mapping[str, Rule]] = MappingProxyType(
             "unit": _other_unit,
             "percent": _percent,
             "contraction": _swap(
-                "is not>isn't, are not>aren't, does not>doesn't, do not>don't, cannot>can't, should not>shouldn't, will not>won't, it is>it's"
+                "is not>isn't, are not>aren't, does not>doesn't, do not>don't, cannot>can't, should "
+                "not>shouldn't, will not>won't, it is>it's"
             ),
             "capitals": lambda text, rng: text[0].swapcase() + text[1:],
         },
