@@ -21,7 +21,11 @@ from types import MappingProxyType
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Quantity:
-    """A number or a range in base units. ``comparator``: "", "<", "<=", ">", ">=", "~" (about) or "within"."""
+    """A number (low == high) or a range in base units.
+
+    ``comparator``: "", "<", "<=", ">", ">=", "~" (about), "within", or "over" of a time, which may mean "during" or
+    "more than". ``low`` is what was written first: "from 10 mg to 5 mg" is not "from 5 mg to 10 mg".
+    """
 
     low: float
     high: float
@@ -129,7 +133,7 @@ def _any(names: Mapping[str, object] | list[str]) -> str:
 _INNER = r"(?<![\w.])(?<![A-Za-z][-/])(?<![A-Za-z]\d[-/])"  # not inside a name: B12, COVID-19, omega-3
 _ONE_WORD = rf"(?:{_any(_WORDS)})"
 _NUMBER = (
-    rf"(?:{_INNER}(?:(?<=\s)[-−](?=\d)|(?<=^)[-−](?=\d))?"
+    rf"(?:{_INNER}(?:(?<![\w%)\]])[-−](?=[.\d]))?"
     rf"(?:\d{{1,3}}(?:,\d{{3}})+(?:\.\d+)?|\d+(?:[.,]\d+)?|\.\d+)"
     rf"(?:\s?[x×]\s?10(?:\^-?\d+|[⁰¹²³⁴⁵⁶⁷⁸⁹⁻]+)|\^-?\d+|[⁰¹²³⁴⁵⁶⁷⁸⁹⁻]+)?"
     rf"(?:\s?[{''.join(_GLYPHS)}]|\s[1-9]/[1-9](?![\d/]))?"
@@ -368,7 +372,9 @@ def _compared(text: str, start: int, end: int, floor: int) -> tuple[str, int, in
 
 def _make(text: str, start: int, end: int, floor: int, low: float, high: float, unit: str) -> FoundQuantity:
     comparator, start, end = _compared(text, start, end, floor)
-    quantity = Quantity(low=_round(min(low, high)), high=_round(max(low, high)), unit=unit, comparator=comparator)
+    if unit == "s" and text[start : start + 4].lower() == "over" and comparator == ">":
+        comparator = "over"  # "improved over 2 weeks" is no "more than"
+    quantity = Quantity(low=_round(low), high=_round(high), unit=unit, comparator=comparator)
     return FoundQuantity(quantity=quantity, start=start, end=end)
 
 
