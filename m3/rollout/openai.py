@@ -127,7 +127,7 @@ class OpenAIChat:
                 self.budget.take()
             try:
                 reply = _read(await self._create(request, json_schema))
-            except openai.OpenAIError as error:
+            except (openai.OpenAIError, json.JSONDecodeError) as error:
                 raise self._failed(error) from error
             if self.budget is not None:
                 self.budget.add(reply.usage)
@@ -148,7 +148,7 @@ class OpenAIChat:
                 LOG.warning("%s (%s) refuses a json_schema: going on without", self.base_url, self._model)
             return answer
 
-    def _failed(self, error: openai.OpenAIError) -> ChatError:
+    def _failed(self, error: Exception) -> ChatError:
         where = f"{self.base_url} ({self._model})"
         if isinstance(error, openai.APITimeoutError):
             return ChatError(Failure.timeout, f"{where}: no answer in {self._client.timeout} s, after every retry")

@@ -33,16 +33,21 @@ def serving(app: ASGIApp) -> Iterator[str]:
     thread = threading.Thread(target=server.run)
     thread.start()
     try:
-        deadline = time.monotonic() + 20
-        while not server.started:
-            assert thread.is_alive() and time.monotonic() < deadline, "the server starts"
-            time.sleep(0.005)
+        until(lambda: server.started or not thread.is_alive())
         port = server.servers[0].sockets[0].getsockname()[1]
         yield f"http://127.0.0.1:{port}/v1"
     finally:
         server.should_exit = True
         thread.join(20)
         assert not thread.is_alive(), "the server ends"
+
+
+def until(condition: Callable[[], bool]) -> None:
+    """Wait for what another thread does."""
+    deadline = time.monotonic() + 10
+    while not condition():
+        assert time.monotonic() < deadline, "it happens"
+        time.sleep(0.005)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -73,12 +78,17 @@ def ask(
         connection.close()
 
 
-Answer = Callable[[Request], Awaitable[Response]]
+class Theirs:
+    """A server that is not ours: ``answer`` makes its chat completions, and may be set anew by each test."""
 
+    def __init__(self) -> None:
+        self.answer: Callable[[Request], Awaitable[Response]] | None = None
+        self.url = ""
+        self.app = Starlette(routes=[Route("/v1/chat/completions", self._complete, methods=["POST"])])
 
-def answering(answer: Answer) -> Starlette:
-    """A server whose chat completions a function makes: for servers that are not ours, and fail as ours does not."""
-    return Starlette(routes=[Route("/v1/chat/completions", answer, methods=["POST"])])
+    async def _complete(self, request: Request) -> Response:
+        assert self.answer is not None
+        return await self.answer(request)
 
 
 def completion(text: str, **fields: object) -> JSONResponse:

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 import openai
 import pytest
-from loopback import EchoBackend, Got, ask, serving
+from loopback import EchoBackend, Got, ask, serving, until
 
 from m3.serve.app import build
 
@@ -245,5 +245,5 @@ def test_a_client_that_leaves_ends_its_work(url, stream):
 def test_logs_count_and_do_not_quote(client, caplog):
     with caplog.at_level(logging.DEBUG, logger="m3.serve"):
         client.chat.completions.create(model="echo", messages=said("my chest hurts"))
-    assert "7 + 3 tokens" in caplog.text
+        until(lambda: "7 + 3 tokens" in caplog.text)
     assert "chest" not in caplog.text
