@@ -1,0 +1,243 @@
+"""The fact ledger: what a patient's message told, and what of it the patient should not or could not have said.
+
+For any patient, scripted or a language model, by rules and without a model:
+
+- disclosed: facts of the case that the message tells;
+- leaked: facts told that were not asked for (and are not volunteered), findings of examinations, the diagnosis;
+- contradicted: facts told with the opposite polarity or with another number;
+- invented: clinical content that is in no fact: a symptom, a drug, an illness, a quantity; a denial as much as a claim.
+
+The rules are conservative: what they cannot tell they do not count, so counts are lower bounds. A sentence that says "I
+don't know", or asks, tells nothing. Source of the three kinds of failure: Baichuan-M2, arXiv 2509.02208, on the patient
+simulator; the rules are ours.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Iterable, Sequence
+
+from m3.environment.asking import AskKind, asked
+from m3.environment.case import Case, Disclosure, Fact
+from m3.environment.lay_terms import concepts, is_clinical, topic_stems
+from m3.text.words import content_stems, is_negated, sentences, stem, words
+
+DIAGNOSIS = "diagnosis"  # what is leaked when the patient names what it has
+_OVERLAP = 0.6  # ours: share of a fact's content words that makes a clause speak of it
+_UNKNOWN = re.compile(
+    r"\b(?:(?:don't|do not|don’t|didn't|didn’t) (?:really )?(?:know|remember|recall)|not (?:really )?sure|no idea|"
+    r"(?:can't|cannot|can’t|couldn't|couldn’t) (?:say|tell|remember|recall)|haven't noticed|haven’t noticed)\b",
+    re.IGNORECASE,
+)
+_ANSWER = re.compile(r"\W*(yes|yeah|yep|no|nope|not at all|never)\b[\s,.!:;]*", re.IGNORECASE)
+_CLAUSE = re.compile(r"\s*;\s*|,?\s+\b(?:but|although|though|however|except)\b\s+", re.IGNORECASE)
+_UNITS = frozenset(
+    stem(word)
+    for word in (
+        "second minute hour day night week month year mg g kg ml litre liter unit cigarette pack pint glass time "
+        "degree pound stone tablet pill c f"
+    ).split()
+)
+_NUMBER_WORDS = dict(
+    zip(
+        (
+            "one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen "
+            "seventeen eighteen nineteen twenty thirty forty fifty sixty seventy eighty ninety hundred once "
+            "twice half dozen"
+        ).split(),
+        (*range(1, 21), 30, 40, 50, 60, 70, 80, 90, 100, 1, 2, 0.5, 12),
+        strict=True,
+    )
+)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LedgerEntry:
+    """Of one message: ids of facts (``leaked`` may hold DIAGNOSIS), words for ``invented``, a reason for each count."""
+
+    disclosed: tuple[str, ...] = ()
+    leaked: tuple[str, ...] = ()
+    contradicted: tuple[str, ...] = ()
+    invented: tuple[str, ...] = ()
+    reasons: tuple[str, ...] = ()
+
+    @property
+    def clean(self) -> bool:
+        """Whether nothing was leaked, contradicted or invented."""
+        return not (self.leaked or self.contradicted or self.invented)
+
+
+def numbers(text: str) -> set[float]:
+    """Numbers in a text, in digits or in English words to a hundred ("twenty-five" is 25)."""
+    found: set[float] = set()
+    for word in words(text):
+        plain = word.lower().replace("-", " ").split()
+        values = [_NUMBER_WORDS[part] for part in plain if part in _NUMBER_WORDS]
+        if values and len(values) == len(plain):
+            found.add(float(sum(values)))
+        for part in re.findall(r"\d+(?:\.\d+)?", word):
+            found.add(float(part))
+    return found
+
+
+@dataclasses.dataclass(frozen=True)
+class _Known:
+    """A fact, ready to be recognised."""
+
+    fact: Fact
+    wordings: tuple[frozenset[str], ...]
+    keys: tuple[frozenset[str], ...]
+    numbers: frozenset[float]
+    negated: bool | None  # None: its two wordings differ, polarity cannot be checked
+
+
+class Ledger:
+    """Checks messages of one case's patient."""
+
+    def __init__(self, case: Case) -> None:
+        self.case = case
+        self._facts = tuple(_known(fact) for fact in case.facts)
+        texts = [case.opening_line, case.chief_complaint, case.sex, case.setting]
+        for fact in case.facts:
+            texts += [fact.text, fact.said, *fact.keys, *fact.keywords]
+        self._vocabulary = _tokens(" . ".join(texts)) | {stem(word) for text in texts for word in words(text)}
+        self._numbers = {number for text in texts for number in numbers(text)}
+        if case.age is not None:
+            self._numbers.add(case.age)
+        self._names = [
+            tuple(content_stems(name)) for name in (case.diagnosis.label, *case.diagnosis.synonyms) if name.strip()
+        ]
+
+    def check(self, asked_text: str, answer_text: str) -> LedgerEntry:
+        """What a patient's answer to a physician's message told; every tuple without repetition, in order.
+
+        Args:
+            asked_text: the physician's message; "" for the patient's first words.
+            answer_text: the patient's.
+        """
+        asks = asked(self.case, asked_text)
+        allowed = {fact for ask in asks for fact in ask.fact_ids} | set(self.case.opening_facts)
+        topics = {topic for fact in allowed for topic in self.case.fact[fact].keywords}
+        specific = [fact for ask in asks if ask.kind == AskKind.specific for fact in ask.fact_ids]
+        told, rest = self._verbatim(answer_text)
+        wrong: dict[str, str] = {}
+        invented: dict[str, str] = {}
+        for sentence in sentences(rest):
+            if "?" in sentence or _UNKNOWN.search(sentence):
+                continue
+            for clause in _CLAUSE.split(sentence):
+                self._read(clause, specific, told, wrong, invented)
+        leaked = {
+            one: "told and not asked"
+            for one in told
+            if not _may_tell(self.case.fact[one], allowed, topics, self.case.persona.verbosity == "talkative")
+        }
+        if self._names_diagnosis(answer_text):
+            leaked[DIAGNOSIS] = "names the diagnosis"
+        reasons = [f"{one}: {why}" for found in (leaked, wrong, invented) for one, why in found.items()]
+        return LedgerEntry(
+            disclosed=tuple(one for one in told if one not in wrong),
+            leaked=tuple(leaked),
+            contradicted=tuple(wrong),
+            invented=tuple(invented),
+            reasons=tuple(reasons),
+        )
+
+    def _verbatim(self, answer: str) -> tuple[dict[str, str], str]:
+        """Facts told in the case's own words, and what is left of the answer."""
+        told: dict[str, str] = {}
+        if answer.startswith(self.case.opening_line):
+            told.update(dict.fromkeys(self.case.opening_facts, "opening line"))
+            answer = answer[len(self.case.opening_line) :]
+        for known in sorted(self._facts, key=lambda known: -len(known.fact.said)):
+            if known.fact.said in answer:
+                told[known.fact.id] = "verbatim"
+                answer = answer.replace(known.fact.said, "\n")
+        return told, answer
+
+    def _read(
+        self,
+        clause: str,
+        specific: Sequence[str],
+        told: dict[str, str],
+        wrong: dict[str, str],
+        invented: dict[str, str],
+    ) -> None:
+        """Read one clause that is not in the case's words."""
+        opened = _ANSWER.match(clause)
+        answer = opened.group(1).lower() if opened else ""
+        body = clause[opened.end() :] if opened else clause
+        tokens, said_numbers = _tokens(body), numbers(body)
+        spoken = [known for known in self._facts if _speaks_of(known, tokens)]
+        bare = not spoken and len(set(specific)) == 1 and answer != "" and len(content_stems(body)) <= 2
+        if bare:
+            spoken = [known for known in self._facts if known.fact.id == specific[0]]
+        negated = answer in ("no", "nope", "not at all", "never") if bare else is_negated(body)
+        all_numbers = set().union(*(known.numbers for known in spoken)) if spoken else set()
+        for known in spoken:
+            one = known.fact.id
+            if known.negated is not None and known.negated != negated:
+                wrong.setdefault(one, f"said {'no' if negated else 'yes'} in {clause.strip()!r}")
+            elif known.fact.value and said_numbers and not said_numbers & all_numbers:
+                wrong.setdefault(one, f"said {min(said_numbers):g}, not {known.fact.value[0]:g}")
+            else:
+                told.setdefault(one, "told")
+        for word in words(body):
+            if is_clinical(word) and not ({stem(word), *concepts([stem(word)])} & self._vocabulary):
+                invented.setdefault(word.lower(), f"in no fact: {clause.strip()!r}")
+        if not spoken and said_numbers - self._numbers and {stem(word) for word in words(body)} & _UNITS:
+            number = min(said_numbers - self._numbers)
+            invented.setdefault(f"{number:g}", f"a quantity in no fact: {clause.strip()!r}")
+
+    def _names_diagnosis(self, answer: str) -> bool:
+        said = content_stems(answer)
+        return any(name and _contains(said, name) and not set(name) <= self._vocabulary for name in self._names)
+
+
+def _known(fact: Fact) -> _Known:
+    by_text, by_said = is_negated(fact.text), is_negated(_without_answer(fact.said))
+    return _Known(
+        fact,
+        tuple(frozenset(content_stems(text)) for text in dict.fromkeys((fact.said, fact.text))),
+        tuple(_tokens(key) for key in fact.keys),
+        frozenset(numbers(fact.text) | numbers(fact.said) | ({fact.value[0]} if fact.value else set())),
+        by_text if by_text == by_said else None,
+    )
+
+
+def _without_answer(text: str) -> str:
+    opened = _ANSWER.match(text)
+    return text[opened.end() :] if opened else text
+
+
+def _tokens(text: str) -> frozenset[str]:
+    """Topic stems of a text and the concepts it names."""
+    stems = topic_stems(text)
+    return frozenset(stems) | frozenset(concepts(stems))
+
+
+def _speaks_of(known: _Known, tokens: frozenset[str]) -> bool:
+    """By most of its content words, or by all words of a key that are in its own wording too."""
+    for wording in known.wordings:
+        if wording and len(wording & tokens) / len(wording) >= _OVERLAP:
+            return True
+    return any(_shares(key, tokens) for key in known.keys)
+
+
+def _shares(key: frozenset[str], tokens: frozenset[str]) -> bool:
+    named = {one for one in key if one.startswith("=")}
+    plain = key - named
+    return plain <= tokens or bool(named and named <= tokens)
+
+
+def _may_tell(fact: Fact, allowed: Iterable[str], topics: set[str], talkative: bool) -> bool:
+    if fact.section == "exam":
+        return False
+    if fact.id in allowed or fact.disclosure == Disclosure.volunteer:
+        return True
+    return talkative and fact.disclosure == Disclosure.on_ask and bool(topics & set(fact.keywords))
+
+
+def _contains(sequence: Sequence[str], part: Sequence[str]) -> bool:
+    return any(tuple(sequence[i : i + len(part)]) == tuple(part) for i in range(len(sequence) - len(part) + 1))
