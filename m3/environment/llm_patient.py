@@ -6,7 +6,8 @@
 
 A reply that is not of its form is counted by name and never read as something it does not say: after an unreadable
 gate the consultation goes on; after an unreadable feeling the persona's own anxiety stands; after an answer that is
-empty, cut short or the doctor's part, the unit is asked again, and then a filler without clinical content is said.
+empty, without a whole sentence or the doctor's part, the unit is asked again, and then a filler without clinical
+content is said.
 Everything that happened is in the message's ``meta``; ``count`` adds it up over a run.
 
 Units: Baichuan-M2, arXiv 2509.02208; what the simulator is given (profile, inquiry rubrics, rules of behaviour, no
@@ -28,7 +29,7 @@ from m3.environment.ledger import Ledger, LedgerEntry
 from m3.environment.patient import ScriptedPatient
 from m3.environment.trajectory import Message
 from m3.rollout.chat import ChatClient, ChatMessages, Reply
-from m3.text.words import words
+from m3.text.words import sentences, words
 from m3kernels.checks import refuse
 
 FAREWELL = "Thank you, doctor. Goodbye."
@@ -44,7 +45,7 @@ class Event(enum.StrEnum):
     gate_unparsable = "gate_unparsable"  # neither yes nor no: the consultation goes on
     tone_unparsable = "tone_unparsable"  # no feeling of the list, or several: the persona's stands
     answer_empty = "answer_empty"
-    answer_cut = "answer_cut"  # ended by max_tokens
+    answer_cut = "answer_cut"  # by max_tokens: its whole sentences are said; where there is none it is asked again
     answer_inverted = "answer_inverted"  # asks the doctor's questions
     answer_rejected = "answer_rejected"  # by the guard: it leaked, contradicted or invented
     answer_filler = "answer_filler"  # no usable answer after every retry: FILLER is said
@@ -177,7 +178,12 @@ class LLMPatient:
                 stop=(f"\n{DOCTOR}", f"\n{PATIENT}"),
             )
             answer = read_answer(reply.text)
-            if problem := self._problem(answer, reply):
+            if reply.finish_reason == "length":
+                turn.events[Event.answer_cut] += 1
+                answer = whole_sentences(answer)
+                if not answer:
+                    continue
+            if problem := self._problem(answer):
                 turn.events[problem] += 1
                 continue
             entry = self._check(messages, answer)
@@ -239,11 +245,9 @@ class LLMPatient:
         return "\n".join(_line(fact) for fact in told) or "- (nothing about what was asked)"
 
     # -- what it said -------------------------------------------------------------------------------------------------
-    def _problem(self, answer: str, reply: Reply) -> Event | None:
+    def _problem(self, answer: str) -> Event | None:
         if not answer:
             return Event.answer_empty
-        if reply.finish_reason == "length":
-            return Event.answer_cut
         inverted = any(
             ask.kind is AskKind.specific and _DOCTORS_QUESTION.search(ask.sentence) for ask in asked(self.case, answer)
         )
@@ -271,7 +275,7 @@ class LLMPatient:
             "model": self.client.model,
             "gate": turn.gate,
             "answer_from": turn.answer_from,
-            "events": dict(sorted(turn.events.items())),
+            "events": {str(name): times for name, times in sorted(turn.events.items())},
             "calls": len(turn.replies),
             "leaked": list(entry.leaked),
             "contradicted": list(entry.contradicted),
@@ -294,9 +298,9 @@ class LLMPatient:
 # -- a run ------------------------------------------------------------------------------------------------------------
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PatientCounts:
-    """What happened over messages of LLM patients: facts told, failures by kind, events by name."""
+    """What happened over answers of LLM patients: facts told, failures by kind, events by name."""
 
-    messages: int
+    answers: int
     calls: int
     disclosed: int
     leaked: int
@@ -306,15 +310,15 @@ class PatientCounts:
 
 
 def count(messages: Iterable[Message]) -> PatientCounts:
-    """Add up the side-records; messages of others are left out."""
-    mine = [message for message in messages if message.meta.get("patient") == "llm"]
+    """Add up the side-records of answers; opening lines and messages of others are left out."""
+    mine = [message for message in messages if message.meta.get("patient") == "llm" and "calls" in message.meta]
     events: Counter[str] = Counter()
     for message in mine:
-        events.update(message.meta.get("events", {}))
-    found = {name: sum(len(m.meta.get(name, ())) for m in mine) for name in ("leaked", "contradicted", "invented")}
+        events.update(message.meta["events"])
+    found = {name: sum(len(m.meta[name]) for m in mine) for name in ("leaked", "contradicted", "invented")}
     return PatientCounts(
-        messages=len(mine),
-        calls=sum(message.meta.get("calls", 0) for message in mine),
+        answers=len(mine),
+        calls=sum(message.meta["calls"] for message in mine),
         disclosed=sum(len(message.facts) for message in mine),
         events=dict(sorted(events.items())),
         **found,
@@ -373,6 +377,14 @@ def read_answer(text: str) -> str:
     if len(answer) > 1 and answer[0] == answer[-1] == '"' and '"' not in answer[1:-1]:
         answer = answer[1:-1].strip()
     return "" if answer.startswith(DOCTOR) else answer
+
+
+def whole_sentences(text: str) -> str:
+    """A text that ran out of tokens up to the end of its last whole sentence; "" where none is whole."""
+    found = sentences(text)
+    if found and found[-1][-1] not in ".!?":
+        found.pop()
+    return " ".join(found)
 
 
 def _line(fact: Fact) -> str:
