@@ -5,16 +5,15 @@ m3.cli and m3.environment.cli register the two functions; what they need is impo
 
 from __future__ import annotations
 
-import functools
 import logging
 import signal
 import socket
-from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from m3.terminal import Bar, Debug, Threads, console, one_line_errors, set_threads
 from m3kernels.checks import refuse
 
 if TYPE_CHECKING:
@@ -29,21 +28,7 @@ ApiKey = Annotated[
     str | None,
     typer.Option("--api-key", envvar="M3_API_KEY", show_envvar=True, help="What clients must send; default: nothing."),
 ]
-Threads = Annotated[int | None, typer.Option("--threads", min=1, help="Threads of torch and the kernels.")]
 Verbose = Annotated[bool, typer.Option("--verbose", help="A line for each request: counts and times, no text.")]
-Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
-
-
-def one_line_errors(command: Callable[..., None]) -> Callable[..., None]:
-    """As in m3.cli."""
-
-    @functools.wraps(command)
-    def run(*args: Any, **kwargs: Any) -> None:
-        from m3 import cli
-
-        cli.one_line_errors(command)(*args, **kwargs)
-
-    return run
 
 
 @one_line_errors
@@ -64,7 +49,6 @@ def serve(
     debug: Debug = False,
 ) -> None:
     """Serve a model to OpenAI clients: /v1/chat/completions (streamed or not), /v1/models, /health."""
-    from m3.cli import Bar, set_threads
     from m3.engine.engine import AsyncEngine
     from m3.serve.app import build
     from m3.serve.engine_backend import EngineBackend
@@ -114,8 +98,6 @@ def run(app: Starlette, host: str, port: int, what: str, *, verbose: bool) -> No
         OSError: nothing can listen there.
     """
     import uvicorn
-
-    from m3.cli import console
 
     class Server(uvicorn.Server):
         async def startup(self, sockets: list[socket.socket] | None = None) -> None:
