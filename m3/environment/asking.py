@@ -23,6 +23,7 @@ from m3.environment.lay_terms import tokens, ways
 from m3.text.words import sentences
 
 MAX_CHARACTERS = 8_000  # ours: no patient listens longer; bounds the work a message can cause
+_KEPT = 1024  # ours: sentences of a case whose reading is kept; more than its consultations at work have
 MAX_SENTENCE_WORDS = 60  # ours: a longer "sentence" is a list without stops; its beginning counts
 
 
@@ -167,6 +168,7 @@ def _wanted(phrase: str, label: str) -> list[_Wanted]:
 
 class _Index:
     def __init__(self, case: Case) -> None:
+        self.kept: dict[str, Ask] = {}
         self.entries = tuple(
             _Entry(
                 fact,
@@ -182,6 +184,14 @@ class _Index:
         )
 
     def read(self, sentence: str) -> Ask:
+        """What a sentence asks for; patient, reward and verifiers read the same ones."""
+        if (ask := self.kept.get(sentence)) is None:
+            if len(self.kept) >= _KEPT:
+                self.kept.clear()
+            ask = self.kept[sentence] = self._read(sentence)
+        return ask
+
+    def _read(self, sentence: str) -> Ask:
         if _MACHINE.search(sentence):
             return Ask(sentence=sentence, kind=AskKind.machine)
         present = self.known & tokens(sentence, MAX_SENTENCE_WORDS)
