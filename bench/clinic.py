@@ -1,8 +1,9 @@
 """``python -m bench.clinic``: turns a second of the scripted clinic on one core; rows to a document.
 
 Work: whole consultations of every own case with a scripted physician and the scripted patient, in both modes, from the
-making of the physician to the last stage. A turn is one exchange, the three later stages included. Gate: a second run
-of the same seeds gives the same bytes, and no patient's message tells a fact that its reasons do not name.
+making of the physician to the last stage. A turn is one exchange, the three later stages included; seconds are those of
+the processor, for it is one thread. Gate: a second run of the same seeds gives the same bytes, and no patient's message
+tells a fact that its reasons do not name.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ ARMS = ("good", "random_questions", "ask_everything")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ClinicRow:
-    """Turns a second: median, 20th and 80th percentile of the rounds; ``scored``: the checklist judged as well."""
+    """Turns a second of processor time: median, 20th and 80th percentile of the rounds; ``scored``: with coverage."""
 
     policy: str
     cases: int
@@ -90,12 +91,12 @@ def measure(policy: str, cases: Sequence[Case], seeds: Sequence[int], rounds: in
     passed = gate(warm, consult(cases, policy, seeds))
     plain, scored = [], []
     for _ in range(rounds):
-        began = time.perf_counter()
+        began = time.process_time()
         trajectories = consult(cases, policy, seeds)
-        plain.append(turns / (time.perf_counter() - began))
+        plain.append(turns / (time.process_time() - began))
         for one in trajectories:
             coverage(by_id[one.case], one)
-        scored.append(turns / (time.perf_counter() - began))
+        scored.append(turns / (time.process_time() - began))
     commit, dirty = record.commit()
     return ClinicRow(
         policy=policy,

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import functools
 import re
 
 from m3.environment.case import Case, Disclosure, Fact
@@ -58,7 +59,13 @@ class Ask:
 def asked(case: Case, text: str) -> list[Ask]:
     """The questions of a physician's message in order, each with the facts it asks for; none for mere statements."""
     index = _index(case)
-    return [index.read(sentence) for sentence in sentences(text[:MAX_CHARACTERS]) if is_request(sentence)]
+    return [index.read(sentence) for sentence in requests(text[:MAX_CHARACTERS])]
+
+
+@functools.lru_cache(maxsize=256)
+def requests(text: str) -> tuple[str, ...]:
+    """The sentences of a text that are questions or requests for information, in order."""
+    return tuple(sentence for sentence in sentences(text) if is_request(sentence))
 
 
 def is_request(sentence: str) -> bool:
@@ -75,7 +82,7 @@ def says_enough(text: str) -> bool:
 
 def is_closing(text: str) -> bool:
     """Whether a physician's message ends the inquiry: it says that it has enough, or it asks for nothing."""
-    return says_enough(text) or not any(is_request(sentence) for sentence in sentences(text[:MAX_CHARACTERS]))
+    return says_enough(text) or not requests(text[:MAX_CHARACTERS])
 
 
 # -- how people ask ---------------------------------------------------------------------------------------------------
