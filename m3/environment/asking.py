@@ -70,7 +70,8 @@ def requests(text: str) -> tuple[str, ...]:
 
 def is_request(sentence: str) -> bool:
     """Whether a sentence is a question or a request for information."""
-    if "?" in sentence or "？" in sentence:
+    told = _TAG.sub("", sentence)
+    if "?" in told or "？" in told:
         return True
     return any(found for found in (_REQUEST.match(sentence), _WISH.search(sentence), _MACHINE.search(sentence)))
 
@@ -104,6 +105,7 @@ _WISH = re.compile(
     r"i (?:was )?wonder(?:ed|ing)? (?:if|whether|about)|i(?:'m| am) interested (?:in|to know))\b",
     re.IGNORECASE,
 )
+_TAG = re.compile(r",\s*(?:ok|okay|all right|alright)\s*[?？]\W*$", re.IGNORECASE)  # "..., OK?" asks for nothing
 _OPEN = re.compile(
     r"\b(?:tell me|describe|explain|(?:walk|talk) me through|say more|elaborate|what about|how about|more about|"
     r"what can you (?:tell|say)|hear (?:more )?about|know (?:more )?about|ask (?:you )?about|history of|"
