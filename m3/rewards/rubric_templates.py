@@ -98,14 +98,12 @@ Conversation
 """  # noqa: E501
 LAST = "\n\nEnd of the conversation\n\nClause\n"
 
-VERDICT_SCHEMA: Mapping[str, Any] = MappingProxyType(
-    {
-        "type": "object",
-        "additionalProperties": False,
-        "required": ["explanation", "criteria_met"],
-        "properties": {"explanation": {"type": "string"}, "criteria_met": {"type": "boolean"}},
-    }
-)
+VERDICT_SCHEMA: Mapping[str, Any] = {
+    "type": "object",
+    "additionalProperties": False,
+    "required": ["explanation", "criteria_met"],
+    "properties": {"explanation": {"type": "string"}, "criteria_met": {"type": "boolean"}},
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -28,6 +28,7 @@ class Answers:
         self.tries = {}
 
     async def chat(self, messages, *, temperature=0.0, max_tokens=512, seed=None, stop=(), json_schema=None):
+        json.dumps([messages, json_schema])  # what a client sends must be JSON
         clause = int(messages[-1]["content"].split("Clause number ")[1].split(".")[0])
         self.log.append(("ask", clause, seed))
         self.running += 1

@@ -110,6 +110,7 @@ class Drafter:
         self.replies, self.prompts = list(replies), []
 
     async def chat(self, messages, *, temperature=0.0, max_tokens=512, seed=None, stop=(), json_schema=None):
+        json.dumps([messages, json_schema])  # what a client sends must be JSON
         self.prompts.append(messages[-1]["content"])
         return Reply(text=self.replies.pop(0))
 
