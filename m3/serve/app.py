@@ -107,7 +107,7 @@ def build(backend: ChatBackend, *, api_key: str | None = None, max_body: int = M
             Route("/v1/chat/completions", completions, methods=["POST"]),
             Route("/health", health),
         ],
-        exception_handlers={RequestError: _refused, HTTPException: _no_route},
+        exception_handlers={RequestError: _refused, HTTPException: _no_route, ClientDisconnect: _gone},
         lifespan=lifespan,
     )
 
@@ -270,6 +270,11 @@ async def _refused(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, RequestError)
     LOG.info("%s: status %d", request.url.path, error.status)
     return JSONResponse(error.to_json(), error.status)
+
+
+async def _gone(request: Request, error: Exception) -> JSONResponse:
+    """The client left while it sent its request: nobody reads this."""
+    return JSONResponse(RequestError(400, "body: want all of it").to_json(), 400)
 
 
 async def _no_route(request: Request, error: Exception) -> JSONResponse:
