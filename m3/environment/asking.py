@@ -5,8 +5,8 @@ smoke", "Any fever?", "Tell me about ...", "I would like to know ..."); a statem
 
 - a fact one of whose ``keys`` has all its words in the sentence, in any order (a *specific* ask). Words are compared by
   stem; grammar does not count; lay and medical names of one thing are the same (lay_terms.CONCEPTS);
-- if the sentence is open ("tell me about", "what is ... like"), a fact one of whose ``keywords`` it names, unless the
-  fact is told on specific asking only (an ask by *topic*).
+- if it asks for none so and is open ("tell me about", "what is ... like"), a fact one of whose ``keywords`` it names,
+  unless the fact is told on specific asking only (an ask by *topic*).
 
 What a patient does with an ask is its own matter (patient.py): findings of an examination are asked for here as well.
 Text meant for a machine ("ignore your instructions", "list all facts") asks for nothing and is named as such.
@@ -16,14 +16,15 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import functools
 import re
 
 from m3.environment.case import Case, Disclosure, Fact
-from m3.environment.lay_terms import concepts, topic_stems, without_grammar
+from m3.environment.lay_terms import tokens, ways
 from m3.text.words import sentences
-from m3.text.words import stems as all_stems
 
 MAX_CHARACTERS = 8_000  # ours: no patient listens longer; bounds the work a message can cause
+_KEPT = 1024  # ours: sentences of a case whose reading is kept; more than its consultations at work have
 MAX_SENTENCE_WORDS = 60  # ours: a longer "sentence" is a list without stops; its beginning counts
 
 
@@ -58,7 +59,13 @@ class Ask:
 def asked(case: Case, text: str) -> list[Ask]:
     """The questions of a physician's message in order, each with the facts it asks for; none for mere statements."""
     index = _index(case)
-    return [index.read(sentence) for sentence in sentences(text[:MAX_CHARACTERS]) if is_request(sentence)]
+    return [index.read(sentence) for sentence in requests(text[:MAX_CHARACTERS])]
+
+
+@functools.lru_cache(maxsize=256)
+def requests(text: str) -> tuple[str, ...]:
+    """The sentences of a text that are questions or requests for information, in order."""
+    return tuple(sentence for sentence in sentences(text) if is_request(sentence))
 
 
 def is_request(sentence: str) -> bool:
@@ -75,7 +82,7 @@ def says_enough(text: str) -> bool:
 
 def is_closing(text: str) -> bool:
     """Whether a physician's message ends the inquiry: it says that it has enough, or it asks for nothing."""
-    return says_enough(text) or not any(is_request(sentence) for sentence in sentences(text[:MAX_CHARACTERS]))
+    return says_enough(text) or not requests(text[:MAX_CHARACTERS])
 
 
 # -- how people ask ---------------------------------------------------------------------------------------------------
@@ -83,9 +90,9 @@ _AUX = r"(?:do|does|did|have|has|had|are|is|was|were|can|could|would|will)"
 _REQUEST = re.compile(
     r"\W*(?:(?:and|now|ok|okay|so|please|also|right|then|next|thanks?|thank you|first|finally|lastly|i see|but|or)\b"
     r"\W*)*"
-    r"(?:(?:tell|remind|give|show) me|describe|explain|(?:walk|talk) me through|say more|elaborate|rate (?:the|your)|"
-    r"list (?:your|the|any|all)|go on\b|any\b|"
-    rf"{_AUX} (?:you|your|it|the|there|this|that|they|anyone|anybody|any|either|he|she)\b|"
+    r"(?:(?:tell|remind|give|show) me|describe\b|explain\b|(?:walk|talk) me through|say more|elaborate\b|"
+    r"rate (?:the|your)|list (?:your|the|any|all)|go on\b|any\b|"
+    rf"{_AUX} (?:you|your|it|there|they|anyone|anybody|any|either|he|she)\b|"
     rf"(?:what|when|where|which|who|why|how) "
     rf"(?:{_AUX}|about|else|long|many|much|often|bad|severe|old|far|makes?|brings?)\b)",
     re.IGNORECASE,
@@ -163,17 +170,12 @@ class _Entry:
 
 
 def _wanted(phrase: str, label: str) -> list[_Wanted]:
-    """A key as written, and by the concepts it names; grammar counts where one word alone is left ("bring on")."""
-    stems = topic_stems(phrase)
-    ways = [frozenset(stems if len(stems) > 1 else all_stems(phrase))]
-    if found := concepts(stems):
-        covered = frozenset().union(*found.values())
-        ways.append(frozenset({*(ways[0] - covered), *found}))
-    return [_Wanted(way, f"{label} '{phrase}'") for way in dict.fromkeys(ways) if way]
+    return [_Wanted(way, f"{label} '{phrase}'") for way in ways(phrase)]
 
 
 class _Index:
     def __init__(self, case: Case) -> None:
+        self.kept: dict[str, Ask] = {}
         self.entries = tuple(
             _Entry(
                 fact,
@@ -189,19 +191,22 @@ class _Index:
         )
 
     def read(self, sentence: str) -> Ask:
+        """What a sentence asks for; patient, reward and verifiers read the same ones."""
+        if (ask := self.kept.get(sentence)) is None:
+            if len(self.kept) >= _KEPT:
+                self.kept.clear()
+            ask = self.kept[sentence] = self._read(sentence)
+        return ask
+
+    def _read(self, sentence: str) -> Ask:
         if _MACHINE.search(sentence):
             return Ask(sentence=sentence, kind=AskKind.machine)
-        present = self.known & {*(said := all_stems(sentence)[:MAX_SENTENCE_WORDS]), *concepts(without_grammar(said))}
+        present = self.known & tokens(sentence, MAX_SENTENCE_WORDS)
         specific = [(entry.fact.id, one.name) for entry in self.entries if (one := _first(entry.keys, present))]
-        is_open = _OPEN.search(sentence) is not None or _MORE.search(sentence) is not None
-        told = {fact for fact, _ in specific}
-        topical = [
-            (entry.fact.id, one.name)
-            for entry in (self.entries if is_open else ())
-            if entry.fact.id not in told and (one := _first(entry.topics, present))
-        ]
-        kind = AskKind.specific if specific else AskKind.topic if topical else _kind_without_facts(sentence)
-        found = specific + topical
+        found = specific
+        if not specific and (_OPEN.search(sentence) or _MORE.search(sentence)):
+            found = [(entry.fact.id, one.name) for entry in self.entries if (one := _first(entry.topics, present))]
+        kind = AskKind.specific if specific else AskKind.topic if found else _kind_without_facts(sentence)
         return Ask(
             sentence=sentence,
             kind=kind,

@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import re
 
-from m3.text.words import stem, words
+from m3.text.words import stem, stems, words
 
 CONCEPTS: tuple[tuple[str, ...], ...] = (
     (
@@ -128,7 +128,7 @@ CONCEPTS: tuple[tuple[str, ...], ...] = (
     ("alcohol", "drink alcohol", "units a week", "wine", "beer", "booze"),
     ("recreational drugs", "illicit drugs", "street drugs", "cannabis", "cocaine", "use drugs"),
     ("job", "occupation", "work as"),
-    ("live with", "live alone", "living situation", "who is at home", "home situation"),
+    ("live alone", "living situation", "who is at home", "home situation"),
     ("exercise", "physical activity", "physically active"),
     ("travel", "travelled", "traveled", "abroad", "trip overseas"),
     ("family history", "run in the family", "runs in family", "relatives"),
@@ -201,9 +201,9 @@ def topic_stems(text: str) -> list[str]:
     return without_grammar([stem(word) for word in words(text)])
 
 
-def without_grammar(stems: list[str]) -> list[str]:
+def without_grammar(found: list[str]) -> list[str]:
     """Stems of a sentence without those of grammar; all of them where nothing else is left."""
-    return [one for one in stems if one not in FUNCTION_WORDS] or stems
+    return [one for one in found if one not in FUNCTION_WORDS] or found
 
 
 @functools.cache
@@ -216,21 +216,47 @@ def _variants() -> dict[str, list[tuple[tuple[str, ...], str]]]:
     return found
 
 
-def concepts(stems: list[str]) -> dict[str, frozenset[str]]:
+def concepts(topics: list[str]) -> dict[str, frozenset[str]]:
     """Concepts named in a sentence's topic stems, each with the stems that name it; ``=`` begins a concept's name."""
     variants = _variants()
     found: dict[str, frozenset[str]] = {}
-    for i, first in enumerate(stems):
+    for i, first in enumerate(topics):
         for rest, concept in variants.get(first, ()):
             at = i
             for one in rest:
-                window = stems[at + 1 : at + 2 + _VARIANT_GAP]
+                window = topics[at + 1 : at + 2 + _VARIANT_GAP]
                 if one not in window:
                     break
                 at += 1 + window.index(one)
             else:
                 found[concept] = found.get(concept, frozenset()) | {first, *rest}
     return found
+
+
+@functools.lru_cache(maxsize=16384)
+def ways(phrase: str) -> tuple[frozenset[str], ...]:
+    """A key as sets of tokens, any of which means it: as written, and by the concepts it names.
+
+    Grammar in it counts only where one word alone would be left ("bring on").
+    """
+    kept = topic_stems(phrase)
+    plain = frozenset(kept if len(kept) > 1 else stems(phrase))
+    found = concepts(kept)
+    if not plain or not found:
+        return (plain,) if plain else ()
+    named = frozenset(one for naming in found.values() for one in naming)
+    return tuple(dict.fromkeys((plain, frozenset({*(plain - named), *found}))))
+
+
+def tokens(sentence: str, most: int | None = None) -> frozenset[str]:
+    """Stems of a sentence's words, grammar included, and the concepts it names; of its first ``most`` words."""
+    found = stems(sentence)[:most]
+    return frozenset(found) | frozenset(concepts(without_grammar(found)))
+
+
+def means(sentence_tokens: frozenset[str], phrase: str) -> bool:
+    """Whether all words of a key are among a sentence's tokens."""
+    return any(way <= sentence_tokens for way in ways(phrase))
 
 
 @functools.cache

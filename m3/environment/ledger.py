@@ -20,17 +20,24 @@ from collections.abc import Iterable, Sequence
 
 from m3.environment.asking import AskKind, asked
 from m3.environment.case import Case, Disclosure, Fact
-from m3.environment.lay_terms import concepts, is_clinical, topic_stems
-from m3.text.words import content_stems, is_negated, sentences, stem, words
+from m3.environment.lay_terms import concepts, is_clinical, means, tokens
+from m3.text.words import STOP_WORDS, content_stems, is_negated, sentences, stem, words
 
 DIAGNOSIS = "diagnosis"  # what is leaked when the patient names what it has
 _OVERLAP = 0.6  # ours: share of a fact's content words that makes a clause speak of it
+_EMPTY = frozenset(
+    stem(word) for word in (*STOP_WORDS, "all", "nothing", "no", "not")
+)  # of "that's all", "no, nothing"
+_VERBATIM = 4  # ours: content words that no other sentence holds by chance
 _UNKNOWN = re.compile(
     r"\b(?:(?:don't|do not|don’t|didn't|didn’t) (?:really )?(?:know|remember|recall)|not (?:really )?sure|no idea|"
     r"(?:can't|cannot|can’t|couldn't|couldn’t) (?:say|tell|remember|recall)|haven't noticed|haven’t noticed)\b",
     re.IGNORECASE,
 )
-_ANSWER = re.compile(r"\W*(yes|yeah|yep|no|nope|not at all|never)\b[\s,.!:;]*", re.IGNORECASE)
+_ANSWER = re.compile(
+    r"\W*(yes|yeah|yep|no|nope|not at all|never)\b(?:\s*[,.!:;]+\s*|\s*$|\s+(?=(?:i|it|we|they|my|there|not)\b))",
+    re.IGNORECASE,
+)
 _CLAUSE = re.compile(r"\s*;\s*|,?\s+\b(?:but|although|though|however|except)\b\s+", re.IGNORECASE)
 _UNITS = frozenset(
     stem(word)
@@ -87,7 +94,7 @@ class _Known:
 
     fact: Fact
     wordings: tuple[frozenset[str], ...]
-    keys: tuple[frozenset[str], ...]
+    keys: tuple[str, ...]
     numbers: frozenset[float]
     negated: bool | None  # None: its two wordings differ, polarity cannot be checked
 
@@ -101,7 +108,7 @@ class Ledger:
         texts = [case.opening_line, case.chief_complaint, case.sex, case.setting]
         for fact in case.facts:
             texts += [fact.text, fact.said, *fact.keys, *fact.keywords]
-        self._vocabulary = _tokens(" . ".join(texts)) | {stem(word) for text in texts for word in words(text)}
+        self._vocabulary = tokens(" . ".join(texts)) | {stem(word) for text in texts for word in words(text)}
         self._numbers = {number for text in texts for number in numbers(text)}
         if case.age is not None:
             self._numbers.add(case.age)
@@ -120,7 +127,7 @@ class Ledger:
         allowed = {fact for ask in asks for fact in ask.fact_ids} | set(self.case.opening_facts)
         topics = {topic for fact in allowed for topic in self.case.fact[fact].keywords}
         specific = [fact for ask in asks if ask.kind == AskKind.specific for fact in ask.fact_ids]
-        told, rest = self._verbatim(answer_text)
+        told, rest = self._verbatim(answer_text, allowed)
         wrong: dict[str, str] = {}
         invented: dict[str, str] = {}
         for sentence in sentences(rest):
@@ -144,16 +151,17 @@ class Ledger:
             reasons=tuple(reasons),
         )
 
-    def _verbatim(self, answer: str) -> tuple[dict[str, str], str]:
-        """Facts told in the case's own words, and what is left of the answer."""
+    def _verbatim(self, answer: str, allowed: set[str]) -> tuple[dict[str, str], str]:
+        """Facts told in the case's own words, and what is left of the answer; short ones ("No.") where asked for."""
         told: dict[str, str] = {}
         if answer.startswith(self.case.opening_line):
             told.update(dict.fromkeys(self.case.opening_facts, "opening line"))
             answer = answer[len(self.case.opening_line) :]
         for known in sorted(self._facts, key=lambda known: -len(known.fact.said)):
-            if known.fact.said in answer:
-                told[known.fact.id] = "verbatim"
-                answer = answer.replace(known.fact.said, "\n")
+            said, one = known.fact.said, known.fact.id
+            if said in answer and (one in allowed or len(content_stems(said)) >= _VERBATIM):
+                told[one] = "verbatim"
+                answer = answer.replace(said, "\n")
         return told, answer
 
     def _read(
@@ -168,8 +176,8 @@ class Ledger:
         opened = _ANSWER.match(clause)
         answer = opened.group(1).lower() if opened else ""
         body = clause[opened.end() :] if opened else clause
-        tokens, said_numbers = _tokens(body), numbers(body)
-        spoken = [known for known in self._facts if _speaks_of(known, tokens)]
+        spoken_tokens, said_numbers = tokens(body), numbers(body)
+        spoken = [known for known in self._facts if _speaks_of(known, spoken_tokens)]
         bare = not spoken and len(set(specific)) == 1 and answer != "" and len(content_stems(body)) <= 2
         if bare:
             spoken = [known for known in self._facts if known.fact.id == specific[0]]
@@ -197,10 +205,11 @@ class Ledger:
 
 def _known(fact: Fact) -> _Known:
     by_text, by_said = is_negated(fact.text), is_negated(_without_answer(fact.said))
+    own = tokens(f"{fact.said} {fact.text}")
     return _Known(
         fact,
-        tuple(frozenset(content_stems(text)) for text in dict.fromkeys((fact.said, fact.text))),
-        tuple(_tokens(key) for key in fact.keys),
+        tuple(frozenset(content_stems(text)) - _EMPTY for text in dict.fromkeys((fact.said, fact.text))),
+        tuple(key for key in fact.keys if len(words(key)) > 1 or means(own, key)),
         frozenset(numbers(fact.text) | numbers(fact.said) | ({fact.value[0]} if fact.value else set())),
         by_text if by_text == by_said else None,
     )
@@ -211,24 +220,11 @@ def _without_answer(text: str) -> str:
     return text[opened.end() :] if opened else text
 
 
-def _tokens(text: str) -> frozenset[str]:
-    """Topic stems of a text and the concepts it names."""
-    stems = topic_stems(text)
-    return frozenset(stems) | frozenset(concepts(stems))
-
-
-def _speaks_of(known: _Known, tokens: frozenset[str]) -> bool:
-    """By most of its content words, or by all words of a key that are in its own wording too."""
-    for wording in known.wordings:
-        if wording and len(wording & tokens) / len(wording) >= _OVERLAP:
-            return True
-    return any(_shares(key, tokens) for key in known.keys)
-
-
-def _shares(key: frozenset[str], tokens: frozenset[str]) -> bool:
-    named = {one for one in key if one.startswith("=")}
-    plain = key - named
-    return plain <= tokens or bool(named and named <= tokens)
+def _speaks_of(known: _Known, said: frozenset[str]) -> bool:
+    """By most of its content words, or by all words of a key that is two words or one of its own."""
+    if any(len(wording & said) >= max(2, _OVERLAP * len(wording)) for wording in known.wordings):
+        return True
+    return any(means(said, key) for key in known.keys)
 
 
 def _may_tell(fact: Fact, allowed: Iterable[str], topics: set[str], talkative: bool) -> bool:

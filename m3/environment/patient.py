@@ -34,8 +34,8 @@ FILLERS = {  # everything that is said without being a fact
     "machine": ("I don't understand what you mean.", "Sorry, I don't follow."),
     "examination": ("You'd have to check that yourself, doctor.",),
     "too_many": ("That's a lot at once.", "One thing at a time, please."),
-    "anxious": ("I'm quite worried about this.", "All of this makes me nervous."),
-    "gone": ("I think I'd better go now.",),
+    "anxious": ("I just want to know what this is, doctor.", "Sorry, it is all I think about."),
+    "gone": ("I have to leave now.",),
 }
 
 

@@ -32,9 +32,10 @@ from types import MappingProxyType, TracebackType
 from typing import Any, Protocol, TypeVar
 
 from m3.environment.case import Case, Phase
+from m3.environment.episode import open_stage
 from m3.environment.journal import Journal
 from m3.environment.segment import Batch, Context, Segment, StageScore, derive_seed
-from m3.environment.stages import PHASES, following, next_context
+from m3.environment.stages import PHASES, following
 from m3.environment.trajectory import Message, Trajectory
 from m3.rewards.verdict import UnjudgedError
 from m3.rollout.chat import ChatError, Failure
@@ -100,6 +101,10 @@ class Consultation(Protocol):
     """Who speaks: a policy, and the patients it sees."""
 
     @property
+    def policy(self) -> str:
+        """The policy's name."""
+
+    @property
     def name(self) -> str:
         """The policy's name and what else tells this one from others: a journal is bound to it."""
 
@@ -113,10 +118,6 @@ class Consultation(Protocol):
 
     async def answer(self, context: Context, *, seed: int, rollout: int) -> Answer:
         """y_k. Raises ChatError: no answer."""
-        ...
-
-    def results(self, case: Case, answer: Sequence[Message]) -> str:
-        """What the examinations ordered in an answer showed."""
         ...
 
 
@@ -370,9 +371,9 @@ class Pipeline:
             self.progress.discarded[context.phase, reason.partition(":")[0]] += 1
         return [segment for segment in passed if segment.id in drawn], discarded
 
-    def _next(self, case: Case, segment: Segment, phase: Phase) -> Context:
-        results = self._consultation.results(case, segment.response) if phase == Phase.diagnosis else ""
-        messages = next_context(segment.prompt, segment.response, phase, results=results)
+    @staticmethod
+    def _next(case: Case, segment: Segment, phase: Phase) -> Context:
+        messages = open_stage(case, segment.prompt, segment.response, phase)
         return Context(id=segment.id, case=case, phase=phase, messages=messages)
 
     async def _segment(self, context: Context, rollout: int) -> Segment | str:
@@ -399,7 +400,7 @@ class Pipeline:
                 reward=0.0,
                 quality=0.0,
                 seed=seed,
-                policy=self._consultation.name,
+                policy=self._consultation.policy,
                 policy_version=version,
                 ended=answer.ended,
             )

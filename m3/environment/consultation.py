@@ -1,0 +1,113 @@
+"""Consultations of a policy with simulated patients, stage by stage: what the pipeline's slots do.
+
+A group's rollouts share their context: the mode (passive or interrupted), the opening line and the patient's seed are
+drawn once for each context of an inquiry, and only the policy's seed differs between rollouts.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+from m3.environment.case import Case, Phase
+from m3.environment.episode import MAX_TURNS, Patient, Policy, run_inquiry, run_stage
+from m3.environment.modes import PASSIVE_MODE, Mode, ModeConfig, draw
+from m3.environment.patient import ScriptedPatient
+from m3.environment.pipeline import Answer
+from m3.environment.segment import Context, derive_seed
+from m3.environment.stages import instruction
+from m3.environment.trajectory import Message
+from m3kernels.checks import refuse
+
+
+class PatientFactory(Protocol):
+    """Makes the patient of a case."""
+
+    def __call__(self, case: Case, *, seed: int) -> Patient: ...
+
+
+class _Opened:
+    """A patient whose first words are said."""
+
+    def __init__(self, patient: Patient, first: Message | None) -> None:
+        self._patient, self._first = patient, first
+
+    async def open(self) -> Message:
+        assert self._first is not None  # a snippet opens the consultation, and nobody asks
+        return self._first
+
+    async def answer(self, messages: Sequence[Message]) -> Message:
+        return await self._patient.answer(messages)
+
+
+class SimulatedConsultation:
+    """The ``Consultation`` of a policy and simulated patients.
+
+    Args:
+        policy: the physician.
+        patient: makes patients; the scripted ones by default.
+        max_turns: most messages of the physician in an inquiry.
+        modes: shares of passive and interrupted beginnings.
+        version: tells the policy's version; 0 throughout by default.
+        patient_name: what else tells this consultation from another of the same policy.
+    """
+
+    def __init__(
+        self,
+        policy: Policy,
+        patient: PatientFactory = ScriptedPatient,
+        *,
+        max_turns: int = MAX_TURNS,
+        modes: ModeConfig | None = None,
+        version: Callable[[], int] | None = None,
+        patient_name: str = "scripted",
+    ) -> None:
+        if max_turns < 1:
+            raise refuse("SimulatedConsultation", "max_turns", "an integer >= 1", max_turns)
+        self._policy, self._patient, self._version = policy, patient, version
+        self._max_turns, self._modes = max_turns, modes or ModeConfig()
+        self.policy = policy.name
+        shares = f"interruption {self._modes.interruption:g}, mid-turn {self._modes.mid_turn:g}"
+        self.name = f"{policy.name} with {patient_name} patients, {max_turns} turns, {shares}"
+
+    @property
+    def version(self) -> int:
+        """The policy's version now."""
+        return self._version() if self._version is not None else 0
+
+    async def open(self, case: Case, *, seed: int) -> tuple[Message, ...]:
+        """x_1: the instruction, and the snippet or the patient's opening line."""
+        mode = draw(case, seed=seed, config=self._modes)
+        first = mode.snippet or (await self._patient(case, seed=_patient_seed(seed)).open(),)
+        *before, last = (instruction(Phase.inquiry, 0), *first)
+        return (*before, _marked(last, mode.name, seed))
+
+    async def answer(self, context: Context, *, seed: int, rollout: int) -> Answer:
+        """y_k: the rest of the inquiry, or one message."""
+        case, messages = context.case, context.messages
+        if context.phase != Phase.inquiry:
+            said = await run_stage(case, self._policy, messages, context.phase, seed=seed, rollout=rollout)
+            return Answer(messages=(said,))
+        name, opened = messages[-1].meta["mode"], messages[-1].meta["opened"]
+        snippet = () if name == PASSIVE_MODE else messages[1:]
+        patient = _Opened(self._patient(case, seed=_patient_seed(opened)), None if snippet else messages[-1])
+        trajectory = await run_inquiry(
+            case,
+            self._policy,
+            patient,
+            seed=seed,
+            rollout=rollout,
+            max_turns=self._max_turns,
+            mode=Mode(name=name, snippet=snippet),
+        )
+        return Answer(messages=trajectory.messages[len(messages) :], ended=trajectory.ended)
+
+
+def _patient_seed(seed: int) -> int:
+    return derive_seed(seed, "patient")
+
+
+def _marked(message: Message, mode: str, seed: int) -> Message:
+    """The last message of x_1 carries how the consultation began, and the seed the group's patients come from."""
+    return dataclasses.replace(message, meta={**message.meta, "mode": mode, "opened": seed})
