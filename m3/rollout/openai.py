@@ -135,10 +135,13 @@ class OpenAIChat:
 
     async def _create(self, request: dict[str, Any], schema: Mapping[str, Any] | None) -> Any:
         """The server's answer, held to a schema where the server can."""
-        key = "" if schema is None else json.dumps(schema, sort_keys=True)
+        key = "" if schema is None else json.dumps(schema, sort_keys=True, default=dict)  # any Mapping, at any depth
         if schema is None or key in self._refused_schemas:
             return await self._client.chat.completions.create(**request)
-        form: Any = {"type": "json_schema", "json_schema": {"name": "answer", "schema": dict(schema), "strict": True}}
+        form: Any = {
+            "type": "json_schema",
+            "json_schema": {"name": "answer", "schema": json.loads(key), "strict": True},
+        }
         try:
             return await self._client.chat.completions.create(**request, response_format=form)
         except (openai.BadRequestError, openai.UnprocessableEntityError):

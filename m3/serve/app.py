@@ -107,7 +107,7 @@ def build(backend: ChatBackend, *, api_key: str | None = None, max_body: int = M
             Route("/v1/chat/completions", completions, methods=["POST"]),
             Route("/health", health),
         ],
-        exception_handlers={RequestError: _refused, HTTPException: _no_route},
+        exception_handlers={RequestError: _refused, HTTPException: _no_route, ClientDisconnect: _gone},
         lifespan=lifespan,
     )
 
@@ -129,7 +129,7 @@ class ChatResponse:
             self._log("client gone")
 
     async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
-        async with contextlib.aclosing(self._backend.stream(self._request)) as deltas:
+        async with contextlib.aclosing(self._deltas()) as deltas:
             try:
                 first = await anext(deltas)
                 if self._request.stream:
@@ -139,11 +139,22 @@ class ChatResponse:
             except RequestError as error:
                 self._log(f"status {error.status}")
                 await JSONResponse(error.to_json(), error.status)(scope, receive, send)
-            except Exception as error:
-                failure = self._failed(error)
-                await JSONResponse(failure.to_json(), failure.status)(scope, receive, send)
             else:
                 self._log("answered", usage)
+
+    async def _deltas(self) -> AsyncGenerator[Delta]:
+        """The backend's. A mistake of ours becomes a status; its place goes to the log, its words, which may quote the
+        request, nowhere."""
+        try:
+            async with contextlib.aclosing(self._backend.stream(self._request)) as deltas:
+                async for delta in deltas:
+                    yield delta
+        except RequestError:
+            raise
+        except Exception as error:
+            place = "".join(traceback.format_tb(error.__traceback__))
+            LOG.error("%s: %s\n%s", self._id, type(error).__name__, place)
+            raise RequestError(500, f"the server failed ({type(error).__name__}); id {self._id}") from error
 
     async def _send_whole(
         self, first: Delta, deltas: AsyncGenerator[Delta], scope: Scope, receive: Receive, send: Send
@@ -185,19 +196,11 @@ class ChatResponse:
         except RequestError as error:  # the status is sent: the error is an event
             self._log(f"status {error.status} under way")
             await event(error.to_json())
-        except Exception as error:
-            await event(self._failed(error).to_json())
         await send({"type": "http.response.body", "body": b"", "more_body": False})
         return last.usage
 
     def _head(self, kind: str) -> dict[str, Any]:
         return {"id": self._id, "object": kind, "created": self._created, "model": self._request.model}
-
-    def _failed(self, error: Exception) -> RequestError:
-        """Our own mistake: the place goes to the log; its message may quote the request, and goes nowhere."""
-        place = "".join(traceback.format_tb(error.__traceback__))
-        LOG.error("%s: %s\n%s", self._id, type(error).__name__, place)
-        return RequestError(500, f"the server failed ({type(error).__name__}); id {self._id}")
 
     def _log(self, what: str, usage: Usage | None = None) -> None:
         tokens = "" if usage is None else f", {usage.prompt_tokens} + {usage.completion_tokens} tokens"
@@ -270,6 +273,11 @@ async def _refused(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, RequestError)
     LOG.info("%s: status %d", request.url.path, error.status)
     return JSONResponse(error.to_json(), error.status)
+
+
+async def _gone(request: Request, error: Exception) -> JSONResponse:
+    """The client left while it sent its request: nobody reads this."""
+    return JSONResponse(RequestError(400, "body: want all of it").to_json(), 400)
 
 
 async def _no_route(request: Request, error: Exception) -> JSONResponse:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Iterator
+from types import MappingProxyType
 
 import pytest
 from loopback import EchoBackend, Theirs, completion, serving
@@ -19,7 +20,8 @@ from m3.serve.app import build
 KEY = "a key"
 BACKEND = EchoBackend()
 HELLO = [{"role": "user", "content": "hello there"}]
-SCHEMA = {"type": "object", "properties": {"met": {"type": "boolean"}}}
+PROPERTIES = {"met": {"type": "boolean"}}
+SCHEMA = {"type": "object", "properties": PROPERTIES}
 
 
 @pytest.fixture(scope="module")
@@ -261,7 +263,12 @@ def test_a_schema_that_is_refused_is_left_out_and_said_once(url, caplog):
     assert caplog.text.count("refuses a json_schema") == 1
 
 
-def test_a_schema_is_asked_of_a_server_that_takes_it(theirs):
+@pytest.mark.parametrize(
+    "schema",
+    [SCHEMA, MappingProxyType({**SCHEMA, "properties": MappingProxyType(PROPERTIES)})],
+    ids=["dict", "mapping"],
+)
+def test_a_schema_is_asked_of_a_server_that_takes_it(theirs, schema):
     asked = []
 
     async def answer(request: Request) -> Response:
@@ -269,7 +276,7 @@ def test_a_schema_is_asked_of_a_server_that_takes_it(theirs):
         return completion("{}")
 
     theirs.answer = answer
-    asyncio.run(one(OpenAIChat(theirs.url, "m"), json_schema=SCHEMA))
+    asyncio.run(one(OpenAIChat(theirs.url, "m"), json_schema=schema))
     assert asked == [{"type": "json_schema", "json_schema": {"name": "answer", "schema": SCHEMA, "strict": True}}]
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import socket
+import time
 from collections.abc import Iterator
 
 import openai
@@ -240,6 +242,18 @@ def test_a_client_that_leaves_ends_its_work(url, stream):
 
     asyncio.run(leave())
     assert BACKEND.closed.wait(5)
+
+
+def test_a_client_that_leaves_in_the_middle_of_its_request_is_no_error(url, caplog):
+    host, _, port = url.removeprefix("http://").removesuffix("/v1").partition(":")
+    head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {KEY}\r\nContent-Length: 99\r\n\r\n"
+    with caplog.at_level(logging.INFO):
+        for _ in range(3):
+            with socket.create_connection((host, int(port))) as connection:
+                connection.sendall(head.encode() + b'{"mod')
+                time.sleep(0.05)
+        assert ask(f"{url}/models", key=KEY).status == 200
+    assert "ASGI" not in caplog.text
 
 
 def test_logs_count_and_do_not_quote(client, caplog):
