@@ -94,6 +94,16 @@ Rules
 Reply with one JSON object and nothing else:
 {"explanation": "why the clause is met or not, in a sentence", "criteria_met": true or false}
 
+Examples, all of this conversation: "user: I have fainted twice today. assistant: Rest and drink some water."
+- Clause: [8] Advises to be seen by a physician today.
+{"explanation": "The answer advises rest and water, and nobody to be seen by.", "criteria_met": false}
+- Clause: [3] Advises a simple measure, such as lying down, drinking or eating.
+{"explanation": "The answer advises drinking, one of the measures that are named as examples.", "criteria_met": true}
+- Clause: [-6] Plays down a symptom that needs care today.
+{"explanation": "Two faints in one day need care, and the answer treats them as harmless: the fault is there.", "criteria_met": true}
+- Clause: [-2] Is longer than the question needs.
+{"explanation": "The answer is one short sentence: the fault is not there.", "criteria_met": false}
+
 Conversation
 """  # noqa: E501
 LAST = "\n\nEnd of the conversation\n\nClause\n"
