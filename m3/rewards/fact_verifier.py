@@ -78,11 +78,15 @@ class FactVerifier(abc.ABC):
     ) -> None:
         self.evidence, self.config = evidence, config or Config()
         self.cache, self.budget = cache, budget or Budget()
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._slots = asyncio.Semaphore(self.config.concurrency)
 
     async def verify(self, claims: Sequence[str | Claim]) -> list[FactVerdict]:
         """A verdict of each claim, in order; equal claims are verified once."""
         texts = [claim.text if isinstance(claim, Claim) else claim for claim in claims]
-        slots = asyncio.Semaphore(self.config.concurrency)
+        if (loop := asyncio.get_running_loop()) is not self._loop:  # a semaphore belongs to one loop
+            self._loop, self._slots = loop, asyncio.Semaphore(self.config.concurrency)
+        slots = self._slots
         verdicts: dict[str, FactVerdict] = {}
 
         async def one(text: str) -> None:

@@ -153,7 +153,7 @@ def make_claims(evidence: Evidence, *, n: int, seed: int) -> dict[str, list[str]
     rng = random.Random(seed)
     order = list(range(len(evidence)))
     rng.shuffle(order)
-    subjects = [_subject(evidence, i) for i in order[: 20 * n]]
+    subjects = [_subject(evidence, i) for i in order]
     pool = [subject for subject in subjects if subject]
     made: dict[str, list[str]] = {"as_is": [], "subject": [], "number": [], "negation": []}
     for place, subject in zip(order, subjects, strict=False):
