@@ -61,7 +61,7 @@ class Extractor(Protocol):
 class ScriptedExtractor:
     """By rules, one sentence at a time; see ``extract_claims``."""
 
-    name = "scripted"
+    name = "scripted-1"  # the number is raised when a rule changes
     scripted = True
 
     async def extract(self, response: str, question: str = "") -> Extraction:

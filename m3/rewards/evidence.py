@@ -14,6 +14,7 @@ import gzip
 import hashlib
 import io
 import json
+import math
 import re
 import tempfile
 import zipfile
@@ -72,6 +73,17 @@ class Evidence:
             KeyError: no such passage.
         """
         return self._by_id[id]
+
+    @functools.cached_property
+    def _frequency(self) -> np.ndarray:
+        """Passages that have each term, by its number."""
+        return np.diff(np.asarray(self._index.scores["indptr"]))
+
+    def rarity(self, stem: str) -> float:
+        """ln(1 + (N - n + 0.5) / (n + 0.5)) of a stem that n of N passages have; > 0."""
+        place = self._index.vocab_dict.get(stem)
+        n = 0 if place is None else int(self._frequency[place])
+        return math.log(1 + (len(self) - n + 0.5) / (n + 0.5))
 
     def search(self, query: str, k: int = 5) -> list[Passage]:
         """At most k passages that share a content word with the query, best first; equals by place in the corpus."""
@@ -295,9 +307,9 @@ def read_qrels(path: str | Path) -> tuple[dict[str, dict[str, int]], tuple[Passa
             elif name.endswith(".csv"):
                 text = archive.read(name).decode("utf-8-sig", errors="replace")
                 for row in csv.DictReader(io.StringIO(text, newline="")):
-                    question = re.search(r"Question:\s*(.*)", row["Answer"])
+                    heading = re.search(r"Question:\s*(.*)", row["Answer"])
                     body = row["Answer"].split("Answer:", 1)[-1]
-                    title = question.group(1).strip() if question else ""
+                    title = heading.group(1).strip() if heading else ""
                     passages.append(Passage(id=row["AnswerID"], text=body.strip(), title=title))
     unique = {passage.id: passage for passage in passages}
     return grades, tuple(unique.values())
