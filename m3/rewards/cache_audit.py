@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from m3.rewards.claim_cache import NEIGHBOURS, ClaimCache, wilson
+from m3.rewards.claim_cache import NEIGHBOURS, THRESHOLD, ClaimCache, wilson
 from m3.rewards.claim_guard import same
 from m3.rewards.claim_perturbation import Pair, make_pairs
 from m3.rewards.claim_stores import SqliteStore
@@ -116,7 +116,7 @@ def run_cache_audit(
     craft_md: str | Path,
     embedder: Embedder,
     *,
-    threshold: float = 0.8,
+    threshold: float = THRESHOLD,
     per_kind: int = 600,
     groups: int | None = 100,
     seed: int = 0,
@@ -203,7 +203,7 @@ def medquad_sentences(folder: str | Path) -> list[str]:
 
 
 def trial_groups(folder: str | Path) -> Iterator[list[list[str]]]:
-    """Claims of each trial of each (case, doctor): the patient's statements and the doctor's last, each once a trial."""
+    """Claims of each trial of each (case, doctor): statements of the patient, the doctor's last; once a trial."""
     groups: dict[tuple[str, str], list[tuple[int, list[str]]]] = collections.defaultdict(list)
     with gzip.open(Path(folder) / "replay_dev.jsonl.gz", "rt", encoding="utf-8") as file:
         for line in file:
@@ -268,6 +268,6 @@ async def _workload(
                     l2=after.l2_hits - before.l2_hits,
                 )
             )
-    stored = len(store)
+    stored = store.count()
     cache.close()
     return rows, stored
