@@ -15,6 +15,7 @@ import asyncio
 import collections
 import dataclasses
 import gzip
+import itertools
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -195,10 +196,11 @@ def kqa_statements(folder: str | Path) -> list[str]:
     return sorted(text for text in found if len(text.split()) >= SHORTEST_CLAIM)
 
 
-def medquad_sentences(folder: str | Path) -> list[str]:
-    """Whole sentences of 6 to 28 words of the answers, each once, sorted."""
+def medquad_sentences(folder: str | Path, every: int = 1) -> list[str]:
+    """Whole sentences of 6 to 28 words of all answers, or of one in ``every``, each once, sorted."""
     with gzip.open(Path(folder) / "medquad_nih_core.jsonl.gz", "rt", encoding="utf-8") as file:
-        found = {text for line in file for text in sentences(json.loads(line)["answer"])}
+        lines = itertools.islice(file, 0, None, every)
+        found = {text for line in lines for text in sentences(json.loads(line)["answer"])}
     return sorted(text for text in found if 6 <= len(text.split()) <= 28 and text[-1] == "." and text[0].isupper())
 
 
