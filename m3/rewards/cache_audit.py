@@ -15,6 +15,7 @@ import asyncio
 import collections
 import dataclasses
 import gzip
+import itertools
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -22,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from m3.rewards.claim_cache import NEIGHBOURS, ClaimCache, wilson
+from m3.rewards.claim_cache import NEIGHBOURS, THRESHOLD, ClaimCache, wilson
 from m3.rewards.claim_guard import same
 from m3.rewards.claim_perturbation import Pair, make_pairs
 from m3.rewards.claim_stores import SqliteStore
@@ -116,7 +117,7 @@ def run_cache_audit(
     craft_md: str | Path,
     embedder: Embedder,
     *,
-    threshold: float = 0.8,
+    threshold: float = THRESHOLD,
     per_kind: int = 600,
     groups: int | None = 100,
     seed: int = 0,
@@ -195,15 +196,16 @@ def kqa_statements(folder: str | Path) -> list[str]:
     return sorted(text for text in found if len(text.split()) >= SHORTEST_CLAIM)
 
 
-def medquad_sentences(folder: str | Path) -> list[str]:
-    """Whole sentences of 6 to 28 words of the answers, each once, sorted."""
+def medquad_sentences(folder: str | Path, every: int = 1) -> list[str]:
+    """Whole sentences of 6 to 28 words of all answers, or of one in ``every``, each once, sorted."""
     with gzip.open(Path(folder) / "medquad_nih_core.jsonl.gz", "rt", encoding="utf-8") as file:
-        found = {text for line in file for text in sentences(json.loads(line)["answer"])}
+        lines = itertools.islice(file, 0, None, every)
+        found = {text for line in lines for text in sentences(json.loads(line)["answer"])}
     return sorted(text for text in found if 6 <= len(text.split()) <= 28 and text[-1] == "." and text[0].isupper())
 
 
 def trial_groups(folder: str | Path) -> Iterator[list[list[str]]]:
-    """Claims of each trial of each (case, doctor): the patient's statements and the doctor's last, each once a trial."""
+    """Claims of each trial of each (case, doctor): statements of the patient, the doctor's last; once a trial."""
     groups: dict[tuple[str, str], list[tuple[int, list[str]]]] = collections.defaultdict(list)
     with gzip.open(Path(folder) / "replay_dev.jsonl.gz", "rt", encoding="utf-8") as file:
         for line in file:
@@ -268,6 +270,6 @@ async def _workload(
                     l2=after.l2_hits - before.l2_hits,
                 )
             )
-    stored = len(store)
+    stored = store.count()
     cache.close()
     return rows, stored

@@ -88,21 +88,20 @@ def same(one: str, other: str) -> str:
 
 def difference(a: Signature, b: Signature) -> str:
     """As ``same``, of signatures."""
-    if a.tokens == b.tokens:
+    if a.tokens == b.tokens or (a.flight_key == b.flight_key and _explained(a, b)):
         return ""
-    joined_a, joined_b = _join(a, b), _join(b, a)
-    if joined_a.tokens == joined_b.tokens:
-        return ""
-    counts = Counter(joined_a.tokens), Counter(joined_b.tokens)
-    if counts[0] == counts[1] and _lists_alike(joined_a, joined_b):
-        return ""
-    if any(tokens == joined_b.tokens for tokens in _restated(joined_a.tokens)):
-        return ""
-    if any(tokens == joined_a.tokens for tokens in _restated(joined_b.tokens)):
-        return ""
+    counts = Counter(a.tokens), Counter(b.tokens)
     if counts[0] == counts[1]:
         return "order"
     return _reason([*(counts[0] - counts[1])], [*(counts[1] - counts[0])])
+
+
+def _explained(a: Signature, b: Signature) -> bool:
+    """Whether spacing or one of the moves makes one claim of the other."""
+    a, b = _join(a, b), _join(b, a)
+    if a.tokens == b.tokens or (Counter(a.tokens) == Counter(b.tokens) and _lists_alike(a, b)):
+        return True
+    return b.tokens in _restated(a.tokens) or a.tokens in _restated(b.tokens)
 
 
 # -- words ------------------------------------------------------------------------------------------------------------

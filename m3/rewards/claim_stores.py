@@ -209,7 +209,8 @@ class SqliteStore:
         with self._lock:
             self._db.close()
 
-    def __len__(self) -> int:
+    def count(self) -> int:
+        """Verdicts of the scope."""
         with self._lock:
             query = "SELECT COUNT(*) FROM verdicts WHERE namespace = ?"
             return int(self._db.execute(query, (self.scope.namespace,)).fetchone()[0])
