@@ -34,7 +34,7 @@ SORRY = "I'm sorry to hear that. "
 def dialogue(
     *said: str | tuple[str, ...], opening: str | tuple[str, ...] = (OPENING, "pain"), **later: str
 ) -> Trajectory:
-    """An inquiry, the physician and the patient in turn; a patient's words are (text, facts...). Later stages by name."""
+    """An inquiry, physician and patient in turn, a patient's words being (text, facts...); later stages by name."""
     rows: list[Message] = []
     turn = 0
     for i, one in enumerate((opening, *said)):
