@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 from collections.abc import AsyncGenerator, Mapping
@@ -69,7 +70,7 @@ async def open_chat(
         from m3.rollout.engine import TIMEOUT as ENGINE_TIMEOUT
         from m3.rollout.engine import EngineChat
 
-        engine = AsyncEngine.from_model(rest, weights=weights, draft=draft)
+        engine = await asyncio.to_thread(AsyncEngine.from_model, rest, weights=weights, draft=draft)
         async with engine:
             yield EngineChat(engine, rest, timeout=ENGINE_TIMEOUT if timeout is None else timeout, budget=budget)
     elif kind == "scripted" and rest:

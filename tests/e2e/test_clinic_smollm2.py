@@ -73,7 +73,7 @@ def test_a_model_plays_the_patient_and_judges(url, record_testsuite_property):
     async def main() -> tuple[list[Trajectory], list[list[Verdict]], Judge]:
         async with OpenAIChat(url, MODEL, timeout=300, budget=budget) as client:
             talks = await asyncio.gather(*(consult(client, number) for number in range(2)))
-            judge = Judge(client, Config(max_tokens=64, retries=1, timeout=600))
+            judge = Judge(client, Config(max_tokens=160, retries=1))
             verdicts = []
             for case, talk in zip(cases, talks, strict=True):
                 messages = [message for message in talk.messages if message.phase is Phase.inquiry]
