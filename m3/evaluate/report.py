@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +66,23 @@ class Credited:
         }
 
 
+def _station(name: str) -> Callable[[Credited], float | None]:
+    return lambda one: one.stations.value(name)
+
+
+def _stage(phase: Phase) -> Callable[[Credited], float | None]:
+    return lambda one: one.rewards[phase]
+
+
+FIGURES: dict[str, Callable[[Credited], float | None]] = {
+    **{f"station by rules: {name}": _station(name) for name in scanbench.STATIONS},
+    "checklist, all stages (Eq 1)": lambda one: None if one.coverage is None else one.coverage.score,
+    **{f"stage reward: {phase}": _stage(phase) for phase in PARTS},
+    "mean factor of a step (Eq 7)": lambda one: sum(one.gammas) / max(len(one.gammas), 1),
+    "turns": lambda one: float(one.trajectory.turns),
+}
+
+
 def credit(case: Case, trajectory: Trajectory, verifier: StepVerifier | None = None) -> Credited:
     """Score a consultation by rules: checklist, stations, stage rewards, steps.
 
@@ -115,22 +132,19 @@ def render(credited: Sequence[Credited], title: str, subtitle: str) -> str:
     )
 
 
-def _summary(credited: Sequence[Credited]) -> list[dict[str, str]]:
-    figures: dict[str, list[float | None]] = {"ScanBench": [None for _ in credited]}
-    for name in scanbench.STATIONS:
-        figures[f"station by rules: {name}"] = [one.stations.value(name) for one in credited]
-    figures["checklist, all stages (Eq 1)"] = [None if c.coverage is None else c.coverage.score for c in credited]
-    for phase in PARTS:
-        figures[f"stage reward: {phase}"] = [one.rewards[phase] for one in credited]
-    figures["mean factor of a step (Eq 7)"] = [sum(one.gammas) / max(len(one.gammas), 1) for one in credited]
-    figures["turns"] = [one.trajectory.turns for one in credited]
-    rows = []
-    for name, values in figures.items():
-        told = [value for value in values if value is not None]
-        nothing = scanbench.NOT_AVAILABLE if name == "ScanBench" else "n/a"
-        mean = f"{sum(told) / len(told):.3f}" if told else nothing
-        rows.append({"name": name, "mean": mean, "count": str(len(told))})
-    return rows
+def _summary(credited: Sequence[Credited]) -> dict[str, Any]:
+    """Means of every score, a column for each policy."""
+    policies = list(dict.fromkeys(one.trajectory.policy for one in credited))
+    among = {policy: [one for one in credited if one.trajectory.policy == policy] for policy in policies}
+    rows = [{"name": "consultations", "means": [str(len(among[policy])) for policy in policies]}]
+    rows.append({"name": "ScanBench", "means": [scanbench.NOT_AVAILABLE for _ in policies]})
+    for name, figure in FIGURES.items():
+        means = []
+        for policy in policies:
+            told = [value for one in among[policy] if (value := figure(one)) is not None]
+            means.append(f"{sum(told) / len(told):.3f}" if told else "n/a")
+        rows.append({"name": name, "means": means})
+    return {"policies": policies, "rows": rows}
 
 
 def _figures(credited: Sequence[Credited]) -> list[dict[str, str]]:
