@@ -83,8 +83,9 @@ _REASON = re.compile(
 )
 _NOT = re.compile(r"\b(?:no|not|avoid|without|don't|do not|unnecessary|defer|never|hold off)\b", re.IGNORECASE)
 _LEAD = re.compile(
-    r"^\W*(?:(?:an? (?=\w)|the (?=\w)|i(?: would|'d| will|'ll| want to)|please|let's|let us|we should|should|also|and|then"
-    r"|next|urgent(?:ly)?|repeat|order(?:ed)?|request(?:ing)?(?: test)?|perform|obtain|get|do|check|send|recommend"
+    r"^\W*(?:(?:an? (?=\w)|the (?=\w)"
+    r"|i(?: would|'d| will|'ll| want to)|please|let's|let us|we should|should|also|and|then|next"
+    r"|urgent(?:ly)?|repeat|order(?:ed)?|request(?:ing)?(?: test)?|perform|obtain|get|do|check|send|recommend"
     r"|tests?(?= |:)|labs?(?= |:)|imaging:|bloods?:|blood (?:tests?|work)|laboratory(?: tests)?|investigations?"
     r"|examinations?|orders?)(?:\b|(?<=:))\s*:?\s*)+",
     re.IGNORECASE,

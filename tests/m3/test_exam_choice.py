@@ -1,4 +1,4 @@
-"""Orders of examinations: reading them, what the case says of each, the weighted F1 by hand, policies that must lose."""
+"""Orders of examinations: reading them, what the case says of each, weighted F1 by hand, and ordering everything."""
 
 from __future__ import annotations
 
