@@ -11,7 +11,8 @@ from __future__ import annotations
 import functools
 import re
 
-from m3.text.words import stem, stems, words
+from m3.text.words import stem as plain_stem
+from m3.text.words import words
 
 CONCEPTS: tuple[tuple[str, ...], ...] = (
     (
@@ -188,6 +189,15 @@ _DRUG_OR_DISEASE = re.compile(
 )
 _NOT_DISEASE = frozenset("diagnosis prognosis osmosis purpose chemosis coma aroma diploma".split())
 
+# words whose stem is that of another thing: "medication" is stemmed as "medical", "relative" as "related"
+_APART = {"medication": "medicin", "medications": "medicin", "relative": "relative", "relatives": "relative"}
+
+
+def stem(word: str) -> str:
+    """The stem by which words of keys and of sentences are compared: of words.stem but where two things share one."""
+    return _APART.get(word.lower()) or plain_stem(word)
+
+
 # grammar that a key may hold and a question may word otherwise
 FUNCTION_WORDS = frozenset(
     stem(word)
@@ -243,7 +253,7 @@ def ways(phrase: str) -> tuple[frozenset[str], ...]:
     Grammar in it counts only where one word alone would be left ("bring on").
     """
     kept = topic_stems(phrase)
-    plain = frozenset(kept if len(kept) > 1 else stems(phrase))
+    plain = frozenset(kept if len(kept) > 1 else [stem(word) for word in words(phrase)])
     found = concepts(kept)
     if not plain or not found:
         return (plain,) if plain else ()
@@ -254,7 +264,7 @@ def ways(phrase: str) -> tuple[frozenset[str], ...]:
 
 def tokens(sentence: str, most: int | None = None) -> frozenset[str]:
     """Stems of a sentence's words, grammar included, and the concepts it names; of its first ``most`` words."""
-    found = stems(sentence)[:most]
+    found = [stem(word) for word in words(sentence)[:most]]
     return frozenset(found) | frozenset(concepts(without_grammar(found)))
 
 

@@ -24,11 +24,11 @@ from typing import TypeVar
 
 from m3.environment.asking import AskKind, asked, is_request
 from m3.environment.case import Case, ChecklistItem, Disclosure, Phase
-from m3.environment.lay_terms import means, tokens, ways
+from m3.environment.lay_terms import means, stem, tokens, ways
 from m3.environment.ledger import Ledger
 from m3.environment.trajectory import Message, Trajectory
 from m3.rewards.rubric import rubric_reward
-from m3.text.words import NEGATIONS, sentences, stem, stems, words
+from m3.text.words import NEGATIONS, sentences, stems, words
 from m3kernels.checks import refuse
 
 Group = TypeVar("Group")

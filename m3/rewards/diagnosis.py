@@ -85,7 +85,7 @@ class Config:
     accept_broader: bool = True
     spelling: float = 0.84  # two words of 7 letters or more are one from this ratio (difflib): typing errors
     window: int = 3  # words that may stand between those of the reference in an answer
-    found: float = 0.5  # least score of a code that is looked up for a label; below it the label has no code
+    found: float = 0.6  # least score of a code that is looked up for a label; below it the label has no code
     absent: float = 0.0  # credit of an answer that names no diagnosis
 
     def __post_init__(self) -> None:
@@ -363,6 +363,18 @@ def _names() -> dict[str, tuple[tuple[tuple[str, ...], tuple[str, ...]], ...]]:
     return {first: tuple(sorted(names, key=lambda pair: -len(pair[0]))) for first, names in found.items()}
 
 
+@functools.cache
+def _synonyms() -> dict[tuple[str, ...], tuple[str, ...]]:
+    """By the words that a name is turned into: all names of the disease, as written."""
+    found: dict[tuple[str, ...], tuple[str, ...]] = {}
+    for line in NAMES.read_text(encoding="utf-8").splitlines():
+        if not line.startswith("#") and line.strip():
+            own, others = line.split(" = ")
+            names = tuple(name.strip() for name in (own.replace("_", " "), *others.split(";")))
+            found[words_of(names[0])] = tuple(name for name in names if len(name) > 5)
+    return found
+
+
 @functools.lru_cache(maxsize=65536)
 def words_of(label: str) -> tuple[str, ...]:
     """Stems of a label in order, spelling levelled, each known name turned into the one that stands for it."""
@@ -546,7 +558,8 @@ def _code_of(
 @functools.lru_cache(maxsize=16384)
 def look_up(label: str, least: float) -> tuple[str | None, str]:
     """(code, "looked up") of the entry of ICD-10-CM nearest to a label, or (None, "none") below the least score."""
-    tries = [label, " ".join(word.replace("_", " ") for word in words_of(label))]
+    words = words_of(label)
+    tries = [label, " ".join(word.replace("_", " ") for word in words), *_synonyms().get(words, ())]
     found = [one for text in tries for one in icd10.tree().find(text, 1)]
     best = max(found, key=lambda one: one.score, default=None)
     return (None, "none") if best is None or best.score < least else (best.code, "looked up")

@@ -9,7 +9,7 @@ import pytest
 from clinic_cases import shared_data, small_case
 
 from m3.environment.case import CodedLabel
-from m3.rewards.diagnosis import Config, Reading, Reference, compare, read_answer, reference_of, score
+from m3.rewards.diagnosis import Config, Reading, Reference, compare, look_up, read_answer, reference_of, score
 
 # -- reading: (text, reading, labels) ---------------------------------------------------------------------------------
 READ = {
@@ -142,6 +142,22 @@ def test_score(text, correct, code, source, credit):
 def test_absent_is_named_and_its_credit_is_configured():
     found = score(STEMI, "What else?", Config(absent=-0.25))
     assert (found.reading, found.credit, found.rule) == (Reading.absent, -0.25, "none")
+
+
+LOOKED_UP = {
+    "Perniosis": "T69.1",  # by another name of it: chilblains
+    "Grover disease": "L11.1",
+    "Nummular eczema": "L30.0",
+    "Tinea": "B35",
+    "BPPV": "H81.1",
+    "Burr hole": None,  # no disease; "Fall into hole" is beside the matter
+    "qwertz": None,
+}
+
+
+@pytest.mark.parametrize(("label", "code"), LOOKED_UP.items())
+def test_look_up(label, code):
+    assert look_up(label, Config().found) == (code, "none" if code is None else "looked up")
 
 
 def test_without_a_reference_code_there_is_no_credit():
