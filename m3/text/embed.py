@@ -107,6 +107,7 @@ class MiniLM:
     max_tokens = 256
 
     def __init__(self, threads: int | None = None, *, batch_size: int = 32) -> None:
+        import safetensors.torch
         import tokenizers
         import transformers
 
@@ -120,7 +121,11 @@ class MiniLM:
         self._tokenizer = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
         self._tokenizer.enable_truncation(self.max_tokens)
         self._tokenizer.no_padding()
-        self._model = transformers.BertModel.from_pretrained(folder, add_pooling_layer=False).eval()
+        config = transformers.BertConfig.from_pretrained(folder)
+        self._model = transformers.BertModel(config, add_pooling_layer=False).eval()
+        weights = safetensors.torch.load_file(folder / "model.safetensors")
+        unused = ("pooler.", "embeddings.position_ids")
+        self._model.load_state_dict({key: value for key, value in weights.items() if not key.startswith(unused)})
 
     def __call__(self, texts: Sequence[str]) -> np.ndarray:
         import torch
