@@ -12,6 +12,7 @@ import functools
 import hashlib
 import itertools
 import math
+import threading
 from collections.abc import Iterator, Sequence
 from typing import Protocol, runtime_checkable
 
@@ -155,6 +156,31 @@ class MiniLM:
             weight = mask.unsqueeze(2).to(hidden)
             mean = (hidden * weight).sum(1) / weight.sum(1)
             return torch.nn.functional.normalize(mean, dim=1).numpy()
+
+
+class Remembering:
+    """Another embedder, whose last ``capacity`` texts are embedded once; safe to share between threads."""
+
+    def __init__(self, embedder: Embedder, capacity: int = 65536) -> None:
+        if capacity < 1:
+            raise refuse("Remembering", "capacity", "an integer >= 1", capacity)
+        self.name, self.dim = embedder.name, embedder.dim
+        self._embedder, self._capacity = embedder, capacity
+        self._rows: collections.OrderedDict[str, np.ndarray] = collections.OrderedDict()
+        self._lock = threading.Lock()
+
+    def __call__(self, texts: Sequence[str]) -> np.ndarray:
+        _no_single_text("Remembering", texts)
+        with self._lock:
+            missing = [text for text in dict.fromkeys(texts) if text not in self._rows]
+            found = dict(zip(missing, self._embedder(missing), strict=True)) if missing else {}
+            out = np.empty((len(texts), self.dim), np.float32)
+            for i, text in enumerate(texts):
+                out[i] = found[text] if text in found else self._rows[text]
+            self._rows.update(found)
+            while len(self._rows) > self._capacity:
+                self._rows.popitem(last=False)
+        return out
 
 
 def open_embedder(name: str) -> Embedder:
