@@ -22,6 +22,7 @@ from m3.rewards.claims import Claim, read_object
 from m3.rewards.evidence import Evidence, Passage
 from m3.rewards.fact_verdicts import LABEL_OF_FAILURE, FactVerdict, Label
 from m3.rollout.chat import Budget, ChatClient, ChatError
+from m3.text.embed import Embedder
 from m3.text.words import content_stems
 from m3kernels.checks import refuse
 
@@ -126,7 +127,8 @@ class ScriptedVerifier(FactVerifier):
     """By words alone, deterministic. It searches the claim, then its rarest words, then the claim with the title of
     the best passage so far; it stops at a passage that supports or refutes, when no query finds a new passage, or
     after ``max_searches``. Of passages that disagree the one that says more of the claim decides; if none says more,
-    the claim is uncertain.
+    the claim is uncertain. An embedder, if given, hears synonyms; it reads every sentence that is looked at, so
+    ``Remembering`` belongs around a slow one.
     """
 
     scripted = True
@@ -137,12 +139,15 @@ class ScriptedVerifier(FactVerifier):
         config: Config | None = None,
         *,
         rules: entailment.Config | None = None,
+        embedder: Embedder | None = None,
         cache: VerdictCache | None = None,
         budget: Budget | None = None,
     ) -> None:
         super().__init__(evidence, config, cache=cache, budget=budget)
         self.rules = rules or entailment.Config()
-        given = f"{dataclasses.asdict(self.rules)} {self.config.max_searches} {self.config.passages}"
+        self._embedder = embedder
+        heard = embedder.name if embedder else ""
+        given = f"{dataclasses.asdict(self.rules)} {self.config.max_searches} {self.config.passages} {heard}"
         self.name = f"scripted-{entailment.VERSION}-{hashlib.sha256(given.encode()).hexdigest()[:8]}"
 
     async def _check(self, claim: str) -> FactVerdict:
@@ -173,6 +178,7 @@ class ScriptedVerifier(FactVerifier):
                     one.text,
                     context=content_stems(one.title),
                     weight=self.evidence.rarity if self.rules.anchors else None,
+                    embedder=self._embedder,
                     config=self.rules,
                 )
                 findings.append((found, one.id))
