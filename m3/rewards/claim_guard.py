@@ -281,6 +281,9 @@ def _lists_alike(a: Signature, b: Signature) -> bool:
     return False
 
 
+_NOT_IN_ITEMS = (_STARTS_LIST | _ENDS_LIST | _PREPOSITIONS | _NEVER_MOVED) - {"of"}  # they nest, or open a clause
+
+
 def _items(signature: Signature, start: int, end: int) -> tuple[str, list[tuple[str, ...]]] | None:
     """(conjunction, sorted items) of a plain list of two or more; None where it is none."""
     conjunction = ""
@@ -295,7 +298,7 @@ def _items(signature: Signature, start: int, end: int) -> tuple[str, list[tuple[
             conjunction = str(token)
             if items[-1]:
                 items.append([])
-        elif not isinstance(token, str) or token in _NEVER_MOVED or token in _ENDS_LIST:
+        elif not isinstance(token, str) or token in _NOT_IN_ITEMS:
             return None
         else:
             items[-1].append(token)
