@@ -372,7 +372,8 @@ def _compared(text: str, start: int, end: int, floor: int) -> tuple[str, int, in
 
 def _make(text: str, start: int, end: int, floor: int, low: float, high: float, unit: str) -> FoundQuantity:
     comparator, start, end = _compared(text, start, end, floor)
-    if unit == "s" and text[start : start + 4].lower() == "over" and comparator == ">":
+    said = text[start:end].lower()
+    if unit == "s" and comparator == ">" and said.startswith("over") and "old" not in said and "age" not in said:
         comparator = "over"  # "improved over 2 weeks" is no "more than"
     quantity = Quantity(low=_round(low), high=_round(high), unit=unit, comparator=comparator)
     return FoundQuantity(quantity=quantity, start=start, end=end)

@@ -50,6 +50,11 @@ APART = {
     "voice": ("Stress causes pain", "Stress is caused by pain", "word"),
     "doses_change_places": ("Take A1 5 mg and B2 10 mg", "Take A1 10 mg and B2 5 mg", "order"),
     "scope_of_an_adjective": ("It causes severe rash and fever", "It causes severe fever and rash", "order"),
+    "nested_lists": (
+        "It causes rash and harms, such as pain and itch",
+        "It causes itch and harms, such as pain and rash",
+        "order",
+    ),
     "and_or": ("Use ice and heat", "Use ice or heat", "word"),
     "respectively": ("A1 and B2 treat gout and flu respectively", "B2 and A1 treat gout and flu respectively", "order"),
     "letter": ("Hepatitis A is common", "Hepatitis is common", "word"),
