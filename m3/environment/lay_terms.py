@@ -11,7 +11,8 @@ from __future__ import annotations
 import functools
 import re
 
-from m3.text.words import stem, stems, words
+from m3.text.words import stem as plain_stem
+from m3.text.words import words
 
 CONCEPTS: tuple[tuple[str, ...], ...] = (
     (
@@ -87,7 +88,7 @@ CONCEPTS: tuple[tuple[str, ...], ...] = (
     ("bruise", "bruising", "bruises easily"),
     ("period", "periods", "menstruation", "menstrual", "menses"),
     ("last period", "last menstrual period", "lmp"),
-    ("pregnant", "pregnancy", "expecting"),
+    ("pregnant", "pregnancy"),
     ("miscarry", "miscarriage", "lost a pregnancy"),
     ("contraception", "contraceptive", "birth control"),
     ("vaginal discharge", "discharge from vagina", "discharge down below"),
@@ -119,7 +120,7 @@ CONCEPTS: tuple[tuple[str, ...], ...] = (
         "conditions in past",
         "existing conditions",
     ),
-    ("medication", "medications", "medicine", "medicines", "tablets", "pills", "drugs do you take", "prescription"),
+    ("medication", "medications", "medicine", "medicines", "tablets", "drugs do you take", "prescription"),
     ("over the counter", "otc", "herbal", "supplements"),
     ("blood thinner", "anticoagulant", "warfarin"),
     ("painkiller", "painkillers", "analgesic", "ibuprofen", "nsaid"),
@@ -162,6 +163,9 @@ CONCEPTS: tuple[tuple[str, ...], ...] = (
     ("immunised", "immunisation", "vaccinated", "vaccination", "vaccine", "jabs"),
 )
 
+# concepts that do not ask for anything alone: the key "first notice" is not asked for by "before we start"
+_GENERIC = frozenset({"=start", "=how long", "=worse", "=better", "=scale", "=exercise", "=fall"})
+
 # a sentence of a patient with one of these says something clinical
 _CLINICAL = """
 abscess ache acne alcohol allergy anaemia anemia angina ankle anxiety anxious appendix appetite arm arthritis
@@ -184,6 +188,15 @@ _DRUG_OR_DISEASE = re.compile(
     r"|oxacin|idone|azepam|gliptin|gliflozin|triptan|dipine|uria|rrhoea|rrhea)s?$"
 )
 _NOT_DISEASE = frozenset("diagnosis prognosis osmosis purpose chemosis coma aroma diploma".split())
+
+# words whose stem is that of another thing: "medication" is stemmed as "medical", "relative" as "related"
+_APART = {"medication": "medicin", "medications": "medicin", "relative": "relative", "relatives": "relative"}
+
+
+def stem(word: str) -> str:
+    """The stem by which words of keys and of sentences are compared: of words.stem but where two things share one."""
+    return _APART.get(word.lower()) or plain_stem(word)
+
 
 # grammar that a key may hold and a question may word otherwise
 FUNCTION_WORDS = frozenset(
@@ -240,17 +253,18 @@ def ways(phrase: str) -> tuple[frozenset[str], ...]:
     Grammar in it counts only where one word alone would be left ("bring on").
     """
     kept = topic_stems(phrase)
-    plain = frozenset(kept if len(kept) > 1 else stems(phrase))
+    plain = frozenset(kept if len(kept) > 1 else [stem(word) for word in words(phrase)])
     found = concepts(kept)
     if not plain or not found:
         return (plain,) if plain else ()
     named = frozenset(one for naming in found.values() for one in naming)
-    return tuple(dict.fromkeys((plain, frozenset({*(plain - named), *found}))))
+    by_concept = frozenset({*(plain - named), *found})
+    return (plain,) if by_concept <= _GENERIC else tuple(dict.fromkeys((plain, by_concept)))
 
 
 def tokens(sentence: str, most: int | None = None) -> frozenset[str]:
     """Stems of a sentence's words, grammar included, and the concepts it names; of its first ``most`` words."""
-    found = stems(sentence)[:most]
+    found = [stem(word) for word in words(sentence)[:most]]
     return frozenset(found) | frozenset(concepts(without_grammar(found)))
 
 
@@ -271,7 +285,7 @@ def clinical_stems() -> frozenset[str]:
 _EVERYDAY = (
     "start began begin onset duration worse better ease scale job trip fit severity trigger travel family mother "
     "father mum  mom dad parents siblings memory hearing worry stress stressed remember abroad relatives coronary "
-    "expecting sad spread  motions supplements exercise "
+    "sad spread motions supplements exercise "
 ).split()
 
 

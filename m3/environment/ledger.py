@@ -20,8 +20,8 @@ from collections.abc import Iterable, Sequence
 
 from m3.environment.asking import AskKind, asked
 from m3.environment.case import Case, Disclosure, Fact
-from m3.environment.lay_terms import concepts, is_clinical, means, tokens
-from m3.text.words import STOP_WORDS, content_stems, is_negated, sentences, stem, words
+from m3.environment.lay_terms import concepts, is_clinical, means, stem, tokens
+from m3.text.words import STOP_WORDS, content_stems, is_negated, sentences, words
 
 DIAGNOSIS = "diagnosis"  # what is leaked when the patient names what it has
 _OVERLAP = 0.6  # ours: share of a fact's content words that makes a clause speak of it
@@ -208,11 +208,15 @@ def _known(fact: Fact) -> _Known:
     own = tokens(f"{fact.said} {fact.text}")
     return _Known(
         fact,
-        tuple(frozenset(content_stems(text)) - _EMPTY for text in dict.fromkeys((fact.said, fact.text))),
+        tuple(_content(text) for text in dict.fromkeys((fact.said, fact.text))),
         tuple(key for key in fact.keys if len(words(key)) > 1 or means(own, key)),
         frozenset(numbers(fact.text) | numbers(fact.said) | ({fact.value[0]} if fact.value else set())),
         by_text if by_text == by_said else None,
     )
+
+
+def _content(text: str) -> frozenset[str]:
+    return frozenset(stem(word) for word in words(text)) - _EMPTY
 
 
 def _without_answer(text: str) -> str:

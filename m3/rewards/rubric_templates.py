@@ -98,14 +98,12 @@ Conversation
 """  # noqa: E501
 LAST = "\n\nEnd of the conversation\n\nClause\n"
 
-VERDICT_SCHEMA: Mapping[str, Any] = MappingProxyType(
-    {
-        "type": "object",
-        "additionalProperties": False,
-        "required": ["explanation", "criteria_met"],
-        "properties": {"explanation": {"type": "string"}, "criteria_met": {"type": "boolean"}},
-    }
-)
+VERDICT_SCHEMA: Mapping[str, Any] = {
+    "type": "object",
+    "additionalProperties": False,
+    "required": ["explanation", "criteria_met"],
+    "properties": {"explanation": {"type": "string"}, "criteria_met": {"type": "boolean"}},
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -178,11 +176,15 @@ def read_verdict(text: str) -> Reading | None:
     None where it is anything else: nothing is guessed from words. (The public code strips fences named json alone; a
     bare fence it would ask again about is read here.)
     """
-    bare = re.sub(r"^```(?:json)?\s*|\s*```$", "", text.strip())
-    try:
-        found = json.loads(bare)
-    except (ValueError, RecursionError):  # not JSON; digits or brackets beyond what the reader takes
-        return None
+    found = read_json(text)
     if not isinstance(found, dict) or not isinstance(found.get("criteria_met"), bool):
         return None
     return Reading(met=found["criteria_met"], explanation=str(found.get("explanation", "")))
+
+
+def read_json(text: str) -> Any:
+    """The JSON value that a reply is, ``` fences at its ends aside; None where it is none."""
+    try:
+        return json.loads(re.sub(r"^```(?:json)?\s*|\s*```$", "", text.strip()))
+    except (ValueError, RecursionError):  # not JSON; digits or brackets beyond what the reader takes
+        return None

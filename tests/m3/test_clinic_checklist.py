@@ -118,14 +118,36 @@ def many(count: int) -> Case:
     return Case.from_json(row)
 
 
-def test_dumped_list_earns_for_its_first_asks_only():
+DUMPS = {
+    "as_many_as_may_be": (4, ["c0", "c1", "c2", "c3"]),
+    "six": (6, ["c0", "c1"]),
+    "eight": (8, []),
+    "ten": (10, []),
+}
+
+
+@pytest.mark.parametrize(("count", "met"), DUMPS.values(), ids=DUMPS)
+def test_question_beyond_the_limit_takes_one_back(count, met):
     case = many(10)
-    everything = "".join(f"Any thing{i}? " for i in range(10))
-    assert coverage(case, inquiry(everything, case=case)).met == ("c0", "c1", "c2", "c3")
-    again = coverage(case, inquiry(everything, everything, everything, case=case))
-    assert again.met == ("c0", "c1", "c2", "c3"), "the patient told the rest, and the same list earns no more"
-    limited = coverage(case, inquiry(everything, case=case), config=ChecklistConfig(max_asks_per_turn=2))
-    assert limited.met == ("c0", "c1")
+    trajectory = inquiry("".join(f"Any thing{i}? " for i in range(count)), case=case)
+    assert len(trajectory.told()) == min(count, 5), "the patient tells as much as it does of any message"
+    assert list(coverage(case, trajectory).met) == met
+
+
+def test_dumped_list_earns_nothing_however_it_is_turned():
+    case = many(10)
+    asks = [f"Any thing{i}? " for i in range(10)]
+    turned = ["".join(asks[i:] + asks[:i]) for i in range(0, 10, 2)]
+    trajectory = inquiry(*turned, case=case)
+    assert len(trajectory.told()) == 10
+    assert coverage(case, trajectory).met == ()
+
+
+def test_facts_of_one_long_question_earn_up_to_the_limit():
+    case = many(10)
+    trajectory = inquiry("Any " + " or ".join(f"thing{i}" for i in range(10)) + "?", case=case)
+    assert coverage(case, trajectory).met == ("c0", "c1", "c2", "c3")
+    assert coverage(case, trajectory, config=ChecklistConfig(max_asks_per_turn=2)).met == ("c0", "c1")
 
 
 def test_one_fact_beside_an_answer_counts():

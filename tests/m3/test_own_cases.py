@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import itertools
 import re
 from collections import Counter
+from pathlib import Path
 from types import ModuleType
 
 import pytest
@@ -31,11 +33,17 @@ QUOTA = {  # cases of each department: ScanBench's shares (arXiv 2602.06570) ove
 NOTE = "synthetic; not reviewed by a clinician"
 
 
+@functools.cache
+def read(file: Path) -> Case:
+    """The one case of a file."""
+    (one,) = read_cases(file)
+    return one
+
+
 @pytest.fixture(params=FILES, ids=lambda file: file.stem)
 def case(request: pytest.FixtureRequest) -> Case:
     """One own case: read, hence of the schema."""
-    (one,) = read_cases(request.param)
-    return one
+    return read(request.param)
 
 
 @pytest.fixture(scope="module")
@@ -163,15 +171,6 @@ def test_codes_exist(case: Case, icd10: ModuleType) -> None:
     assert [code for code in codes if code not in icd10.tree()] == []
 
 
-def test_snippet_ends_in_the_patients_question(case: Case) -> None:
-    if not case.snippet:
-        pytest.skip("the case has no snippet")
-    role, content = case.snippet[-1]
-    assert 2 <= len(case.snippet) <= 6
-    assert role == "user"
-    assert content.endswith("?")
-
-
 # -- all cases --------------------------------------------------------------------------------------------------------
 def test_no_department_has_more_than_its_quota() -> None:
     counts = Counter(case.department for case in own_cases())
@@ -198,6 +197,14 @@ def test_half_the_items_are_critical() -> None:
 def test_cases_are_as_long_as_scanbench() -> None:
     sizes = [len(case.checklist) for case in own_cases()]
     assert sum(sizes) / len(sizes) == pytest.approx(29.23, abs=3)  # of ScanBench: mean 29.23
+
+
+def test_snippets_end_in_the_patients_question() -> None:
+    snippets = {case.id: case.snippet for case in own_cases() if case.snippet}
+    last = {one: snippet[-1] for one, snippet in snippets.items()}
+    assert len(snippets) >= len(own_cases()) / 4
+    assert {one: len(snippet) for one, snippet in snippets.items() if not 2 <= len(snippet) <= 6} == {}
+    assert {one: said for one, said in last.items() if said[0] != "user" or not said[1].endswith("?")} == {}
 
 
 def test_some_patients_need_no_emergency() -> None:
