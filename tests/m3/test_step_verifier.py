@@ -456,9 +456,11 @@ def test_no_reply_is_named():
 
 # -- anything at all --------------------------------------------------------------------------------------------------
 PIECES = st.sampled_from(
-    ["Do you smoke?", "Any fever?", "Diagnosis: angina.", "- ECG\n- CT\n- MRI", "send home", "You will be fine."]
-    + ["Don't worry, it is nothing.", "You said that", "I will order blood tests.", "a" * 300]
-    + ["?", "\n", "\u2028", "🙂", "İ", "e\u0301?"]
+    (
+        *("Do you smoke?", "Any fever?", "Diagnosis: angina.", "- ECG\n- CT\n- MRI", "send home", "You will be fine."),
+        *("Don't worry, it is nothing.", "You said that", "I will order blood tests.", "a" * 300),
+        *("?", "\n", "\u2028", "🙂", "İ", "e\u0301?"),
+    )
 )
 SPEECH = st.one_of(st.lists(PIECES, max_size=5).map(" ".join), st.text(max_size=40))
 
