@@ -14,6 +14,7 @@ from __future__ import annotations
 import asyncio
 import collections
 import dataclasses
+import hashlib
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -68,8 +69,9 @@ class StepVerifier:
 
     @property
     def name(self) -> str:
-        """What it is, for reports."""
-        return f"rules, {self._embedder.name}"
+        """What it is: rules, a digest of their numbers, and the embedder."""
+        numbers = f"{sorted(self.config.penalties.items())} {self.config.criteria}".encode()
+        return f"rules {hashlib.blake2b(numbers, digest_size=4).hexdigest()}, {self._embedder.name}"
 
     def verify(self, case: Case | None, trajectory: Trajectory, phase: Phase | None = None) -> list[SpanReward]:
         """Violations in order of turns; none is a clean consultation. Without a case only words are judged.

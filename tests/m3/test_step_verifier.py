@@ -10,6 +10,8 @@ from collections.abc import Sequence
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from m3.algorithms import spar
 from m3.environment.case import Case, Phase
@@ -450,3 +452,25 @@ def test_no_readable_reply_is_no_clean_bill():
 def test_no_reply_is_named():
     with pytest.raises(UnjudgedError, match="step verifier: over_budget: spent"):
         judge(ChatError(Failure.over_budget, "spent"))
+
+
+# -- anything at all --------------------------------------------------------------------------------------------------
+PIECES = st.sampled_from(
+    (
+        *("Do you smoke?", "Any fever?", "Diagnosis: angina.", "- ECG\n- CT\n- MRI", "send home", "You will be fine."),
+        *("Don't worry, it is nothing.", "You said that", "I will order blood tests.", "a" * 300),
+        *("?", "\n", "\u2028", "🙂", "İ", "e\u0301?"),
+    )
+)
+SPEECH = st.one_of(st.lists(PIECES, max_size=5).map(" ".join), st.text(max_size=40))
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.lists(SPEECH, max_size=9), st.sampled_from([CASE, None]))
+def test_whatever_is_said_spans_lie_in_their_messages(said, case):
+    trajectory = dialogue(*said, differential="1. Angina", diagnosis="Diagnosis: angina")
+    spans = StepVerifier().verify(case, trajectory)
+    texts = {m.turn: m.content for m in trajectory.messages if m.role == "assistant"}
+    assert all(0 <= span.token_start <= span.token_end <= len(words(texts[span.turn])) for span in spans)
+    assert set(step_gammas(spans, trajectory.turns)) <= {0.1, 0.5, 0.9, 1.0}
+    assert StepVerifier().verify(case, trajectory) == spans
