@@ -18,14 +18,24 @@ from __future__ import annotations
 import dataclasses
 import enum
 import functools
+import itertools
 import math
 import re
 from collections.abc import Sequence
 
 from m3.environment import icd10
 from m3.environment.case import Case, CodedLabel
-from m3.rewards.disease_names import GENERIC, OPPOSITES, core, same_word, synonyms, words_of
-from m3.text.words import stem
+from m3.rewards.disease_names import (
+    GENERIC,
+    OPPOSITES,
+    QUALIFIERS,
+    core,
+    is_generic,
+    same_word,
+    stem_of,
+    synonyms,
+    words_of,
+)
 from m3kernels.checks import refuse
 
 
@@ -144,7 +154,8 @@ _CLAUSE = re.compile(
     r"|(?:this|it|these) (?:is|are|could|may|should|would|diagnos)|however|although|but\b"
     r"|i (?:would|recommend|suggest|advise)"
     r"|please|further (?:\w+ )?(?:evaluation|investigation|test|assessment|examination|work)|needs?\b|requir(?:es|ing)"
-    r"|until|pending|to be confirmed|for (?:confirmation|an? \d)|rather than|instead of|and not|not\b|rule(?:d)? out"
+    r"|until|pending|confirm (?:with|by)|to be confirmed|for (?:confirmation|an? \d)|rather than|instead of"
+    r"|and not|not\b|rule(?:d)? out"
     r"|unlikely|without evidence|no evidence|note:|treatment|recommend)",
     re.IGNORECASE,
 )
@@ -173,10 +184,15 @@ _JOINT = re.compile(
 )
 _LISTED = re.compile(r"(?:^|\n|(?<=[:.;,)\s]))\s*\d{1,2}[.)]\s+(?=\S)|(?:^|\n)\s*[-\N{BULLET}]\s+(?=\S)")
 _BRACKETS = re.compile(r"[(\[]([^()\[\]]*)[)\]]")
+_EXAMINATION = re.compile(
+    r"(?:scop(?:y|ies)|biops(?:y|ies)|\bspirometry|ography|\bMRI|\bCT|\bscans?|ultrasound|\bx-?rays?|\btit(?:er|re)s?|\bassays?"
+    r"|\bpanel|\bcounts?|\bcultures?|\bpuncture|\btests?|\btesting|\bstudies|\bimaging)(?:\s+(?:of|for|to|with)\b.*)?$",
+    re.IGNORECASE,
+)
 _REMARK = re.compile(
     r"^\W*(?:note|based|if|due|because|this|the|for|further|as|since|it|please|pending|given|which)\b", re.I
 )
-_SENTENCE_END = re.compile(r"(?<![ (][A-Za-z])(?<!\b[Ss]t)(?<!\bvs)[.!](?=\s|$)|\n")
+_SENTENCE_END = re.compile(r"(?<!\b[A-Za-z])(?<!\b[Ss]t)(?<!\bvs)[.!](?=\s|$)|\n")
 
 
 @functools.lru_cache(maxsize=16384)
@@ -200,7 +216,10 @@ def read_answer(text: str) -> Answer:
     if len(alternatives) > 1:
         labels = [Label(text=" ".join(_HEDGE.sub(" ", part).split()).strip(" ,.;")) for part in alternatives]
         return Answer(reading=Reading.undecided, statement=kept, labels=tuple(labels)) if labels else _nothing()
-    labels = _labels(kept)
+    kept = _BRACKETS.sub(lambda m: "" if _ALTERNATIVE.search(m.group(1)) else m.group(), kept)
+    if _ALTERNATIVE.search(kept[len(_before(_CAUSE, kept)) :]):
+        kept = _before(_CAUSE, kept)  # one of several causes: none of them is claimed
+    labels = [label for label in _labels(kept) if not _EXAMINATION.search(label.text.split("(")[0])]
     kept = _before(_EXAMPLE, _before(_HEDGE, kept)).strip(" ,.;:-")
     return Answer(reading=Reading.decided, statement=kept, labels=tuple(labels)) if labels else _nothing()
 
@@ -219,7 +238,10 @@ def _statements(text: str) -> list[str]:
         if said:
             return said if re.search(r"\bor\W*$", said[0], re.IGNORECASE) else said[:1]
         if found:
-            return []
+            before = re.sub(
+                r"\s+(?:is|are|would be|was)\s+(?:the|your|his|her|my)\s*$", "", _sentence(text[: found[0].start()])
+            )
+            return [before] if re.search(r"[A-Za-z]{2}", before) and not _ABSENT.match(before) else []
     first = text if _LISTED.match(text) else _sentence(text)
     if not re.search(r"[A-Za-z]{2}", first) or _ABSENT.match(first) or text.rstrip().endswith("?"):
         return []
@@ -279,7 +301,8 @@ def _first_label(text: str) -> Label | None:
 
 
 # -- words -----------------------------------------------------------------------------------------------------------
-_ANY_DRUG = frozenset(stem(word) for word in ("drug", "medication", "medicine"))
+_ANY_DRUG = frozenset(stem_of(word) for word in ("drug", "medication", "medicine"))
+_MODIFIER = re.compile(r".*[- ](?:induced|associated|related)\s+(?!(?:to|with|by)\b)(?=\w)", re.IGNORECASE)
 _INDUCED = re.compile(r"\b(?:induced|caused by|due to|secondary to|associated)\b", re.IGNORECASE)
 
 
@@ -291,6 +314,13 @@ def compare(reference: str, label: str, config: Config | None = None) -> str:
     want, got = core(want_words), core(got_words)
     if not want or not got:
         return "none"
+    if (_denied(want_words) ^ _denied(got_words)) & set(got_words) & set(want_words):
+        return "none"
+    named = got
+    if modified := _MODIFIER.match(_before(_CAUSE, label)):  # "vaccine-associated fever" is a fever and no vaccine
+        named = core(words_of(label[modified.end() :]))
+        if not any(same_word(word, other, config.spelling) for word in want for other in named):
+            return "none"
     if any((a := pair & set(want_words)) and (b := pair & set(got_words)) and not a & b for pair in OPPOSITES):
         return "none"
     numbers = {word for word in want if word.isdecimal()}
@@ -307,12 +337,20 @@ def compare(reference: str, label: str, config: Config | None = None) -> str:
         if _least_span(at, got_words, met) <= len(met) + config.window:
             return "narrower"
     elif config.accept_broader:
-        unmet = [word for word in got if not any(same_word(word, other, config.spelling) for other in want)]
-        if not unmet and any(word not in GENERIC and not word.isdecimal() for word in got):
+        head = core(want_words[: want_words.index("with")]) if "with" in want_words[1:] else want
+        if not any(same_word(word, other, config.spelling) for word in head for other in named):
+            return "none"  # what is with a disease is no name of it
+        unmet = [word for word in named if not any(same_word(word, other, config.spelling) for other in want)]
+        if not unmet and any(not is_generic(word) and not word.isdecimal() for word in named):
             return "broader"
-        if not unmet and len(got) >= 2 and len(got) >= math.ceil(2 * len(want) / 3):
+        if not unmet and len(named) >= 2 and len(named) >= math.ceil(2 * len(want) / 3):
             return "broader"
     return "none"
+
+
+def _denied(words: Sequence[str]) -> set[str]:
+    """The words that follow "non"."""
+    return {word for before, word in itertools.pairwise(words) if before == "non"}
 
 
 def _least_span(at: Sequence[int], words: Sequence[str], wanted: set[str | None]) -> int:
@@ -364,7 +402,7 @@ def _lexical(reference: Reference, answer: Answer, config: Config) -> tuple[str,
 def _met(reference: Reference, labels: Sequence[Label], statement: str, config: Config) -> tuple[str, str]:
     """The best rule by which one of the labels, or the whole statement, is the reference or a synonym."""
     best: tuple[str, str] = ("none", "")
-    for name in (reference.label, *reference.synonyms):
+    for name in _names_of(reference):
         said = [text for label in labels for text in (label.text, *label.aside)]
         rules = {compare(name, text, config) for text in said}
         if statement and compare(name, statement, config) in ("same", "narrower"):
@@ -373,6 +411,14 @@ def _met(reference: Reference, labels: Sequence[Label], statement: str, config: 
             if rule in rules and (best[0] == "none" or _RULES.index(rule) < _RULES.index(best[0])):
                 best = (rule, name)
     return best
+
+
+def _names_of(reference: Reference) -> tuple[str, ...]:
+    """The label, without what stands in brackets; that too, where it names a disease; the synonyms."""
+    plain = " ".join(_BRACKETS.sub(" ", reference.label).split()) or reference.label
+    asides = (part.strip() for part in _BRACKETS.findall(reference.label))
+    named = (part for part in asides if any(not is_generic(word) for word in core(words_of(part)) - QUALIFIERS))
+    return (plain, *named, *reference.synonyms)
 
 
 def _accepted(reference: Reference, answer: Answer, config: Config) -> list[CodedLabel]:

@@ -1,6 +1,6 @@
-"""Names of diseases as words: spelling levelled, names of one disease turned into one, kinds, words that tell nothing.
+"""Names of diseases as words: spelling levelled, names of one disease turned into one, words that tell nothing.
 
-The table is m3/data/diagnosis_names.txt: names of one disease ("=") and kinds with what is of them (">").
+The table of names is m3/data/diagnosis_names.txt.
 """
 
 from __future__ import annotations
@@ -21,10 +21,34 @@ _SPELLINGS = (
     *(("leuco", "leuko"), ("paed", "ped"), ("orrhoeic", "orrheic"), ("ise ", "ize "), ("ised ", "ized ")),
     *(("aeti", "eti"), ("caec", "cec"), ("faec", "fec"), ("anaes", "anes"), ("gynaec", "gynec"), ("chilae", "chile")),
 )
-_NUMERALS = {"i": "1", "ii": "2", "iii": "3", "iv": "4", "one": "1", "two": "2"}
+_GREEK = str.maketrans({"\N{GREEK SMALL LETTER ALPHA}": "alpha ", "\N{GREEK SMALL LETTER BETA}": "beta "})
+_LEVELLED = {
+    key: value
+    for value, keys in {
+        "1": "i one",
+        "2": "ii two",
+        "3": "iii",
+        "4": "iv",
+        "cancer": "carcinoma carcinomas malignancy malignancies",
+    }.items()
+    for key in keys.split()
+}
+
+
+def stem_of(word: str) -> str:
+    """The stem of a lower-case word; Greek and Latin plurals are singular, and an inflammation is not its organ.
+
+    "Endometritis" is no "endometrial" disease, so words in -itis are kept whole.
+    """
+    word = _LEVELLED.get(word, word)
+    word = re.sub(r"(?<=[a-z]{3})oses$", "osis", word)
+    word = re.sub(r"(?<=[a-z]{2})omata$", "oma", word)
+    return word if word.endswith("itis") else stem(word)
+
+
 # words that add nothing to which disease it is
 QUALIFIERS = frozenset(
-    stem(word)
+    stem_of(word)
     for word in (
         "a an the of in on at to by for from with and et or as is be type disease diseases syndrome disorder"
         " condition complex illness case severe mild moderate early late classic classical typical atypical"
@@ -36,12 +60,17 @@ QUALIFIERS = frozenset(
     ).split()
 )
 OPPOSITES = tuple(
-    frozenset(stem(word) for word in pair.split())
-    for pair in ("acute chronic", "benign malignant", "left right", "primary secondary", "viral bacterial", "1 2")
+    frozenset(stem_of(word) for word in pair.split())
+    for pair in (
+        *("acute chronic", "benign malignant", "left right", "primary secondary", "viral bacterial", "1 2"),
+        *("advanced delayed", "anterior posterior", "central nephrogenic", "congenital acquired", "direct indirect"),
+        *("hereditary acquired", "internal external", "major minor", "open closed", "superior inferior", "upper lower"),
+        *("stable unstable", "systolic diastolic", "thin thick", "wet dry"),
+    )
 )
 # Words that name a kind of finding or of tissue, not one disease: alone they are no broader name of anything.
 GENERIC = frozenset(
-    stem(word)
+    stem_of(word)
     for word in (
         "dermatitis eczema rash eruption dermatosis erythema infection inflammation inflammatory lesion tumor"
         " cancer carcinoma neoplasm malignancy adenoma sarcoma lymphoma leukemia anemia cyst nevus keratosis"
@@ -62,30 +91,37 @@ GENERIC = frozenset(
         " porphyria mucositis folliculitis panniculitis gastroenteritis hypertensive syndrome inversion nipple"
         " positional paroxysmal photosensitivity melanotic macular acral papulosa nigra venous arterial"
         " vascular viral tract atrophic atrophicus serous mucous fluid blood cell basal squamous elastolysis"
-        " emotional stress traumatic"
+        " emotional stress traumatic major minor lump growth spot bump mass mole finding syncope amnesia ataxia"
+        " angioedema jaundice cholestasis neutropenia thrombocytopenia leukopenia pregnancy insomnia palpitations"
+        " hematuria proteinuria tachycardia bradycardia arrhythmia dyspnea hypoxia paralysis weakness tremor"
+        " hallucination fatigue spasm necrosis ischemia grief goiter disturbance dysfunction"
     ).split()
 )
 
 
 def _plain(text: str) -> list[str]:
-    text = unicodedata.normalize("NFKD", text.lower())
+    text = unicodedata.normalize("NFKD", text.lower().replace("\N{RIGHT SINGLE QUOTATION MARK}", "'").translate(_GREEK))
     text = "".join(character for character in text if not unicodedata.combining(character)) + " "
     text = re.sub(r"(?<=\w)'s?\b", "", text)
     for british, american in _SPELLINGS:
         text = text.replace(british, american)
-    return [stem(_NUMERALS.get(word, word)) for word in re.findall(r"[a-z]+|\d+", text)]
+    return [stem_of(word) for word in re.findall(r"[a-z]+|\d+", text)]
+
+
+def _lines() -> list[tuple[str, tuple[str, ...]]]:
+    """(the name all others are turned into, the others) of each line of the table."""
+    text = NAMES.read_text(encoding="utf-8")
+    lines = (line.split(" = ") for line in text.splitlines() if line.strip() and line[0] != "#")
+    return [(own.strip(), tuple(other.strip() for other in others.split(";"))) for own, others in lines]
 
 
 @functools.cache
 def _names() -> dict[str, tuple[tuple[tuple[str, ...], tuple[str, ...]], ...]]:
     """By a name's first stem: (stems of a name, stems of the one it is turned into), longest first."""
     found: dict[str, list[tuple[tuple[str, ...], tuple[str, ...]]]] = {}
-    for line in NAMES.read_text(encoding="utf-8").splitlines():
-        if line.startswith("#") or not line.strip():
-            continue
-        own, others = line.split(" = ")
-        turned = (own.strip(),) if "_" in own else tuple(_plain(own))
-        for other in (own.replace("_", " "), *others.split(";")):
+    for own, others in _lines():
+        turned = (own,) if "_" in own else tuple(_plain(own))
+        for other in (own.replace("_", " "), *others):
             name = tuple(_plain(other))
             found.setdefault(name[0], []).append((name, turned))
     return {first: tuple(sorted(names, key=lambda pair: -len(pair[0]))) for first, names in found.items()}
@@ -95,12 +131,15 @@ def _names() -> dict[str, tuple[tuple[tuple[str, ...], tuple[str, ...]], ...]]:
 def synonyms() -> dict[tuple[str, ...], tuple[str, ...]]:
     """By the words that a name is turned into: all names of the disease, as written."""
     found: dict[tuple[str, ...], tuple[str, ...]] = {}
-    for line in NAMES.read_text(encoding="utf-8").splitlines():
-        if not line.startswith("#") and line.strip():
-            own, others = line.split(" = ")
-            names = tuple(name.strip() for name in (own.replace("_", " "), *others.split(";")))
-            found[words_of(names[0])] = tuple(name for name in names if len(name) > 5)
+    for own, others in _lines():
+        names = (own.replace("_", " "), *others)
+        found[words_of(names[0])] = tuple(name for name in names if len(name) > 5)
     return found
+
+
+def is_generic(word: str) -> bool:
+    """Whether a stem names a finding, a tissue or an inflammation of one, and not one disease."""
+    return word in GENERIC or word.endswith("itis")
 
 
 @functools.lru_cache(maxsize=65536)
