@@ -94,7 +94,7 @@ GENERIC = frozenset(
         " emotional stress traumatic major minor lump growth spot bump mass mole finding syncope amnesia ataxia"
         " angioedema jaundice cholestasis neutropenia thrombocytopenia leukopenia pregnancy insomnia palpitations"
         " hematuria proteinuria tachycardia bradycardia arrhythmia dyspnea hypoxia paralysis weakness tremor"
-        " hallucination fatigue spasm necrosis ischemia grief goiter disturbance dysfunction"
+        " hallucination fatigue spasm necrosis ischemia grief goiter disturbance dysfunction vestibular"
     ).split()
 )
 
@@ -171,6 +171,8 @@ def same_word(one: str, other: str, letters: int) -> bool:
     """Equal, or of at least so many letters, of one beginning, and one slip apart: a letter more, other or swapped."""
     if one == other:
         return True
+    if "_" in one or "_" in other:  # a name, not as it was written
+        return False
     short, long = sorted((one, other), key=len)
     if len(short) < letters or len(long) - len(short) > 1 or short[:2] != long[:2]:
         return False
