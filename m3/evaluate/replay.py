@@ -212,7 +212,7 @@ def _of_craft_md(row: Mapping[str, Any]) -> Recorded:
         reference=_reference(row["answer"]),
         answer=row["frq"] or "",  # null: the doctor gave none
         facts=tuple(re.sub(r"^\d+\.\s*", "", fact) for fact in row["facts"]),
-        graded={0: False, 1: True}.get(row.get("frq_eval")),  # -1: the grader could not tell
+        graded=bool(row["frq_eval"]) if row.get("frq_eval") in (0, 1) else None,  # -1: the grader could not tell
     )
 
 
