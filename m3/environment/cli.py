@@ -10,7 +10,7 @@ import contextlib
 import dataclasses
 import functools
 import json
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     from m3.environment.case import Case
     from m3.environment.pipeline import Config
     from m3.environment.trajectory import Trajectory
-    from m3.evaluate.report import Credited
     from m3.text.embed import Embedder
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=None, help=__doc__)
@@ -80,7 +79,9 @@ def run(
     interruption: Annotated[
         float, typer.Option("--interruption", min=0, max=1, help="Share that begins with the patient's own question.")
     ] = 0.25,
-    guard: Annotated[bool, typer.Option("--guard", help="Replace an LLM patient's answers that leak or invent.")] = False,
+    guard: Annotated[
+        bool, typer.Option("--guard", help="Replace an LLM patient's answers that leak or invent.")
+    ] = False,
     calls: Annotated[int | None, typer.Option("--calls", min=1, help="Most calls to chat models.")] = None,
     debug: Debug = False,
 ) -> None:
@@ -106,7 +107,15 @@ def run(
 
 
 async def _consult(
-    cases: list[Case], policy: str, patient: str, config: Config, modes: Any, turns: int, guard: bool, budget: Any, out: Path
+    cases: list[Case],
+    policy: str,
+    patient: str,
+    config: Config,
+    modes: Any,
+    turns: int,
+    guard: bool,
+    budget: Any,
+    out: Path,
 ) -> list[Trajectory]:
     """Run the pipeline to its end; each case's furthest consultation."""
     from m3.environment.consultation import ChatPolicy, SimulatedConsultation
@@ -136,9 +145,7 @@ async def _consult(
             physician, patients, max_turns=turns, modes=modes, patient_name=f"{patient}{' guarded' if guard else ''}"
         )
         rewards = rule_rewards(StepVerifier())
-        journal = stack.enter_context(
-            Journal(out / JOURNAL, run=Pipeline.run_of(cases, consultation, rewards, config))
-        )
+        journal = stack.enter_context(Journal(out / JOURNAL, run=Pipeline.run_of(cases, consultation, rewards, config)))
         stages = len(config.stages) * config.rollouts * config.epochs * len(cases)
         with Bar("segments") as bar:
             async with Pipeline(cases, consultation, rewards, config, journal=journal) as pipeline:
@@ -209,7 +216,9 @@ def score(
 @app.command()
 @one_line_errors
 def replay(
-    recorded: Annotated[Path, typer.Argument(help="Recorded consultations: m3.trajectory/v1 or CRAFT-MD, .jsonl[.gz].")],
+    recorded: Annotated[
+        Path, typer.Argument(help="Recorded consultations: m3.trajectory/v1 or CRAFT-MD, .jsonl[.gz].")
+    ],
     cases: Cases = None,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="A .jsonl of scores.")] = None,
     debug: Debug = False,
@@ -256,7 +265,9 @@ def list_cases(
 
 
 # -- audits -----------------------------------------------------------------------------------------------------------
-Kqa = Annotated[Path, typer.Option("--kqa", help="Folder of K-QA: questions_w_answers.jsonl, NLI_medical_annotator.csv.")]
+Kqa = Annotated[
+    Path, typer.Option("--kqa", help="Folder of K-QA: questions_w_answers.jsonl, NLI_medical_annotator.csv.")
+]
 Embed = Annotated[str, typer.Option("--embedder", help="lexical, or minilm (fetched once, 83 MB).")]
 
 
