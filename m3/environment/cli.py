@@ -23,8 +23,10 @@ from m3kernels.checks import refuse
 
 if TYPE_CHECKING:
     from m3.environment.case import Case
+    from m3.environment.modes import ModeConfig
     from m3.environment.pipeline import Config
     from m3.environment.trajectory import Trajectory
+    from m3.rollout.chat import Budget
     from m3.text.embed import Embedder
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=None, help=__doc__)
@@ -42,7 +44,6 @@ Cases = Annotated[
 ]
 Split = Annotated[str | None, typer.Option("--split", help="train or held_out; default: both.")]
 Out = Annotated[Path, typer.Option("--out", "-o", help="Folder of the run.")]
-Judged = Annotated[str | None, typer.Option("--judge", help=f"A chat model as judge: {SPEAKERS}; default: rules.")]
 
 
 def find_cases(path: Path | None, split: str | None) -> list[Case]:
@@ -111,10 +112,10 @@ async def _consult(
     policy: str,
     patient: str,
     config: Config,
-    modes: Any,
+    modes: ModeConfig,
     turns: int,
     guard: bool,
-    budget: Any,
+    budget: Budget | None,
     out: Path,
 ) -> list[Trajectory]:
     """Run the pipeline to its end; each case's furthest consultation."""
@@ -135,7 +136,7 @@ async def _consult(
 
             return await stack.enter_async_context(open_chat(spec, budget=budget))
 
-        physician = POLICIES[policy] if policy in POLICIES else ChatPolicy(await speaker(policy))
+        physician: Any = POLICIES[policy] if policy in POLICIES else ChatPolicy(await speaker(policy))
         patients: Any = ScriptedPatient
         if patient != "scripted":
             patients = functools.partial(

@@ -7,6 +7,7 @@ station then raises, it does not guess.
 from __future__ import annotations
 
 import collections
+import functools
 from collections.abc import Collection, Iterable, Mapping, Sequence
 
 from m3.environment.case import Case, Phase
@@ -75,5 +76,5 @@ async def judge_inquiries(
         items = checklist_rubric(known[trajectory.case], (Phase.inquiry,)).items
         return await judge.judge(chat(said), items)
 
-    verdicts = await together([lambda t=trajectory: one(t) for trajectory in recorded.values()])
+    verdicts = await together([functools.partial(one, trajectory) for trajectory in recorded.values()])
     return JudgedInquiries(judge, dict(zip(recorded, verdicts, strict=True)))
