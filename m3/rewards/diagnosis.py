@@ -22,7 +22,6 @@ import math
 import re
 import unicodedata
 from collections.abc import Sequence
-from difflib import SequenceMatcher
 from pathlib import Path
 
 from m3.environment import icd10
@@ -83,7 +82,7 @@ class Config:
     credits: icd10.Credits = dataclasses.field(default_factory=icd10.Credits)
     listed: int = 3  # labels of an answer that count, ranked or claimed together; more buy nothing
     accept_broader: bool = True
-    spelling: float = 0.84  # two words of 7 letters or more are one from this ratio (difflib): typing errors
+    spelling: int = 7  # letters from which a word may be misspelt by one letter, or two changed places
     window: int = 3  # words that may stand between those of the reference in an answer
     found: float = 0.6  # least score of a code that is looked up for a label; below it the label has no code
     absent: float = 0.0  # credit of an answer that names no diagnosis
@@ -400,17 +399,19 @@ def _core(words: Sequence[str]) -> frozenset[str]:
 
 
 @functools.lru_cache(maxsize=65536)
-def _same_word(one: str, other: str, ratio: float) -> bool:
+def _same_word(one: str, other: str, letters: int) -> bool:
+    """Equal, or of at least so many letters, of one beginning, and one slip apart: a letter more, other or swapped."""
     if one == other:
         return True
-    if min(len(one), len(other)) < 6 or one[0] != other[0] or _opposed(one, other):
+    short, long = sorted((one, other), key=len)
+    if len(short) < letters or len(long) - len(short) > 1 or short[:2] != long[:2]:
         return False
-    return SequenceMatcher(None, one, other, autojunk=False).ratio() >= ratio
-
-
-def _opposed(one: str, other: str) -> bool:
-    """hypo- and hyper- are near in letters only."""
-    return {one[:4], other[:4]} == {"hypo", "hype"}
+    at = next((i for i, (a, b) in enumerate(zip(short, long, strict=False)) if a != b), len(short))
+    if len(short) < len(long):
+        return short[at:] == long[at + 1 :]
+    return short[at + 1 :] == long[at + 1 :] or (
+        short[at + 2 :] == long[at + 2 :] and short[at : at + 2] == long[at : at + 2][::-1]
+    )
 
 
 @functools.lru_cache(maxsize=65536)

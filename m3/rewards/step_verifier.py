@@ -71,9 +71,15 @@ class StepVerifier:
         """What it is, for reports."""
         return f"rules, {self._embedder.name}"
 
-    def verify(self, case: Case | None, trajectory: Trajectory) -> list[SpanReward]:
-        """Violations in order of turns; none is a clean consultation. Without a case only words are judged."""
-        dialogue = Dialogue.of(case, trajectory, self._cosines)
+    def verify(self, case: Case | None, trajectory: Trajectory, phase: Phase | None = None) -> list[SpanReward]:
+        """Violations in order of turns; none is a clean consultation. Without a case only words are judged.
+
+        Args:
+            case: the trajectory's.
+            trajectory: a consultation.
+            phase: the one stage whose steps are judged; None: all. What was said before it counts as said.
+        """
+        dialogue = Dialogue.of(case, trajectory, self._cosines, phase)
         found: list[Finding] = []
         for criterion in self.config.penalties:
             found += CRITERIA[criterion](dialogue, self.config.criteria)
@@ -272,9 +278,3 @@ def locate(
             else:
                 found.append(Finding(str(criterion), turn, match.start(), match.end(), why or ""))
     return found, dict(malformed)
-
-
-def of_stage(spans: Sequence[SpanReward], trajectory: Trajectory, phase: Phase) -> tuple[SpanReward, ...]:
-    """Spans of the physician's messages of one stage."""
-    turns = {message.turn for message in trajectory.of("assistant", phase)}
-    return tuple(span for span in spans if span.turn in turns)

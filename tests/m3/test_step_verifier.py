@@ -17,7 +17,7 @@ from m3.environment.stages import instruction
 from m3.environment.trajectory import Message, Trajectory
 from m3.rewards.spans import SpanReward, step_gammas, violations
 from m3.rewards.step_criteria import token_span
-from m3.rewards.step_verifier import ChatStepVerifier, Config, StepVerifier, of_stage
+from m3.rewards.step_verifier import ChatStepVerifier, Config, StepVerifier
 from m3.rewards.verdict import UnjudgedError
 from m3.rollout.chat import ChatError, Failure, Reply
 from m3.text.likeness import duplicate_rate, questions
@@ -336,9 +336,10 @@ def test_from_verifier_to_gamma_to_advantages():
 
 def test_spans_of_one_stage():
     trajectory = dialogue("Do you smoke? Do you smoke?", "No.", ENOUGH, differential="1. Angina")
-    spans = StepVerifier().verify(None, trajectory)
-    assert [span.turn for span in of_stage(spans, trajectory, Phase.differential)] == [2]
-    assert [span.turn for span in of_stage(spans, trajectory, Phase.inquiry)] == [0]
+    verify = StepVerifier().verify
+    stages = [verify(None, trajectory, phase) for phase in (Phase.inquiry, Phase.differential)]
+    assert [[span.turn for span in spans] for spans in stages] == [[0], [2]]
+    assert verify(None, trajectory) == [*stages[0], *stages[1]]
 
 
 def test_only_criteria_with_a_lambda_are_judged():
