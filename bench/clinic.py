@@ -27,7 +27,7 @@ from m3.environment.physicians import POLICIES
 from m3.environment.trajectory import Trajectory, to_line
 from m3.rewards.checklist import coverage
 
-RESULTS = record.RESULTS / "clinic.jsonl"
+RESULTS = record.RESULTS / "clinic" / "turns.jsonl"  # not a row of kernels: the report of those reads the folder above
 ARMS = ("good", "random_questions", "ask_everything")
 
 
