@@ -124,6 +124,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=RESULTS)
     arguments = parser.parse_args()
     rows = [measure(policy, own_cases(), range(arguments.seeds), arguments.rounds) for policy in arguments.policies]
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
     with arguments.out.open("a", encoding="utf-8") as file:
         for row in rows:
             file.write(json.dumps(dataclasses.asdict(row)) + "\n")
