@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     from m3.environment.pipeline import Config
     from m3.environment.trajectory import Trajectory
     from m3.rollout.chat import Budget
-    from m3.text.embed import Embedder
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=None, help=__doc__)
 audit = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="How far verifiers and the claim cache err.")
@@ -232,8 +231,8 @@ def replay(
     known = find_cases(cases, None)
     with Bar("scoring"):
         report = replays.evaluate(replays.read_recorded(recorded, known), verify=StepVerifier().verify)
-    heading, *rows = replays.table(report)
-    table = Table(title=str(recorded))
+    heading, *rows = zip(*replays.table(report), strict=True)  # a column a doctor: it fits a terminal
+    table = Table(title=recorded.name)
     for name in heading:
         table.add_column(name, justify="left" if name == heading[0] else "right")
     for row in rows:
@@ -272,15 +271,6 @@ Kqa = Annotated[
 Embed = Annotated[str, typer.Option("--embedder", help="lexical, or minilm (fetched once, 83 MB).")]
 
 
-def open_embedder(name: str) -> Embedder:
-    """Raises ValueError: no such embedder."""
-    from m3.text.embed import LexicalEmbedder, MiniLM
-
-    if name not in ("lexical", "minilm"):
-        raise refuse("clinic", "--embedder", "lexical or minilm", repr(name))
-    return LexicalEmbedder() if name == "lexical" else MiniLM()
-
-
 @audit.command()
 @one_line_errors
 def cache(
@@ -293,6 +283,7 @@ def cache(
 ) -> None:
     """False hits of the claim cache on changed claims, its hits on rewordings and on groups of trials."""
     from m3.rewards.cache_audit import run_cache_audit
+    from m3.text.embed import open_embedder
 
     with Bar("auditing the claim cache"):
         report = run_cache_audit(kqa, medquad, craft_md, open_embedder(embedder))
@@ -307,18 +298,24 @@ def verifier(
     kqa: Kqa,
     model: Annotated[str | None, typer.Option("--model", help=f"A chat model: {SPEAKERS}; default: rules.")] = None,
     half: Annotated[str, typer.Option("--split", help="all, tuning (thresholds were set on it) or test.")] = "all",
+    embedder: Annotated[str, typer.Option("--embedder", help="Of the rules: none, lexical or minilm.")] = "none",
     debug: Debug = False,
 ) -> None:
     """Agreement of the fact verifier with K-QA's physicians, the answer being the evidence."""
+    from m3.rewards import entailment
     from m3.rewards.fact_verifier import ChatVerifier, ScriptedVerifier
     from m3.rewards.verifier_audit import audit_kqa
     from m3.rollout.open import open_chat
+    from m3.text.embed import open_embedder
 
     path = kqa / "NLI_medical_annotator.csv" if kqa.is_dir() else kqa
 
     async def measure() -> Any:
         if model is None:
-            return await audit_kqa(path, ScriptedVerifier, split=half)
+            meaning = open_embedder(embedder) if embedder != "none" else None
+            return await audit_kqa(
+                path, lambda e: ScriptedVerifier(e, rules=entailment.GIVEN, embedder=meaning), split=half
+            )
         async with open_chat(model) as client:
             return await audit_kqa(path, lambda evidence: ChatVerifier(client, evidence), split=half)
 

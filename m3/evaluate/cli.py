@@ -104,6 +104,8 @@ def healthbench(
     from m3.rollout.open import open_chat
 
     chosen = bench.sample_rows(list(read_healthbench(rows)), examples)
+    if not chosen:
+        raise refuse("evaluate healthbench", "rows", "at least one row", f"none in {rows}")
     recorded = None if answers is None else read_answers(answers)
     if dry_run:
         plan = bench.dry_run(chosen, encoder(tokenizer), template, answers=recorded)

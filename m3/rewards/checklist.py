@@ -28,6 +28,7 @@ from m3.environment.lay_terms import means, stem, tokens, ways
 from m3.environment.ledger import Ledger
 from m3.environment.trajectory import Message, Trajectory
 from m3.rewards.rubric import rubric_reward
+from m3.rewards.verdict import UnjudgedError
 from m3.text.words import NEGATIONS, sentences, stems, words
 from m3kernels.checks import refuse
 
@@ -104,7 +105,8 @@ def coverage(
         phases: the stages whose items count; None: those in which the physician said something.
         config: limits of credit.
     Raises:
-        ValueError: another case's trajectory, or no item to judge in these stages.
+        ValueError: another case's trajectory.
+        UnjudgedError: no item to judge in these stages.
     """
     op = "checklist.coverage"
     if trajectory.case != case.id:
@@ -117,7 +119,7 @@ def coverage(
     scores = [_judge(item, said, credit, given, config) for item in case.checklist if item.phase in kept]
     counted = [one for one in scores if not one.given]
     if not counted:
-        raise refuse(op, "case", f"a checklist with items of {sorted(map(str, kept))}", f"none in {case.id!r}")
+        raise UnjudgedError(f"{op}: case {case.id!r} has no item of {sorted(map(str, kept))} that is not given")
     return CoverageScore(
         value=rubric_reward([one.item.points for one in counted], [one.met for one in counted]),
         items=tuple(scores),

@@ -15,6 +15,7 @@ from m3.environment.episode import run_consultation, run_inquiry
 from m3.environment.patient import ScriptedPatient
 from m3.environment.trajectory import Trajectory
 from m3.rewards.checklist import ChecklistConfig, annotate, coverage, performs
+from m3.rewards.verdict import UnjudgedError
 
 CASE = small_case()
 CLOSE = "I have no further questions."
@@ -217,8 +218,8 @@ def test_trajectory_of_another_case():
 
 
 def test_case_without_items():
-    message = "checklist.coverage: case: want a checklist with items of ['inquiry']; got none in 'small-1'"
-    with pytest.raises(ValueError, match=re.escape(message)):
+    message = "checklist.coverage: case 'small-1' has no item of ['inquiry'] that is not given"
+    with pytest.raises(UnjudgedError, match=re.escape(message)):
         coverage(small_case(checklist=[]), inquiry())
 
 
