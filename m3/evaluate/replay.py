@@ -14,8 +14,6 @@ reference, ``frq`` what the doctor answered when asked for the diagnosis, ``frq_
 from __future__ import annotations
 
 import dataclasses
-import gzip
-import json
 import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -27,6 +25,7 @@ from m3.environment.trajectory import SCHEMA, Message, Trajectory
 from m3.evaluate.scanbench import Mean, mean_over_cases
 from m3.rewards import diagnosis
 from m3.rewards.spans import SpanReward
+from m3.text.jsonl import read_objects
 from m3.text.likeness import near_duplicates, questions
 from m3.text.words import content_stems
 from m3kernels.checks import refuse
@@ -160,17 +159,13 @@ def read_recorded(path: str | Path, cases: Iterable[Case] = ()) -> Iterator[Reco
     Raises:
         ValueError: names file and line of what is neither format, or is of an unknown case.
     """
-    path, known = Path(path), {case.id: case for case in cases}
-    with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8") as file:
-        for line, text in enumerate(file, 1):
-            if not text.strip():
-                continue
-            try:
-                row = json.loads(text)
-                yield _of_trajectory(row, known) if row.get("schema") == SCHEMA else _of_craft_md(row)
-            except (ValueError, KeyError, TypeError, AttributeError) as error:
-                what = f"missing field {error}" if isinstance(error, KeyError) else str(error)
-                raise ValueError(f"{path}:{line}: want {SCHEMA} or a CRAFT-MD replay; {what}") from error
+    known = {case.id: case for case in cases}
+    for place, row in read_objects(path):
+        try:
+            yield _of_trajectory(row, known) if row.get("schema") == SCHEMA else _of_craft_md(row)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            what = f"missing field {error}" if isinstance(error, KeyError) else str(error)
+            raise ValueError(f"{place}: want {SCHEMA} or a CRAFT-MD replay; {what}") from error
 
 
 def _of_trajectory(row: Mapping[str, Any], cases: Mapping[str, Case]) -> Recorded:
