@@ -82,9 +82,9 @@ _AUX = r"(?:do|does|did|have|has|had|are|is|was|were|can|could|would|will)"
 _REQUEST = re.compile(
     r"\W*(?:(?:and|now|ok|okay|so|please|also|right|then|next|thanks?|thank you|first|finally|lastly|i see|but|or)\b"
     r"\W*)*"
-    r"(?:(?:tell|remind|give|show) me|describe|explain|(?:walk|talk) me through|say more|elaborate|rate (?:the|your)|"
-    r"list (?:your|the|any|all)|go on\b|any\b|"
-    rf"{_AUX} (?:you|your|it|the|there|this|that|they|anyone|anybody|any|either|he|she)\b|"
+    r"(?:(?:tell|remind|give|show) me|describe\b|explain\b|(?:walk|talk) me through|say more|elaborate\b|"
+    r"rate (?:the|your)|list (?:your|the|any|all)|go on\b|any\b|"
+    rf"{_AUX} (?:you|your|it|there|they|anyone|anybody|any|either|he|she)\b|"
     rf"(?:what|when|where|which|who|why|how) "
     rf"(?:{_AUX}|about|else|long|many|much|often|bad|severe|old|far|makes?|brings?)\b)",
     re.IGNORECASE,

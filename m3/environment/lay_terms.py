@@ -128,7 +128,7 @@ CONCEPTS: tuple[tuple[str, ...], ...] = (
     ("alcohol", "drink alcohol", "units a week", "wine", "beer", "booze"),
     ("recreational drugs", "illicit drugs", "street drugs", "cannabis", "cocaine", "use drugs"),
     ("job", "occupation", "work as"),
-    ("live with", "live alone", "living situation", "who is at home", "home situation"),
+    ("live alone", "living situation", "who is at home", "home situation"),
     ("exercise", "physical activity", "physically active"),
     ("travel", "travelled", "traveled", "abroad", "trip overseas"),
     ("family history", "run in the family", "runs in family", "relatives"),

@@ -34,7 +34,10 @@ _UNKNOWN = re.compile(
     r"(?:can't|cannot|can’t|couldn't|couldn’t) (?:say|tell|remember|recall)|haven't noticed|haven’t noticed)\b",
     re.IGNORECASE,
 )
-_ANSWER = re.compile(r"\W*(yes|yeah|yep|no|nope|not at all|never)\b[\s,.!:;]*", re.IGNORECASE)
+_ANSWER = re.compile(
+    r"\W*(yes|yeah|yep|no|nope|not at all|never)\b(?:\s*[,.!:;]+\s*|\s*$|\s+(?=(?:i|it|we|they|my|there|not)\b))",
+    re.IGNORECASE,
+)
 _CLAUSE = re.compile(r"\s*;\s*|,?\s+\b(?:but|although|though|however|except)\b\s+", re.IGNORECASE)
 _UNITS = frozenset(
     stem(word)
