@@ -40,7 +40,7 @@ class RubricItem:
     def __post_init__(self) -> None:
         number = isinstance(self.points, (int, float)) and not isinstance(self.points, bool)
         if not number or not 0 < abs(self.points) <= MAX_POINTS:
-            raise refuse("RubricItem", f"points of {self.id!r}", "a number in [-10, 10], not 0", self.points)
+            raise refuse("RubricItem", f"points of {self.id!r}", "a number in [-10, 10], not 0", repr(self.points))
         if not self.criterion.strip():
             raise refuse("RubricItem", f"criterion of {self.id!r}", "text", repr(self.criterion))
         if len(set(self.tags)) != len(self.tags):
@@ -213,8 +213,9 @@ def item_from_json(row: Any, place: int, where: str, field: str) -> RubricItem:
     name = str(place)
     if tags and tags[-1].startswith(ID_TAG):
         name, tags = tags[-1].removeprefix(ID_TAG), tags[:-1]
+    points: Any = fields.get("points")
     try:
-        return RubricItem(id=name, criterion=criterion, points=fields.get("points"), tags=tags)  # type: ignore[arg-type]
+        return RubricItem(id=name, criterion=criterion, points=points, tags=tags)
     except ValueError as error:
         raise ValueError(f"{where}: {field}: {error}") from error
 
@@ -272,8 +273,8 @@ def _take(fields: dict[str, Any], name: str, where: str) -> Any:
 
 def _typed(value: Any, kind: type, where: str, field: str) -> Any:
     if not isinstance(value, kind):
-        names = {dict: "an object", list: "a list", str: "text"}
-        raise ValueError(f"{where}: {field}: want {names[kind]}; got {type(value).__name__}")
+        want = "an object" if kind is dict else "a list" if kind is list else "text"
+        raise ValueError(f"{where}: {field}: want {want}; got {type(value).__name__}")
     return value
 
 
