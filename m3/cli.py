@@ -6,19 +6,16 @@ What a user can get wrong ends in one line on standard error and exit code 1; ``
 from __future__ import annotations
 
 import enum
-import functools
 import os
 import time
-from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from m3.draft.cli import app as draft_app
+from m3.terminal import Bar, Debug, Threads, console, one_line_errors, open_model, say, set_threads
 
 if TYPE_CHECKING:
     from m3.models.decoder import Decoder
@@ -29,8 +26,6 @@ app = typer.Typer(
     no_args_is_help=True, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False, help=__doc__
 )
 app.add_typer(draft_app, name="draft")
-console = Console()
-errors = Console(stderr=True)
 
 MODEL = "SmolLM2-135M-Instruct"
 QUESTION = "What are the warning signs of a heart attack, and what should I do if I notice them?"
@@ -48,91 +43,10 @@ class Method(enum.StrEnum):
     weighted = "weighted"
 
 
-Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 Model = Annotated[str, typer.Argument(help=f"A checkpoint folder, {MODEL}, or owner/name on the Hugging Face hub.")]
-Threads = Annotated[
-    int | None, typer.Option("--threads", min=1, help="Threads of torch and the kernels; default: all cores.")
-]
 GroupSize = Annotated[
     int, typer.Option("--group-size", help="Columns that share a scale: 32, 64, 128, ... or -1 for a whole row.")
 ]
-
-
-def one_line_errors(command: Callable[..., None]) -> Callable[..., None]:
-    """Turn what a user can cause into one line and exit code 1."""
-
-    @functools.wraps(command)
-    def run(*args: Any, debug: bool = False, **kwargs: Any) -> None:
-        from m3.models.hub import FetchError
-        from m3kernels import BackendError
-
-        try:
-            command(*args, debug=debug, **kwargs)
-        except (ValueError, OSError, FetchError, BackendError) as error:
-            if debug:
-                raise
-            errors.print(
-                "error: " + " ".join(str(error).split()), style="red", markup=False, highlight=False, soft_wrap=True
-            )
-            raise typer.Exit(1) from error
-        except KeyboardInterrupt as error:
-            raise typer.Exit(130) from error
-
-    return run
-
-
-class Bar:
-    """One progress line: shown while it is entered, told by calls of (what, done, total) or (done, total)."""
-
-    def __init__(self, what: str) -> None:
-        self.what = what
-        columns = (
-            SpinnerColumn(),
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-        )
-        self.progress = Progress(*columns, console=errors, transient=True, disable=not errors.is_terminal)
-        self.task: TaskID | None = None
-
-    def __enter__(self) -> Bar:
-        self.progress.__enter__()
-        self.task = self.progress.add_task(self.what, total=None)
-        return self
-
-    def __exit__(self, *exception: Any) -> None:
-        self.progress.__exit__(*exception)
-
-    def step(self, done: int, total: int) -> None:
-        if self.task is not None:
-            self.progress.update(self.task, completed=done, total=total)
-
-    def fetch(self, what: str, done: int, total: int) -> None:
-        if self.task is not None:
-            unit = 1_000_000 if what == "downloading" else 1
-            text = f"{self.what}: {what}{' (MB)' if unit > 1 else ''}"
-            self.progress.update(self.task, description=text, completed=done // unit, total=total // unit)
-
-
-def set_threads(threads: int | None) -> None:
-    import torch
-
-    if threads:
-        torch.set_num_threads(threads)
-
-
-def open_model(name: str, activations: str = "auto") -> tuple[Path, Decoder, Tokenizer]:
-    """(folder, model, tokenizer) of a model by name, with progress."""
-    from m3.models.hub import resolve
-    from m3.models.loader import load_model
-    from m3.models.tokenizer import Tokenizer
-
-    with Bar(name) as bar:
-        folder = resolve(name, bar.fetch)
-    with Bar("reading the weights") as bar:
-        model = load_model(folder, activations=activations, progress=bar.step)
-    return folder, model, Tokenizer(folder)
 
 
 def rounded(model: Decoder, config: RoundConfig) -> Decoder:
@@ -140,17 +54,6 @@ def rounded(model: Decoder, config: RoundConfig) -> Decoder:
 
     with Bar(f"rounding to INT4 ({config.method}, group {config.group_size})") as bar:
         return quantize_model(model, config, bar.step)
-
-
-def say(pieces: Iterable[str]) -> str:
-    """Print text as it comes."""
-    text = ""
-    for piece in pieces:
-        text += piece
-        console.print(piece, end="", markup=False, highlight=False, soft_wrap=True)
-        console.file.flush()
-    console.print()
-    return text
 
 
 def prompt_tokens(tokenizer: Tokenizer, prompt: str, system: str | None, raw: bool) -> list[int]:

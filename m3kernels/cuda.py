@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from m3kernels import _cuda_ext
+from m3kernels.checks import refuse
 
 EMULATED: bool = _cuda_ext.build_info()["emulated"]
 OLDEST = (8, 0)  # compute capability
@@ -40,6 +41,15 @@ def on_device(tensor: Tensor) -> contextlib.AbstractContextManager[object]:
     if EMULATED or torch.cuda.current_device() == tensor.device.index:
         return contextlib.nullcontext()
     return torch.cuda.device(tensor.device)
+
+
+def span(op: str, name: str, tensor: Tensor | None, dtype: torch.dtype, like: Tensor) -> tuple[int, int]:
+    """(address, elements) of a contiguous tensor of the given dtype on the device of ``like``; (0, 0) for None."""
+    if tensor is None:
+        return 0, 0
+    if tensor.dtype != dtype or tensor.device != like.device or not tensor.is_contiguous():
+        raise refuse(op, name, f"contiguous {str(dtype).removeprefix('torch.')} on {like.device}", tensor)
+    return tensor.data_ptr(), tensor.numel()
 
 
 def counters(tensor: Tensor, count: int) -> Tensor:

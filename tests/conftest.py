@@ -15,13 +15,25 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported, which no module above does
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What waits for nvcc comes last."""
+    items.sort(key=lambda item: "test_cuda_compiled" in item.nodeid)
+
+
 def pytest_collection_finish(session: pytest.Session) -> None:
-    """Where tests will want the emulated CUDA module, its compilation begins now, on a core that others leave free."""
-    wanted = not session.config.getoption("collectonly") and not torch.cuda.is_available()
-    if wanted and any("_cuda" in item.nodeid for item in session.items):
+    """What tests will want compiled, the emulated CUDA module and the cubins, is begun now, on a core left free."""
+    if session.config.getoption("collectonly"):
+        return
+    names = [item.nodeid for item in session.items]
+    if not torch.cuda.is_available() and any("_cuda" in name for name in names):
         import emulated_cuda
 
         emulated_cuda.begin()
+    if any("test_cuda_compiled" in name and "[90a]" in name for name in names):
+        import cuda_costs
+
+        if cuda_costs.nvcc() is not None:
+            cuda_costs.begin("90a")
 
 
 @pytest.fixture(autouse=True)

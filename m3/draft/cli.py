@@ -1,20 +1,19 @@
 """``m3 draft``: train a draft for a model on the model's own responses, and measure how much of it is accepted.
 
-m3.cli adds ``app``; what the two share is imported when a command runs.
+m3.cli adds ``app``; what a command needs is imported when it runs.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import functools
 import hashlib
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from m3.terminal import Bar, Debug, Threads, console, one_line_errors, open_model, set_threads
 from m3kernels.checks import refuse
 
 if TYPE_CHECKING:
@@ -43,20 +42,6 @@ Shapes = Annotated[
 Responses = Annotated[
     int | None, typer.Option("--responses", min=1, help="Held-out responses of each kind to measure on; default all.")
 ]
-Threads = Annotated[int | None, typer.Option("--threads", min=1, help="Threads of torch and the kernels.")]
-Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
-
-
-def one_line_errors(command: Callable[..., None]) -> Callable[..., None]:
-    """As in m3.cli."""
-
-    @functools.wraps(command)
-    def run(*args: Any, **kwargs: Any) -> None:
-        from m3 import cli
-
-        cli.one_line_errors(command)(*args, **kwargs)
-
-    return run
 
 
 def parse_shapes(texts: list[str] | None) -> tuple[Shape, ...]:
@@ -96,7 +81,6 @@ def train(
     debug: Debug = False,
 ) -> None:
     """Let a model respond to prompts, train a draft on what it said, and measure it. The same command goes on."""
-    from m3.cli import Bar, console, open_model, set_threads
     from m3.draft.generate import EngineGenerator, Plan, fill
     from m3.draft.hidden import teach
     from m3.draft.prompts import read_prompts
@@ -163,7 +147,6 @@ def evaluate(
     debug: Debug = False,
 ) -> None:
     """Acceptance length of a draft, greedy: held-out prompts and prompts of no template."""
-    from m3.cli import Bar, open_model, set_threads
     from m3.draft.generate import EngineGenerator, Plan, fill
     from m3.draft.hidden import teach
     from m3.draft.prompts import read_prompts
@@ -223,7 +206,6 @@ def measure(
     draft: GatedEagle3, store: Store, cache: StateCache, shapes: tuple[Shape, ...], most: int | None
 ) -> dict[str, Any]:
     """Acceptance of every shape on the first ``most`` responses of each group that nothing is trained on."""
-    from m3.cli import Bar
     from m3.draft.evaluate import evaluate
     from m3.draft.store import HELD_OUT, OUT_OF_TEMPLATE
 
@@ -243,8 +225,6 @@ def row_of(one: Acceptance) -> dict[str, Any]:
 
 def show(found: dict[str, Any]) -> None:
     from rich.table import Table
-
-    from m3.cli import console
 
     table = Table(title="tokens a round, greedy, the target's own included")
     table.add_column("draft")

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import functools
 import re
 
 from m3.environment.case import Case, Disclosure, Fact
@@ -23,6 +24,7 @@ from m3.environment.lay_terms import tokens, ways
 from m3.text.words import sentences
 
 MAX_CHARACTERS = 8_000  # ours: no patient listens longer; bounds the work a message can cause
+_KEPT = 1024  # ours: sentences of a case whose reading is kept; more than its consultations at work have
 MAX_SENTENCE_WORDS = 60  # ours: a longer "sentence" is a list without stops; its beginning counts
 
 
@@ -57,12 +59,19 @@ class Ask:
 def asked(case: Case, text: str) -> list[Ask]:
     """The questions of a physician's message in order, each with the facts it asks for; none for mere statements."""
     index = _index(case)
-    return [index.read(sentence) for sentence in sentences(text[:MAX_CHARACTERS]) if is_request(sentence)]
+    return [index.read(sentence) for sentence in requests(text[:MAX_CHARACTERS])]
+
+
+@functools.lru_cache(maxsize=256)
+def requests(text: str) -> tuple[str, ...]:
+    """The sentences of a text that are questions or requests for information, in order."""
+    return tuple(sentence for sentence in sentences(text) if is_request(sentence))
 
 
 def is_request(sentence: str) -> bool:
     """Whether a sentence is a question or a request for information."""
-    if "?" in sentence or "？" in sentence:
+    told = _TAG.sub("", sentence)
+    if "?" in told or "？" in told:
         return True
     return any(found for found in (_REQUEST.match(sentence), _WISH.search(sentence), _MACHINE.search(sentence)))
 
@@ -74,7 +83,7 @@ def says_enough(text: str) -> bool:
 
 def is_closing(text: str) -> bool:
     """Whether a physician's message ends the inquiry: it says that it has enough, or it asks for nothing."""
-    return says_enough(text) or not any(is_request(sentence) for sentence in sentences(text[:MAX_CHARACTERS]))
+    return says_enough(text) or not requests(text[:MAX_CHARACTERS])
 
 
 # -- how people ask ---------------------------------------------------------------------------------------------------
@@ -96,6 +105,7 @@ _WISH = re.compile(
     r"i (?:was )?wonder(?:ed|ing)? (?:if|whether|about)|i(?:'m| am) interested (?:in|to know))\b",
     re.IGNORECASE,
 )
+_TAG = re.compile(r",\s*(?:ok|okay|all right|alright)\s*[?？]\W*$", re.IGNORECASE)  # "..., OK?" asks for nothing
 _OPEN = re.compile(
     r"\b(?:tell me|describe|explain|(?:walk|talk) me through|say more|elaborate|what about|how about|more about|"
     r"what can you (?:tell|say)|hear (?:more )?about|know (?:more )?about|ask (?:you )?about|history of|"
@@ -167,6 +177,7 @@ def _wanted(phrase: str, label: str) -> list[_Wanted]:
 
 class _Index:
     def __init__(self, case: Case) -> None:
+        self.kept: dict[str, Ask] = {}
         self.entries = tuple(
             _Entry(
                 fact,
@@ -182,6 +193,14 @@ class _Index:
         )
 
     def read(self, sentence: str) -> Ask:
+        """What a sentence asks for; patient, reward and verifiers read the same ones."""
+        if (ask := self.kept.get(sentence)) is None:
+            if len(self.kept) >= _KEPT:
+                self.kept.clear()
+            ask = self.kept[sentence] = self._read(sentence)
+        return ask
+
+    def _read(self, sentence: str) -> Ask:
         if _MACHINE.search(sentence):
             return Ask(sentence=sentence, kind=AskKind.machine)
         present = self.known & tokens(sentence, MAX_SENTENCE_WORDS)

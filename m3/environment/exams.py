@@ -62,6 +62,10 @@ _RULES: tuple[tuple[str, str], ...] = (
         "celiac*",
     ),
     (
+        "blood_gas",
+        "blood gas*, abg, vbg",
+    ),
+    (
         "endoscopy",
         "endoscop*, colonoscop*, gastroscop*, sigmoidoscop*, bronchoscop*, cystoscop*, ureteroscop*, "
         "hysteroscop*, laparoscop*, arthroscop*, colposcop*, laryngoscop*, pharyngoscop*, nasopharyngoscop*, "
@@ -113,7 +117,7 @@ _RULES: tuple[tuple[str, str], ...] = (
     (
         "ultrasound",
         "ultrasound*, ultrasono*, sonogra*, sono, us, usg, uss, pocus, doppler, duplex, efast, fast exam*, "
-        "fast scan, fibroscan, elastogra*, tvus, tvs, nuchal translucenc*, biophysical profile",
+        "fast scan, bladder scan*, fibroscan, elastogra*, tvus, tvs, nuchal translucenc*, biophysical profile",
     ),
     (
         "plain_radiography",
@@ -351,12 +355,13 @@ _RULES: tuple[tuple[str, str], ...] = (
         "ophthalmolog*, optical coherence*, retinal photo*, dermoscop*, dermatoscop*, wood lamp, wood s lamp, "
         "audiometr*, audiolog*, audiogra*, hearing*, tympanometr*, otoacoustic*, rinne*, weber, otoscop*, abi, "
         "ankle brachial*, pulse ox*, oximetr*, oxygen saturation*, spo2, ambulatory blood pressure*, abpm, "
-        "blood pressure*, bladder scan*, post void*, postvoid*, pvr, urodynamic*, uroflow*, manometr*, "
+        "blood pressure*, post void residual, pvr, urodynamic*, uroflow*, manometr*, "
         "ph monitor*, ph impedance*, ph stud*, gastric emptying*, sweat*, schirmer*, edrophon*, tensilon*, "
         "ice pack*, food challenge*, provocation test*, semen*, sperm*, postcoital*, swallow*, glasgow*, gcs, "
         "nihss, straight leg*, phalen*, tinel*, finkelstein*, non stress*, nonstress*, nst, cardiotoco*, ctg, "
-        "fetal*, apgar, gait*, nitrazine*, fern*, sleep diar*, bladder diar*, voiding diar*, symptom diar*, "
-        "headache diar*, monofilament*, capnogra*, capillaroscop*, nailfold*, pelvic exam*, rectal exam*, "
+        "fetal*, apgar, gait*, nitrazine*, fern*, diary, diarie*, abdominal exam*, "
+        "neurological exam*, scrotal exam*, cremasteric*, digital rectal*, mental state exam*, "
+        "monofilament*, capnogra*, capillaroscop*, nailfold*, pelvic exam*, rectal exam*, "
         "bishop*, screening tool*, screening questionnair*, developmental screen*, transilluminat*, epley*, "
         "carotid massage*, valsalva*, romberg*, autonomic*, caloric test*, speech*, bioimpedance*, skinfold*",
     ),

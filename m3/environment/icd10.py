@@ -222,16 +222,18 @@ class Tree:
                 shared_n[index.core[stem]] += index.weights[stem]
             if stem in index.bracketed:
                 extra_n[index.bracketed[stem]] += index.weights[stem]
-        both = shared_n + extra_n
-        scores = np.divide(2 * both, weight + index.totals + extra_n, out=np.zeros_like(both), where=both > 0)
+        hits = np.flatnonzero(shared_n + extra_n)
+        shared, extra = shared_n[hits], extra_n[hits]
+        scores = 2 * (shared + extra) / (weight + index.totals[hits] + extra)
         found: dict[int, Found] = {}
-        for phrase in np.lexsort((index.entries, index.depths, -scores.round(6))):
-            if scores[phrase] <= 0 or len(found) == k:
+        for hit in np.lexsort((index.entries[hits], index.depths[hits], -scores.round(6))):
+            if len(found) == k:
                 break
+            phrase = hits[hit]
             i = int(index.entries[phrase])
             if i not in found and _level(self._codes[i]) in levels:
                 said = (self._description(i), *self._terms[i])[int(index.numbers[phrase])]
-                found[i] = Found(code=self._codes[i], score=round(float(scores[phrase]), 6), phrase=said)
+                found[i] = Found(code=self._codes[i], score=round(float(scores[hit]), 6), phrase=said)
         return list(found.values())
 
     def match(self, reference: str, answer: str, credits: Credits | None = None) -> Match:

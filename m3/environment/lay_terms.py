@@ -87,7 +87,7 @@ CONCEPTS: tuple[tuple[str, ...], ...] = (
     ("bruise", "bruising", "bruises easily"),
     ("period", "periods", "menstruation", "menstrual", "menses"),
     ("last period", "last menstrual period", "lmp"),
-    ("pregnant", "pregnancy", "expecting"),
+    ("pregnant", "pregnancy"),
     ("miscarry", "miscarriage", "lost a pregnancy"),
     ("contraception", "contraceptive", "birth control"),
     ("vaginal discharge", "discharge from vagina", "discharge down below"),
@@ -119,7 +119,7 @@ CONCEPTS: tuple[tuple[str, ...], ...] = (
         "conditions in past",
         "existing conditions",
     ),
-    ("medication", "medications", "medicine", "medicines", "tablets", "pills", "drugs do you take", "prescription"),
+    ("medication", "medications", "medicine", "medicines", "tablets", "drugs do you take", "prescription"),
     ("over the counter", "otc", "herbal", "supplements"),
     ("blood thinner", "anticoagulant", "warfarin"),
     ("painkiller", "painkillers", "analgesic", "ibuprofen", "nsaid"),
@@ -161,6 +161,9 @@ CONCEPTS: tuple[tuple[str, ...], ...] = (
     ("calf", "calves"),
     ("immunised", "immunisation", "vaccinated", "vaccination", "vaccine", "jabs"),
 )
+
+# concepts that do not ask for anything alone: the key "first notice" is not asked for by "before we start"
+_GENERIC = frozenset({"=start", "=how long", "=worse", "=better", "=scale", "=exercise", "=fall"})
 
 # a sentence of a patient with one of these says something clinical
 _CLINICAL = """
@@ -245,7 +248,8 @@ def ways(phrase: str) -> tuple[frozenset[str], ...]:
     if not plain or not found:
         return (plain,) if plain else ()
     named = frozenset(one for naming in found.values() for one in naming)
-    return tuple(dict.fromkeys((plain, frozenset({*(plain - named), *found}))))
+    by_concept = frozenset({*(plain - named), *found})
+    return (plain,) if by_concept <= _GENERIC else tuple(dict.fromkeys((plain, by_concept)))
 
 
 def tokens(sentence: str, most: int | None = None) -> frozenset[str]:
@@ -271,7 +275,7 @@ def clinical_stems() -> frozenset[str]:
 _EVERYDAY = (
     "start began begin onset duration worse better ease scale job trip fit severity trigger travel family mother "
     "father mum  mom dad parents siblings memory hearing worry stress stressed remember abroad relatives coronary "
-    "expecting sad spread  motions supplements exercise "
+    "sad spread motions supplements exercise "
 ).split()
 
 

@@ -5,10 +5,10 @@
   Visibility is asymmetric: the physician sees the snippet, the simulated patient does not (episode.py passes it the
   messages after the snippet alone). Half of these ask at the end of a turn, half inside an ongoing one.
 
-Rendering. *End of turn*: the physician's last question is whole, the patient answers it, and the last sentence of that
-message is the patient's question. *Mid turn*: the exchange is still under way: the physician's last message breaks off
-after half its words with a dash, and the patient's message is the question alone. Both come from one snippet: the
-case's own, or one that seeded templates build from the opening line and what the patient tells unasked.
+Rendering. *End of turn*: the physician's last question is whole, and the patient answers it and asks in one message.
+*Mid turn*: the exchange is still under way: the physician's last message breaks off after half its words with a dash,
+and the patient's message is the question alone. Both come from one snippet: the case's own, or one that seeded
+templates build from the opening line and what the patient tells unasked.
 
 Source: Baichuan-M3, arXiv 2602.06570, on the patient simulator. The rendering and the templates are ours.
 """

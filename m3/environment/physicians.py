@@ -231,16 +231,19 @@ class RandomQuestions(_Physician):
 
 
 class AskEverything(_Physician):
-    """One giant message with every question of the checklist and of the general list, again and again."""
+    """Every question of the checklist and of the general list in each message, each time from another one on."""
 
     name = "ask_everything"
 
     def __init__(self, case: Case) -> None:
         super().__init__(case)
-        self.text = " ".join([*(questions[0] for _, questions in Good(case).plan), *GENERIC_QUESTIONS])
+        self.questions = [*(questions[0] for _, questions in Good(case).plan), *GENERIC_QUESTIONS]
 
     def say(self, messages: Sequence[Message], mine: Sequence[Message], phase: Phase, rng: random.Random) -> str:
-        return self.text if phase == Phase.inquiry else super().say(messages, mine, phase, rng)
+        if phase != Phase.inquiry:
+            return super().say(messages, mine, phase, rng)
+        start = 4 * len(mine) % len(self.questions)
+        return " ".join(self.questions[start:] + self.questions[:start])
 
 
 class AskNothing(_Physician):

@@ -20,7 +20,7 @@ import collections
 import dataclasses
 import hashlib
 import random
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +28,9 @@ import numpy as np
 
 from m3.rewards.json_log import JsonLog
 from m3.rewards.judge import RubricJudge
-from m3.rewards.judge_schedule import Reuse, achieved, together
+from m3.rewards.judge_schedule import Plan, Request, Reuse, achieved, plan, together
 from m3.rewards.rubric import HealthBenchRow, match_verdicts
+from m3.rewards.rubric_templates import template
 from m3.rewards.verdict import Outcome, Verdict
 from m3.rollout.chat import ChatClient, Usage
 from m3kernels.checks import refuse
@@ -120,6 +121,29 @@ def sample_rows(rows: Sequence[HealthBenchRow], num_examples: int | None) -> lis
 def completion_id(prompt_id: str, response: str) -> str:
     """The public name of an answer: sha256 of the prompt's id and the answer."""
     return hashlib.sha256((prompt_id + response).encode()).hexdigest()
+
+
+def dry_run(
+    rows: Iterable[HealthBenchRow],
+    encode: Callable[[str], Sequence[int]],
+    template_name: str,
+    *,
+    answers: Mapping[str, str] | None = None,
+    endpoints: int = 1,
+) -> Plan:
+    """What judging will take, before anything is spent.
+
+    Args:
+        encode: text to token ids: the judge's tokenizer.
+        answers: by prompt_id; a row without one counts with its ideal completion, or an empty answer.
+    """
+    requests = []
+    for row in rows:
+        ideal = (row.rest.get("ideal_completions_data") or {}).get("ideal_completion") or ""
+        answer = (answers or {}).get(row.prompt_id, ideal)
+        conversation = [*row.prompt, {"role": "assistant", "content": answer}]
+        requests.append(Request(conversation=conversation, items=row.rubric.items))
+    return plan(requests, encode, template(template_name), endpoints=endpoints)
 
 
 # -- a run ------------------------------------------------------------------------------------------------------------

@@ -1,7 +1,8 @@
 """A case's checklist judged by rules: which items a consultation met, where, and Eq 1 over them. No language model.
 
 - must_ask: the patient *told* one of the item's facts as an answer to a question that asks for it. Of one message of
-  the physician the first few asks earn credit, a dumped list no more than that; statements never do. A fact that the
+  the physician the first few asks earn credit, and every question beyond so many takes one back: a dumped list earns
+  nothing. Statements never do. A fact that the
   patient adds to such an answer counts too, one a message. Items whose facts all stand in the opening line or are
   volunteered are *given*: they cost and earn nothing. Without facts, an item is met by a question with its keys.
 - must_do: a sentence of the physician in the item's stage has all words of one of its keys and no negation just before
@@ -190,10 +191,11 @@ def _asked_and_told(case: Case, trajectory: Trajectory, config: ChecklistConfig)
             continue
         if message.meta.get("snippet") or answer.meta.get("instruction"):
             continue
-        room = config.max_asks_per_turn
+        asks = asked(case, message.content)
+        room = config.max_asks_per_turn - max(0, len(asks) - config.max_asks_per_turn)
         named: set[str] = set()
         answered = False
-        for ask in asked(case, message.content):
+        for ask in asks:
             for one, why in zip(ask.fact_ids, ask.reasons, strict=True):
                 told = one in answer.facts
                 named.add(one)
@@ -203,7 +205,7 @@ def _asked_and_told(case: Case, trajectory: Trajectory, config: ChecklistConfig)
                     found.setdefault(one, (message.turn, ask.sentence))
                     answered = True
                 room -= 1
-            if ask.kind in (AskKind.general, AskKind.more):
+            if room > 0 and ask.kind in (AskKind.general, AskKind.more):
                 answered = answered or bool(answer.facts)
         if answered:
             extras = [one for one in answer.facts if one not in named and one not in found]

@@ -44,7 +44,7 @@ class Reading(enum.StrEnum):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Label:
-    """One disease that an answer names. ``aside``: other names that stand in brackets; ``codes``: ICD-10-CM, if given."""
+    """One disease that an answer names. ``aside``: other names, in brackets; ``codes``: of ICD-10-CM, if given."""
 
     text: str
     hedged: bool = False
@@ -81,7 +81,7 @@ class Config:
     """Numbers of the scores; the paper gives none, all are ours."""
 
     credits: icd10.Credits = dataclasses.field(default_factory=icd10.Credits)
-    listed: int = 3  # labels of a ranked list that count; a longer list buys nothing
+    listed: int = 3  # labels of an answer that count, ranked or claimed together; more buy nothing
     accept_broader: bool = True
     spelling: float = 0.84  # two words of 7 letters or more are one from this ratio (difflib): typing errors
     window: int = 3  # words that may stand between those of the reference in an answer
@@ -95,7 +95,7 @@ class Config:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DiagnosisScore:
-    """``credit`` in [off_branch, 1], None where the reference has no code. ``code``: the answer's, ``source`` its origin.
+    """``credit`` in [off_branch, 1], None where the reference has no code. ``code``: the answer's.
 
     ``correct`` and ``rule`` are lexical (module docstring); ``matched`` is the name of the reference that was met.
     ``source``: "label" (the label is the reference's, so its code is), "written", "looked up", or "none" (no entry of
@@ -116,9 +116,7 @@ class DiagnosisScore:
 def reference_of(case: Case) -> Reference:
     """The reference of a case."""
     found = case.diagnosis
-    return Reference(
-        label=found.label, synonyms=found.synonyms, code=found.icd10cm, acceptable=found.acceptable
-    )
+    return Reference(label=found.label, synonyms=found.synonyms, code=found.icd10cm, acceptable=found.acceptable)
 
 
 # -- reading ----------------------------------------------------------------------------------------------------------
@@ -137,27 +135,34 @@ _MARKERS = tuple(
     )
 )
 _ABSENT = re.compile(
-    r"^\W*(?:none|n/?a|unknown|undetermined|unclear|no (?:final )?diagnosis\b.*|(?:i (?:am|'m) )?(?:unable|not able) to .*"
+    r"^\W*(?:none|n/?a|unknown|undetermined|unclear|no (?:final )?diagnosis\b.*"
+    r"|(?:i (?:am|'m) )?(?:unable|not able) to .*"
     r"|(?:i )?can(?:no|')t .*|(?:i )?cannot .*|(?:i )?do(?: not|n't) know.*|(?:further|more|additional) \w+ .*"
-    r"|insufficient .*|not enough .*|(?:please )?(?:see|consult|visit) (?:a|an|your) .*|(?:it is |it's )?(?:not possible"
-    r"|impossible|difficult) to .*|cannot be .*|pending .*)$",
+    r"|insufficient .*|not enough .*|(?:please )?(?:see|consult|visit) (?:a|an|your) .*"
+    r"|(?:it is |it's )?(?:not possible|impossible|difficult) to .*|cannot be .*|pending .*)$",
     re.IGNORECASE,
 )
 _CLAUSE = re.compile(
-    r"\b(?:based on|because|given (?:the|his|her|your|that)|as evidenced|as suggested|as indicated|which|that (?:is|are|has)"
-    r"|(?:this|it|these) (?:is|are|could|may|should|would|diagnos)|however|although|but\b|i (?:would|recommend|suggest|advise)"
+    r"\b(?:based on|because|given (?:the|his|her|your|that)|as evidenced|as suggested|as indicated"
+    r"|which|that (?:is|are|has)"
+    r"|(?:this|it|these) (?:is|are|could|may|should|would|diagnos)|however|although|but\b"
+    r"|i (?:would|recommend|suggest|advise)"
     r"|please|further (?:\w+ )?(?:evaluation|investigation|test|assessment|examination|work)|needs?\b|requir(?:es|ing)"
     r"|until|pending|to be confirmed|for (?:confirmation|an? \d)|rather than|instead of|and not|not\b|rule(?:d)? out"
     r"|unlikely|without evidence|no evidence|note:|treatment|recommend)",
     re.IGNORECASE,
 )
 _CAUSE = re.compile(
-    r"\b(?:(?:likely|possibly|probably|potentially|most likely) )?(?:due to|secondary to|caused by|resulting from|related to"
-    r"|exacerbated|aggravated|triggered by|induced by|such as|including|in the (?:setting|context)|following|after\b|from\b"
+    r"\b(?:(?:likely|possibly|probably|potentially|most likely) )?(?:due to|secondary to|caused by|resulting from"
+    r"|related to"
+    r"|exacerbated|aggravated|triggered by|induced by|such as|including|in the (?:setting|context)"
+    r"|following|after\b|from\b"
     r"|e\.g|i\.e|progressing to|in (?:an?|the) )",
     re.IGNORECASE,
 )
-_CAUSE_OF_REFERENCE = re.compile(r"\b(?:due to|secondary to|caused by|associated with|in the setting of)", re.IGNORECASE)
+_CAUSE_OF_REFERENCE = re.compile(
+    r"\b(?:due to|secondary to|caused by|associated with|in the setting of)", re.IGNORECASE
+)
 _EXAMPLE = re.compile(r"\b(?:such as|including|for example|e\.g)", re.IGNORECASE)
 _HEDGE = re.compile(
     r"\b(?:possible|possibly|potential|potentially|suspected|suspicious|suspicion of|may(?:be)?|might|could be|can be"
@@ -170,10 +175,12 @@ _JOINT = re.compile(
     r"|in addition to)\s+|\s+[&+\N{EM DASH}\N{EN DASH}-]\s+",
     re.IGNORECASE,
 )
-_LISTED = re.compile(r"(?:^|\n|(?<=[:.;,)\s]))\s*(?:\d{1,2}[.)]|[-\N{BULLET}])\s+(?=\S)")
+_LISTED = re.compile(r"(?:^|\n|(?<=[:.;,)\s]))\s*\d{1,2}[.)]\s+(?=\S)|(?:^|\n)\s*[-\N{BULLET}]\s+(?=\S)")
 _BRACKETS = re.compile(r"[(\[]([^()\[\]]*)[)\]]")
-_REMARK = re.compile(r"^\W*(?:note|based|if|due|because|this|the|for|further|as|since|it|please|pending|given|which)\b", re.I)
-_SENTENCE_END = re.compile(r"(?<![ (][A-Za-z])(?<!\b[Ss]t)(?<!\bvs)[.!](?=\s|$)|\n\s*\n|\n(?=\W*(?:note|please|this|or)\b)", re.I)
+_REMARK = re.compile(
+    r"^\W*(?:note|based|if|due|because|this|the|for|further|as|since|it|please|pending|given|which)\b", re.I
+)
+_SENTENCE_END = re.compile(r"(?<![ (][A-Za-z])(?<!\b[Ss]t)(?<!\bvs)[.!](?=\s|$)|\n")
 
 
 @functools.lru_cache(maxsize=16384)
@@ -224,7 +231,7 @@ def _statements(text: str) -> list[str]:
 
 
 def _sentence(text: str) -> str:
-    """The first sentence; a line break ends it only before another thought."""
+    """The first sentence of the first line."""
     parts = _SENTENCE_END.split(text.strip(), maxsplit=1)
     return parts[0].strip()
 
@@ -263,8 +270,10 @@ def _labels(statement: str) -> list[Label]:
         if not re.search(r"[A-Za-z]{2}", name) or _EXAMPLE.match(name):
             continue
         if hedged and i > 0 and not all(_core(words_of(label.text)) <= _GENERIC for label in found):
-            continue  # "a rash, possibly measles" claims measles; "measles, possibly pneumonia" does not claim the second
-        found.append(Label(text=name, hedged=hedged, aside=asides if not found else (), codes=codes if not found else ()))
+            continue  # "a rash, possibly measles" claims measles; "measles, possibly gout" claims no gout
+        found.append(
+            Label(text=name, hedged=hedged, aside=asides if not found else (), codes=codes if not found else ())
+        )
     return found
 
 
@@ -285,12 +294,13 @@ _NUMERALS = {"i": "1", "ii": "2", "iii": "3", "iv": "4", "one": "1", "two": "2"}
 _QUALIFIERS = frozenset(
     stem(word)
     for word in (
-        "a an the of in on at to by for from with and et or as is be type disease diseases syndrome disorder condition"
-        " complex illness case severe mild moderate early late classic classical typical atypical simple common new onset"
-        " recurrent persistent unspecified idiopathic likely probable possible suspected presumed advanced stage grade left"
-        " right bilateral unilateral localized generalized widespread diffuse multiple single solitary isolated extensive"
-        " induced related associated caused due secondary primary acute chronic subacute exacerbation flare episode attack"
-        " uncomplicated complicated adult childhood patient skin cutaneous lesion his her your nos"
+        "a an the of in on at to by for from with and et or as is be type disease diseases syndrome disorder"
+        " condition complex illness case severe mild moderate early late classic classical typical atypical"
+        " simple common new onset recurrent persistent unspecified idiopathic likely probable possible"
+        " suspected presumed advanced stage grade left right bilateral unilateral localized generalized"
+        " widespread diffuse multiple single solitary isolated extensive induced related associated caused due"
+        " secondary primary acute chronic subacute exacerbation flare episode attack uncomplicated complicated"
+        " adult childhood patient skin cutaneous lesion his her your nos"
     ).split()
 )
 _OPPOSITES = tuple(
@@ -301,23 +311,26 @@ _OPPOSITES = tuple(
 _GENERIC = frozenset(
     stem(word)
     for word in (
-        "dermatitis eczema rash eruption dermatosis erythema infection inflammation inflammatory lesion tumor cancer carcinoma"
-        " neoplasm malignancy adenoma sarcoma lymphoma leukemia anemia cyst nevus keratosis papule plaque nodule ulcer"
-        " wart benign malignant pigmented pigmentation hyperpigmentation hypopigmentation discoloration alopecia hair loss"
-        " pruritus itch arthritis pain ache fever cough headache vertigo dizziness diarrhea vomiting constipation bleeding"
-        " hemorrhage hematoma fracture injury trauma tear sprain edema swelling effusion abscess bacterial viral fungal"
-        " parasitic allergic allergy reaction hypersensitivity autoimmune vasculitis vasculopathy purpura thrombosis embolism"
-        " failure insufficiency deficiency obstruction stenosis perforation hernia rupture pneumonia colitis hepatitis"
-        " nephritis gastritis meningitis encephalitis neuropathy myopathy cardiomyopathy encephalopathy cardiac heart"
-        " myocardial coronary pulmonary lung respiratory renal kidney hepatic liver gastric stomach intestinal bowel colon"
-        " cerebral brain spinal breast prostate thyroid adrenal ovarian uterine cervical testicular bladder urinary bone"
-        " joint muscle nerve eye ear nose throat oral mouth nail scalp foot hand face facial back neck chest abdominal"
-        " pityriasis lichen tinea systemic granuloma sclerosis amyloidosis drug medication poisoning toxicity overdose"
-        " depression anxiety psychosis dementia seizure stroke shock sepsis diabetes mellitus hypertension hypotension"
-        " emergency crisis hyperplasia atrophy dystrophy dysplasia hemangioma angioma fibroma pemphigus pemphigoid acne"
+        "dermatitis eczema rash eruption dermatosis erythema infection inflammation inflammatory lesion tumor"
+        " cancer carcinoma neoplasm malignancy adenoma sarcoma lymphoma leukemia anemia cyst nevus keratosis"
+        " papule plaque nodule ulcer wart benign malignant pigmented pigmentation hyperpigmentation"
+        " hypopigmentation discoloration alopecia hair loss pruritus itch arthritis pain ache fever cough"
+        " headache vertigo dizziness diarrhea vomiting constipation bleeding hemorrhage hematoma fracture"
+        " injury trauma tear sprain edema swelling effusion abscess bacterial viral fungal parasitic allergic"
+        " allergy reaction hypersensitivity autoimmune vasculitis vasculopathy purpura thrombosis embolism"
+        " failure insufficiency deficiency obstruction stenosis perforation hernia rupture pneumonia colitis"
+        " hepatitis nephritis gastritis meningitis encephalitis neuropathy myopathy cardiomyopathy"
+        " encephalopathy cardiac heart myocardial coronary pulmonary lung respiratory renal kidney hepatic"
+        " liver gastric stomach intestinal bowel colon cerebral brain spinal breast prostate thyroid adrenal"
+        " ovarian uterine cervical testicular bladder urinary bone joint muscle nerve eye ear nose throat oral"
+        " mouth nail scalp foot hand face facial back neck chest abdominal pityriasis lichen tinea systemic"
+        " granuloma sclerosis amyloidosis drug medication poisoning toxicity overdose depression anxiety"
+        " psychosis dementia seizure stroke shock sepsis diabetes mellitus hypertension hypotension emergency"
+        " crisis hyperplasia atrophy dystrophy dysplasia hemangioma angioma fibroma pemphigus pemphigoid acne"
         " porphyria mucositis folliculitis panniculitis gastroenteritis hypertensive syndrome inversion nipple"
-        " positional paroxysmal photosensitivity melanotic macular acral papulosa nigra venous arterial vascular viral tract"
-        " atrophic atrophicus serous mucous fluid blood cell basal squamous elastolysis emotional stress traumatic"
+        " positional paroxysmal photosensitivity melanotic macular acral papulosa nigra venous arterial"
+        " vascular viral tract atrophic atrophicus serous mucous fluid blood cell basal squamous elastolysis"
+        " emotional stress traumatic"
     ).split()
 )
 
@@ -396,9 +409,7 @@ def compare(reference: str, label: str, config: Config | None = None) -> str:
     want, got = _core(want_words), _core(got_words)
     if not want or not got:
         return "none"
-    if any(
-        (a := pair & set(want_words)) and (b := pair & set(got_words)) and not a & b for pair in _OPPOSITES
-    ):
+    if any((a := pair & set(want_words)) and (b := pair & set(got_words)) and not a & b for pair in _OPPOSITES):
         return "none"
     numbers = {word for word in want if word.isdecimal()}
     if numbers != want:  # a number that the answer does not say is no contradiction; another one was refused above
@@ -463,8 +474,9 @@ def _lexical(reference: Reference, answer: Answer, config: Config) -> tuple[str,
     if answer.reading is Reading.undecided:
         each = [_met(reference, (label,), "", config) for label in answer.labels]
         return each[0] if all(rule in _RULES for rule, _ in each) else ("none", "")
-    labels = answer.labels[:1] if answer.reading is Reading.ranked else answer.labels
-    return _met(reference, labels, answer.statement if answer.reading is Reading.decided else "", config)
+    labels = answer.labels[: 1 if answer.reading is Reading.ranked else config.listed]
+    whole = answer.reading is Reading.decided and len(answer.labels) <= config.listed
+    return _met(reference, labels, answer.statement if whole else "", config)
 
 
 def _met(reference: Reference, labels: Sequence[Label], statement: str, config: Config) -> tuple[str, str]:
@@ -496,7 +508,7 @@ def _hierarchical(found: DiagnosisScore, reference: Reference, answer: Answer, c
     targets = [(reference.code, 1.0), *((one.icd10cm, one.credit) for one in reference.acceptable if one.icd10cm)]
     ranked = answer.reading is Reading.ranked
     best: tuple[float, str | None, str, icd10.Match | None] | None = None
-    for rank, label in enumerate(answer.labels[: config.listed] if ranked else answer.labels, 1):
+    for rank, label in enumerate(answer.labels[: config.listed], 1):
         code, source = _code_of(label, reference, found if not ranked else None, config)
         for target, weight in targets:
             match = None if code is None else icd10.tree().match(target, code, config.credits)

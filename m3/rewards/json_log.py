@@ -63,8 +63,9 @@ class JsonLog:
             self.rows.append(dict(row))
 
     def close(self) -> None:
-        """Let others write."""
-        self._file.close()
+        """Let others write; an append that is under way ends first."""
+        with self._lock:
+            self._file.close()
 
     def __enter__(self) -> JsonLog:
         return self

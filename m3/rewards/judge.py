@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from typing import Protocol, runtime_checkable
 
 from m3.environment.case import Case
-from m3.rewards.judge_schedule import add_usage, endpoint_of, first_then_rest
+from m3.rewards.judge_schedule import add_usage, conversation_key, first_then_rest
 from m3.rewards.rubric import RubricItem
 from m3.rewards.rubric_templates import Template, read_verdict, template
 from m3.rewards.verdict import Outcome, Verdict
@@ -53,13 +53,23 @@ class RubricJudge(Protocol):
         ...
 
 
+@runtime_checkable
+class Pool(Protocol):
+    """Several endpoints of one model: ``of(key)`` is the client of all calls with that key."""
+
+    @property
+    def model(self) -> str: ...
+
+    def of(self, key: str) -> ChatClient: ...
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
     """Numbers of a judge."""
 
     template: str = "prefix-first"  # the paper's order; "healthbench-exact" for scores to compare
     retries: int = 3  # ours: after a reply that is no verdict; simple-evals asks for ever
-    timeout: float = 120.0  # seconds a call; ours
+    timeout: float | None = None  # seconds a call, the client's own retries and queue included; None: the client's own
     max_concurrency: int = 120  # calls at once: simple-evals' threads
     max_tokens: int = 2048  # of a reply: simple-evals' grader
     temperature: float = 0.5  # simple-evals' grader; above 0, so that asking again can help
@@ -70,8 +80,8 @@ class Config:
         for name, least in (("retries", 0), ("max_concurrency", 1), ("max_tokens", 1)):
             if getattr(self, name) < least:
                 raise refuse("judge.Config", name, f"{least} or more", getattr(self, name))
-        if not self.timeout > 0:
-            raise refuse("judge.Config", "timeout", "seconds > 0", self.timeout)
+        if self.timeout is not None and not self.timeout > 0:
+            raise refuse("judge.Config", "timeout", "seconds > 0 or None", self.timeout)
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -84,25 +94,22 @@ class Tally:
 
 
 class Judge:
-    """A language model as judge, behind one endpoint or several that serve the same model.
+    """A language model as judge.
 
     Args:
-        clients: a conversation always goes to the same one of them.
-        budget: shared with whoever else is given it; each try is a call.
+        client: who answers; of a pool of endpoints, each conversation goes to one.
+        budget: each try is a call. Give it to the judge or to the client, not to both.
     """
 
     scripted = False
 
     def __init__(
-        self, clients: ChatClient | Sequence[ChatClient], config: Config | None = None, *, budget: Budget | None = None
+        self, client: ChatClient | Pool, config: Config | None = None, *, budget: Budget | None = None
     ) -> None:
-        self.clients = [clients] if isinstance(clients, ChatClient) else list(clients)
-        models = {client.model for client in self.clients}
-        if len(models) != 1:
-            raise refuse("Judge", "clients", "one or more of one model", repr(sorted(models)))
+        self._client = client
         self.config = config or Config()
         self.budget = budget or Budget()
-        self.name = models.pop()
+        self.name = client.model
         self.tally = Tally()
         self._asked_by: Template = template(self.config.template)
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -122,7 +129,7 @@ class Judge:
             ValueError: a conversation that does not end in an assistant's turn.
         """
         _answer(conversation)
-        client = self.clients[endpoint_of(conversation, len(self.clients))]
+        client = self._client.of(conversation_key(conversation)) if isinstance(self._client, Pool) else self._client
         verdicts = await first_then_rest([functools.partial(self._ask, client, conversation, one) for one in items])
         self.tally.outcomes.update(verdict.outcome for verdict in verdicts)
         return verdicts
@@ -146,7 +153,7 @@ class Judge:
             except ChatError as error:
                 return self._verdict(item, OUTCOMES[error.failure], str(error), used)
             except TimeoutError:
-                return self._verdict(item, Outcome.timeout, f"no answer in {self.config.timeout:g} s", used)
+                return self._verdict(item, Outcome.timeout, f"no answer in {self.config.timeout} s", used)
             self.budget.add(reply.usage)
             used.append(reply.usage)
             reading = read_verdict(reply.text)
@@ -174,6 +181,8 @@ class Judge:
 
 class ScriptedJudge:
     """A judge by rules, deterministic, of a clause's keys: for tests, plumbing and training without a model.
+
+    It reads text alone; what a consultation disclosed of a case is for m3/rewards/checklist.py to judge.
 
     A clause is met where one sentence of the assistant, in any turn, has all words of one of its keys. A key that
     states something ("go home") is not met by its denial ("do not go home"); a key to ask for (``asks``) is met by a

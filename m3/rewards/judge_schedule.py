@@ -68,20 +68,18 @@ class Reuse:
         return self.cached_tokens / self.prompt_tokens
 
 
-def endpoint_of(conversation: ChatMessages, endpoints: int) -> int:
-    """The endpoint of a conversation, the same for all that begin with the same words of the user.
+def conversation_key(conversation: ChatMessages) -> str:
+    """A name of all conversations that begin with the same words of the user; those of one name share an endpoint.
 
     The first block is hashed, not all: the growing turns of one consultation and the rollouts of one prompt stay
     together.
     """
-    if endpoints < 1:
-        raise refuse("endpoint_of", "endpoints", "1 or more", endpoints)
     digest = hashlib.sha256()
     for message in conversation:
         digest.update(f"{message['role']}\0{message['content']}\0".encode())
         if message["role"] == "user":
             break
-    return int.from_bytes(digest.digest()[:8], "big") % endpoints
+    return digest.hexdigest()
 
 
 async def first_then_rest(calls: Sequence[Callable[[], Awaitable[T]]]) -> list[T]:
@@ -113,22 +111,23 @@ def plan(
 ) -> Plan:
     """Calls, prompt tokens and how many of them a prefix cache can serve, with requests judged one after another.
 
-    Each endpoint keeps all blocks it has seen. A call reuses the whole blocks of its longest prefix in the cache, as it
-    stands when the call is launched; siblings are launched together, so they reuse what the first left, not each
-    other. One token of a prompt is always computed.
+    Conversations are spread over the endpoints by their key, evenly, and each endpoint keeps all blocks it has seen. A
+    call reuses the whole blocks of its longest prefix in the cache, as it stands when the call is launched; siblings
+    are launched together, so they reuse what the first left, not each other. One token of a prompt is always computed.
 
     Args:
         encode: text to token ids, without special tokens: the judge's tokenizer.
     Raises:
         ValueError: block_size or endpoints below 1.
     """
-    if block_size < 1:
-        raise refuse("plan", "block_size", "1 or more", block_size)
+    for name, number in (("block_size", block_size), ("endpoints", endpoints)):
+        if number < 1:
+            raise refuse("plan", name, "1 or more", number)
     caches: list[set[bytes]] = [set() for _ in range(endpoints)]
     calls = [0] * endpoints
     prompt_tokens = reusable = 0
     for request in requests:
-        place = endpoint_of(request.conversation, endpoints)
+        place = int(conversation_key(request.conversation), 16) % endpoints
         cache = caches[place]
         calls[place] += len(request.items)
         for wave in (request.items[:1], request.items[1:]):

@@ -19,9 +19,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import json
 import math
-import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -41,7 +39,7 @@ from m3.rewards.rubric_store import (
     State,
     Status,
 )
-from m3.rewards.rubric_templates import dialogue
+from m3.rewards.rubric_templates import dialogue, read_json
 from m3.rewards.verdict import Outcome
 from m3.rollout.chat import ChatClient, ChatMessages
 from m3.text.words import content_stems, sentences, words
@@ -275,13 +273,12 @@ class LLMMiner:
 
 def read_drafts(text: str) -> list[tuple[str, float, str]] | None:
     """(criterion, points, reason) of a mining agent's reply; None where it, or any draft in it, is malformed."""
-    bare = re.sub(r"^```(?:json)?\s*|\s*```$", "", text.strip())
     try:
-        found = json.loads(bare)["rubrics"]
-        drafts = [(row["criterion"], row["points"], str(row.get("reason", ""))) for row in found]
+        rows = read_json(text)["rubrics"]
+        drafts = [(row["criterion"], row["points"], str(row.get("reason", ""))) for row in rows]
         for criterion, points, _ in drafts:
             RubricItem(id="draft", criterion=criterion, points=points)
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):  # not JSON, or not of this form
+    except (ValueError, TypeError, KeyError, AttributeError):  # not of this form
         return None
     return drafts
 

@@ -273,43 +273,52 @@ class RubricStore:
         self, one: str, by: str, *, note: str = "", criterion: str | None = None, points: float | None = None
     ) -> None:
         """An expert's yes, with the clause as the expert edited it."""
-        edited = {name: value for name, value in (("criterion", criterion), ("points", points)) if value is not None}
-        self._record("approved", id=one, by=by, note=note, **({"edited": edited} if edited else {}))
+        self._record(_approval(one, by, note, criterion, points))
 
     def reject(self, one: str, by: str, why: str) -> None:
         """An expert's no."""
-        self._record("rejected", id=one, by=by, note=why)
+        self._record({"event": "rejected", "id": one, "by": by, "note": why})
 
     def admit(self, one: str, by: str, note: str) -> None:
         """Into training."""
-        self._record("admitted", id=one, by=by, note=note)
+        self._record({"event": "admitted", "id": one, "by": by, "note": note})
 
     def exit(self, one: str, by: str, note: str) -> None:
         """Out of training, watched still."""
-        self._record("exited", id=one, by=by, note=note)
+        self._record({"event": "exited", "id": one, "by": by, "note": note})
 
     def revive(self, one: str, by: str, note: str) -> None:
         """Back into training."""
-        self._record("revived", id=one, by=by, note=note)
+        self._record({"event": "revived", "id": one, "by": by, "note": note})
 
     def measure(self, one: str, found: Measured) -> None:
         """How often it was violated."""
-        self._record("measured", id=one, **dataclasses.asdict(found))
+        self._record({"event": "measured", "id": one, **dataclasses.asdict(found)})
 
     def score(self, found: Scored) -> None:
         """An epoch's mean rewards."""
-        self._record("scored", **dataclasses.asdict(found))
+        self._record({"event": "scored", **dataclasses.asdict(found)})
 
     def _add(self, event: str, scope: str, items: Sequence[RubricItem], provenance: Provenance) -> None:
         rows = [dataclasses.asdict(item) for item in items]
-        self._record(event, scope=scope, items=rows, provenance=dataclasses.asdict(provenance))
+        origin = dataclasses.asdict(provenance)
+        self._record({"event": event, "scope": scope, "items": rows, "provenance": origin})
 
-    def _record(self, event: str, **fields: Any) -> None:
-        row = {"event": event, "at": self._clock(), **fields}
+    def _record(self, *events: Mapping[str, Any]) -> None:
+        """Write events down, all or, where one cannot happen, none."""
+        at = self._clock()
+        rows = [{**event, "at": at} for event in events]
         after = self.state.copy()
-        after.apply(row)  # whether it can happen, before it is written
-        self._log.append(row)
+        for row in rows:
+            after.apply(row)
+        for row in rows:
+            self._log.append(row)
         self.state = after
+
+
+def _approval(one: str, by: str, note: str, criterion: str | None, points: float | None) -> dict[str, Any]:
+    edited = {name: value for name, value in (("criterion", criterion), ("points", points)) if value is not None}
+    return {"event": "approved", "id": one, "by": by, "note": note, **({"edited": edited} if edited else {})}
 
 
 def read_state(path: str | Path, version: int | None = None) -> State:
@@ -412,17 +421,15 @@ def take_decisions(store: RubricStore, path: str | Path) -> Decided:
             raise ValueError(f"{place}: {error}") from error
         found["earlier" if entry.status is not Status.drafted else decision].append(one)
     by_id = {row["id"]: row for row in rows}
+    events: list[Mapping[str, Any]] = []
     for one in found["approve"]:
         row, old, item = by_id[one], store.state.entries[one].item, edited[one]
-        store.approve(
-            one,
-            row["by"],
-            note=row.get("why", ""),
-            criterion=item.criterion if item.criterion != old.criterion else None,
-            points=item.points if item.points != old.points else None,
-        )
+        criterion = item.criterion if item.criterion != old.criterion else None
+        points = item.points if item.points != old.points else None
+        events.append(_approval(one, row["by"], row.get("why", ""), criterion, points))
     for one in found["reject"]:
-        store.reject(one, by_id[one]["by"], by_id[one]["why"])
+        events.append({"event": "rejected", "id": one, "by": by_id[one]["by"], "note": by_id[one]["why"]})
+    store._record(*events)
     approved, rejected, left, earlier = (tuple(found[name]) for name in ("approve", "reject", "", "earlier"))
     return Decided(approved=approved, rejected=rejected, open=left, earlier=earlier)
 

@@ -1,1 +1,1 @@
-"""OpenAI-compatible HTTP over whoever can answer a chat: the engine, or a patient."""
+"""OpenAI-compatible servers: of an engine (``m3 serve``), and of the patient (``m3 clinic patient``)."""

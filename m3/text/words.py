@@ -17,7 +17,7 @@ _WORD = re.compile(r"\d+(?:[.,:/]\d+)*|[^\W\d_]+(?:['’\-][^\W\d_]+|\d+)*|[%<>+
 _ABBREVIATIONS = "".join(
     rf"(?<!\b{one}\.)" for one in ("Dr", "Mr", "Mrs", "Ms", "St", "vs", "approx", r"e\.g", r"i\.e")
 )
-_SENTENCE_END = re.compile(_ABBREVIATIONS + r"(?<=[.!?。！？])[\"')\]]*\s+(?=[\"'(\[]?[A-Z0-9À-ÖØ-Þ*\-])|\n+")
+_SENTENCE_END = re.compile(r"(?<=[.!?。！？])" + _ABBREVIATIONS + r"[\"')\]]*\s+(?=[\"'(\[]?[A-Z0-9À-ÖØ-Þ*\-])|\n+")
 NEGATIONS = frozenset(
     "no not none never without denies deny denied negative neither nor nothing cannot can't don't doesn't didn't isn't "
     "aren't wasn't weren't haven't hasn't hadn't won't wouldn't couldn't shouldn't absent absence unlikely free".split()

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from m3kernels import _cuda_ext
 from m3kernels.checks import refuse
-from m3kernels.cuda import counters, on_device, refusal, stream
+from m3kernels.cuda import counters, on_device, refusal, span, stream
 from m3kernels.policy_loss.passes import ops
 from m3kernels.policy_loss.schedule import Tiles
 from m3kernels.policy_loss.tiles import State
@@ -35,15 +35,6 @@ def unsupported(op: str, hidden: Tensor, *args: Any) -> str:
     return refusal(hidden)
 
 
-def _span(op: str, name: str, tensor: Tensor | None, like: Tensor, dtype: torch.dtype = torch.float32) -> Span:
-    """(address, elements) of a contiguous tensor of the given dtype on the device of ``like``; (0, 0) for None."""
-    if tensor is None:
-        return 0, 0
-    if tensor.dtype != dtype or tensor.device != like.device or not tensor.is_contiguous():
-        raise refuse(op, name, f"contiguous {str(dtype).removeprefix('torch.')} on {like.device}", tensor)
-    return tensor.data_ptr(), tensor.numel()
-
-
 def _matrix(op: str, name: str, tensor: Tensor, like: Tensor) -> tuple[Matrix, int]:
     """((address, rows, columns, elements from row to row), number of the type) of a matrix with contiguous rows."""
     if tensor.dtype not in TYPE or tensor.device != like.device or tensor.ndim != 2:
@@ -58,11 +49,11 @@ def _matrix(op: str, name: str, tensor: Tensor, like: Tensor) -> tuple[Matrix, i
 def _ids(op: str, ids: Tensor, first: int, like: Tensor) -> tuple[Span, int, int]:
     if ids.ndim != 2:
         raise refuse(op, "ids", "(n, K) int64", ids)
-    return _span(op, "ids", ids, like, torch.int64), ids.shape[1], first
+    return span(op, "ids", ids, torch.int64, like), ids.shape[1], first
 
 
 def _rows(op: str, rows: Tensor | None, like: Tensor) -> Span | None:
-    return None if rows is None else _span(op, "rows", rows, like, torch.int64)
+    return None if rows is None else span(op, "rows", rows, torch.int64, like)
 
 
 def _kind(op: str, kind: str) -> int:
@@ -98,9 +89,13 @@ def statistics(
         _cuda_ext.policy_loss_statistics(
             _matrix("statistics", "logits", logits, logits),
             _ids("statistics", ids, first, logits),
-            _span("statistics", "bias", bias, logits),
-            (logit_scale, softcap, _span("statistics", "inverse_temperature", inverse_temperature, logits)),
-            *(_span("statistics", name, tensor, logits) for name, tensor in state._asdict().items()),
+            span("statistics", "bias", bias, torch.float32, logits),
+            (
+                logit_scale,
+                softcap,
+                span("statistics", "inverse_temperature", inverse_temperature, torch.float32, logits),
+            ),
+            *(span("statistics", name, tensor, torch.float32, logits) for name, tensor in state._asdict().items()),
             _workspace(part),
             stream(logits),
         )
@@ -128,14 +123,14 @@ def gradient(
             _matrix("gradient", "logits", logits, logits),
             _rows("gradient", rows, logits),
             _ids("gradient", ids, first, logits),
-            _span("gradient", "lse", lse, logits),
-            _span("gradient", "lse_low", lse_low, logits),
-            _span("gradient", "base", base, logits),
-            _span("gradient", "slope", slope, logits),
-            _span("gradient", "square", square, logits),
-            _span("gradient", "picked", picked, logits),
-            _span("gradient", "complement", complement, logits),
-            (logit_scale, softcap, _span("gradient", "inverse_temperature", inverse_temperature, logits)),
+            span("gradient", "lse", lse, torch.float32, logits),
+            span("gradient", "lse_low", lse_low, torch.float32, logits),
+            span("gradient", "base", base, torch.float32, logits),
+            span("gradient", "slope", slope, torch.float32, logits),
+            span("gradient", "square", square, torch.float32, logits),
+            span("gradient", "picked", picked, torch.float32, logits),
+            span("gradient", "complement", complement, torch.float32, logits),
+            (logit_scale, softcap, span("gradient", "inverse_temperature", inverse_temperature, torch.float32, logits)),
             _matrix("gradient", "out", out, logits),
             stream(logits),
         )
@@ -158,14 +153,14 @@ def divergence(
         _cuda_ext.policy_loss_divergence(
             _matrix("divergence", "student", student, student),
             _matrix("divergence", "teacher", teacher, student),
-            _span("divergence", "student_lse", student_lse, student),
-            _span("divergence", "student_low", student_low, student),
-            _span("divergence", "teacher_lse", teacher_lse, student),
-            _span("divergence", "teacher_low", teacher_low, student),
+            span("divergence", "student_lse", student_lse, torch.float32, student),
+            span("divergence", "student_low", student_low, torch.float32, student),
+            span("divergence", "teacher_lse", teacher_lse, torch.float32, student),
+            span("divergence", "teacher_low", teacher_low, torch.float32, student),
             _kind("divergence", kind),
             beta,
-            _span("divergence", "value", value, student),
-            _span("divergence", "center", center, student),
+            span("divergence", "value", value, torch.float32, student),
+            span("divergence", "center", center, torch.float32, student),
             _workspace(part),
             stream(student),
         )
@@ -194,15 +189,15 @@ def divergence_gradient(
             _matrix(op, "student", student, student),
             _matrix(op, "teacher", teacher, student),
             _rows(op, rows, student),
-            _span(op, "student_lse", student_lse, student),
-            _span(op, "student_low", student_low, student),
-            _span(op, "teacher_lse", teacher_lse, student),
-            _span(op, "teacher_low", teacher_low, student),
+            span(op, "student_lse", student_lse, torch.float32, student),
+            span(op, "student_low", student_low, torch.float32, student),
+            span(op, "teacher_lse", teacher_lse, torch.float32, student),
+            span(op, "teacher_low", teacher_low, torch.float32, student),
             _kind(op, kind),
             beta,
-            _span(op, "center", center, student),
-            _span(op, "weight", weight, student),
-            (logit_scale, softcap, _span(op, "inverse_temperature", inverse_temperature, student)),
+            span(op, "center", center, torch.float32, student),
+            span(op, "weight", weight, torch.float32, student),
+            (logit_scale, softcap, span(op, "inverse_temperature", inverse_temperature, torch.float32, student)),
             _matrix(op, "out", out, student),
             stream(student),
         )

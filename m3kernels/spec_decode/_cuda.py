@@ -15,7 +15,7 @@ from torch import Tensor
 
 from m3kernels import _cuda_ext
 from m3kernels.checks import refuse
-from m3kernels.cuda import on_device, refusal, stream
+from m3kernels.cuda import on_device, refusal, span, stream
 from m3kernels.spec_decode import cuda_attention, cuda_commit
 from m3kernels.spec_decode.cuda_attention import tree_attention as tree_attention
 from m3kernels.spec_decode.cuda_commit import tree_commit as tree_commit
@@ -35,15 +35,6 @@ def unsupported(op: str, first: Tensor, *args: Any) -> str:
     if op == "tree_verify" and first.shape[2] > MOST_VOCABULARY:
         return f"vocabularies of at most {MOST_VOCABULARY} tokens, not {first.shape[2]}"
     return refusal(first) or (REFUSALS[op](first, *args) if op in REFUSALS else "")
-
-
-def _span(op: str, name: str, tensor: Tensor | None, dtype: torch.dtype, like: Tensor) -> tuple[int, int]:
-    """(address, elements) of a contiguous tensor of the given dtype on the device of ``like``; (0, 0) for None."""
-    if tensor is None:
-        return 0, 0
-    if tensor.dtype != dtype or tensor.device != like.device or not tensor.is_contiguous():
-        raise refuse(op, name, f"contiguous {str(dtype).removeprefix('torch.')} on {like.device}", tensor)
-    return tensor.data_ptr(), tensor.numel()
 
 
 def _rows(
@@ -110,9 +101,9 @@ def tree_verify(
         _cuda_ext.spec_decode_tree_verify(
             rows,
             TYPE[logits.dtype],
-            [_span(op, name, value, torch.int64, logits) for name, value in links],
-            [_span(op, name, value, dtype, logits) for name, value, dtype in filters],
-            [_span(op, name, value, dtype, logits) for name, value, dtype in noise],
+            [span(op, name, value, torch.int64, logits) for name, value in links],
+            [span(op, name, value, dtype, logits) for name, value, dtype in filters],
+            [span(op, name, value, dtype, logits) for name, value, dtype in noise],
             _rows(op, "draft_probs", draft_probs, (torch.float32,), logits),
             _rows(op, "grammar_bits", grammar_bits, (torch.int32,), logits),
             _choice(op, "mode", MODE, mode),
@@ -147,9 +138,9 @@ def tree_finalize(
     with on_device(scores):
         _cuda_ext.spec_decode_tree_finalize(
             [
-                _span(op, "scores", scores, torch.float32, scores),
-                *(_span(op, name, value, torch.int64, scores) for name, value in given),
-                _span(op, "budget", budget, torch.int32, scores),
+                span(op, "scores", scores, torch.float32, scores),
+                *(span(op, name, value, torch.int64, scores) for name, value in given),
+                span(op, "budget", budget, torch.int32, scores),
             ],
             *(requests, scores.shape[1], parent_list.shape[1], topk, num_nodes),
             [(value.data_ptr(), value.numel()) for value in out],
@@ -159,13 +150,13 @@ def tree_finalize(
 
 
 def _bytes(op: str, name: str, tensor: Tensor, like: Tensor) -> tuple[int, int]:
-    address, elements = _span(op, name, tensor, tensor.dtype, like)
+    address, elements = span(op, name, tensor, tensor.dtype, like)
     return address, elements * tensor.element_size()
 
 
 def _links(op: str, like: Tensor, *links: Tensor) -> list[tuple[int, int]]:
     names = ("positions", "retrive_index", "retrive_next_token", "retrive_next_sibling")
-    return [_span(op, name, link, torch.int64, like) for name, link in zip(names, links, strict=True)]
+    return [span(op, name, link, torch.int64, like) for name, link in zip(names, links, strict=True)]
 
 
 def build_tree_kernel_efficient(
@@ -185,10 +176,10 @@ def build_tree_kernel_efficient(
     op = "build_tree_kernel_efficient"
     with on_device(parent_list):
         _cuda_ext.spec_decode_build_tree(
-            _span(op, "parent_list", parent_list, torch.int64, parent_list),
+            span(op, "parent_list", parent_list, torch.int64, parent_list),
             parent_list.shape[1],
-            _span(op, "selected_index", selected_index, torch.int64, parent_list),
-            _span(op, "verified_seq_len", verified_seq_len, torch.int64, parent_list),
+            span(op, "selected_index", selected_index, torch.int64, parent_list),
+            span(op, "verified_seq_len", verified_seq_len, torch.int64, parent_list),
             _bytes(op, "tree_mask", tree_mask, parent_list),
             _links(op, parent_list, positions, retrive_index, retrive_next_token, retrive_next_sibling),
             *(parent_list.shape[0], topk, draft_token_num, tree_mask_mode),
@@ -210,7 +201,7 @@ def reconstruct_indices_from_tree_mask(
     with on_device(tree_mask):
         _cuda_ext.spec_decode_reconstruct_tree(
             _bytes(op, "tree_mask", tree_mask, tree_mask),
-            _span(op, "verified_seq_len", verified_seq_len, torch.int64, tree_mask),
+            span(op, "verified_seq_len", verified_seq_len, torch.int64, tree_mask),
             _links(op, tree_mask, positions, retrive_index, retrive_next_token, retrive_next_sibling),
             *(batch_size, draft_token_num),
             stream(tree_mask),
@@ -239,8 +230,8 @@ def verify_tree_greedy(
     with on_device(candidates):
         _cuda_ext.spec_decode_verify_greedy(
             [
-                *(_span(op, name, value, torch.int32, candidates) for name, value in outputs),
-                *(_span(op, name, value, torch.int64, candidates) for name, value in inputs),
+                *(span(op, name, value, torch.int32, candidates) for name, value in outputs),
+                *(span(op, name, value, torch.int64, candidates) for name, value in inputs),
             ],
             *(*candidates.shape, accept_index.shape[1]),
             stream(candidates),

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from m3kernels import _cuda_ext, cuda
 from m3kernels.checks import refuse
+from m3kernels.cuda import span
 
 TYPE = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 LARGEST_HEAD = 256
@@ -27,20 +28,6 @@ def refusal(q: Tensor, k_cache: Tensor, v_cache: Tensor, *args: object) -> str:
         if any(stride % multiple for stride in cache.stride()[:3]) or cache.data_ptr() % ALIGNMENT:
             return f"rows of caches at multiples of {ALIGNMENT} bytes"
     return ""
-
-
-def _span(tensor: Tensor | None) -> tuple[int, int]:
-    """(address, elements) of a contiguous tensor; (0, 0) for None."""
-    if tensor is None:
-        return 0, 0
-    assert tensor.is_contiguous()
-    return tensor.data_ptr(), tensor.numel()
-
-
-def _int32(name: str, tensor: Tensor | None, like: Tensor) -> tuple[int, int]:
-    if tensor is not None and (tensor.dtype != torch.int32 or tensor.device != like.device):
-        raise refuse("tree_attention", name, f"int32 on {like.device}", tensor)
-    return _span(None if tensor is None else tensor.contiguous())
 
 
 def _paged(tensor: Tensor | None) -> tuple[int, int, int, int]:
@@ -99,19 +86,19 @@ def tree_attention(
             _paged(k_scale),
             _paged(v_scale),
             table,
-            _int32("block_table", block_table, q),
-            _int32("cache_seqlens", cache_seqlens, q),
-            _int32("cu_seqlens_q", cu_seqlens_q, q),
+            span(op, "block_table", block_table, torch.int32, q),
+            span(op, "cache_seqlens", cache_seqlens, torch.int32, q),
+            span(op, "cu_seqlens_q", cu_seqlens_q, torch.int32, q),
             (
-                _int32("mask_bits", mask_bits, q),
+                span(op, "mask_bits", mask_bits, torch.int32, q),
                 0 if mask_bits is None else mask_bits.shape[1],
-                _int32("tree_lens", tree_lens, q),
+                span(op, "tree_lens", tree_lens, torch.int32, q),
             ),
             (0, 0, False, 0) if gate is None else (gate.data_ptr(), TYPE[gate.dtype], gate.ndim == 2, gate.stride(0)),
             softmax_scale,
             window,
-            _span(out),
-            _span(memory),
+            span(op, "out", out, q.dtype, q),
+            span(op, "memory", memory, torch.float32, q),
             cuda.stream(q),
         )
     return out

@@ -10,19 +10,13 @@ from torch import Tensor
 
 from m3kernels import _cuda_ext, cuda
 from m3kernels.checks import refuse
+from m3kernels.cuda import span
 
 UNITS = (16, 4, 2, 1)  # bytes that a thread copies at a time
 
 
 def refusal(accept_index: Tensor, *args: object) -> str:
     return ""
-
-
-def _span(name: str, tensor: Tensor, like: Tensor) -> tuple[int, int]:
-    """(address, elements) of contiguous int32."""
-    if tensor.dtype != torch.int32 or tensor.device != like.device or not tensor.is_contiguous():
-        raise refuse("tree_commit", name, f"contiguous int32 on {like.device}", tensor)
-    return tensor.data_ptr(), tensor.numel()
 
 
 def _bytes(tensor: Tensor) -> tuple[int, int]:
@@ -70,16 +64,16 @@ def tree_commit(
         source = (_bytes(hidden), hidden.shape[1], hidden.shape[2] * hidden.element_size(), _bytes(accepted))
     with cuda.on_device(accept_index):
         _cuda_ext.spec_decode_tree_commit(
-            _span("accept_index", accept_index, accept_index),
-            _span("accept_length", accept_length, accept_index),
+            span(op, "accept_index", accept_index, torch.int32, accept_index),
+            span(op, "accept_length", accept_length, torch.int32, accept_index),
             requests,
             width,
-            _span("block_table", block_table, accept_index),
+            span(op, "block_table", block_table, torch.int32, accept_index),
             block_table.shape[1],
-            _span("cache_seqlens", cache_seqlens, accept_index),
+            span(op, "cache_seqlens", cache_seqlens, torch.int32, accept_index),
             [_group(caches) for caches in alike.values()],
             source,
-            _span("cache_seqlens", new_seqlens, accept_index),
+            span(op, "cache_seqlens", new_seqlens, torch.int32, accept_index),
             cuda.stream(accept_index),
         )
     return new_seqlens, accepted

@@ -46,9 +46,22 @@ def sources() -> list[Path]:
     return [path for path in sorted((ROOT / "csrc").glob("*/*.cu")) if path.name != NO_KERNELS]
 
 
-@functools.cache
-def compiled(arch: str) -> dict[str, Path]:
-    """{source: cubin} for one target; ninja compiles what changed since the last time."""
+_begun: dict[str, subprocess.Popen[bytes]] = {}
+
+
+def begin(arch: str) -> None:
+    """Start compiling beside other tests, one file at a time; ``compiled`` waits for it."""
+    command, _ = plan(arch)
+    with log(arch).open("w") as file:
+        _begun[arch] = subprocess.Popen(["nice", *command, "-j", "1"], stdout=file, stderr=file)
+
+
+def log(arch: str) -> Path:
+    return ROOT / "build" / "cuda_cubins" / arch / "begun.log"
+
+
+def plan(arch: str) -> tuple[list[str], dict[str, Path]]:
+    """(the command that compiles what changed since the last time, {source: cubin}) for one target."""
     import ninja
 
     folder = ROOT / "build" / "cuda_cubins" / arch
@@ -63,10 +76,21 @@ def compiled(arch: str) -> dict[str, Path]:
         *(f"build {cubin}: nvcc {ROOT / source}" for source, cubin in cubins.items()),
     ]
     (folder / "build.ninja").write_text("\n".join(lines) + "\n")
-    program = shutil.which("ninja", path=ninja.BIN_DIR) or "ninja"
-    done = subprocess.run([program, "-C", str(folder)], capture_output=True, text=True, check=False)
+    return [shutil.which("ninja", path=ninja.BIN_DIR) or "ninja", "-C", str(folder)], cubins
+
+
+@functools.cache
+def compiled(arch: str) -> dict[str, Path]:
+    """{source: cubin} for one target."""
+    said = ""
+    if arch in _begun:
+        _begun[arch].wait()
+        said = log(arch).read_text()
+    command, cubins = plan(arch)
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, f"sm_{arch}: a kernel does not compile:\n{done.stdout[-6000:]}"
-    assert "Potential Performance Loss" not in done.stdout, done.stdout[-6000:]
+    said += done.stdout
+    assert "Potential Performance Loss" not in said, said[-6000:]
     return cubins
 
 
@@ -83,6 +107,7 @@ def short(name: str) -> str:
     return name
 
 
+@functools.cache
 def costs(arch: str) -> dict[str, Cost]:
     """{"family_file: kernel<...>": Cost} of every kernel, compiled for one target."""
     found = {}

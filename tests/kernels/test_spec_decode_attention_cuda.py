@@ -271,3 +271,15 @@ def test_caches_at_odd_addresses_are_refused(backend: str) -> None:
     call["k_cache"] = flat[1:].view(call["k_cache"].shape)
     with pytest.raises(BackendError, match="rows of caches at multiples of 16 bytes"):
         run(call)
+
+
+@in_cuda
+def test_a_table_with_gaps_is_not_read_as_if_it_had_none(backend: str) -> None:
+    """The public function closes gaps; the room refuses them: its own copy would be freed before the kernel ran."""
+    from m3kernels.spec_decode import _cuda
+
+    call = there(Paged.of([make_request(70, 1, heads=(2, 1), size=64, seed=0).to(BF16, BF16)], page_size=16).call)
+    table = call["block_table"].repeat(1, 2)[:, ::2]
+    absent = {"mask_bits": None, "gate": None, "softmax_scale": 0.125, "window": 0}
+    with pytest.raises(ValueError, match="tree_attention: block_table: want contiguous int32 on"):
+        _cuda.tree_attention(**{**absent, **call, "block_table": table})

@@ -99,8 +99,8 @@ def as_rows(drawn) -> tuple[list[dict], list[list[bool]]]:
     return rows, [[grade for _, grade in graded] for graded, _ in drawn]
 
 
-@settings(max_examples=8, deadline=None)
-@given(st.lists(examples, min_size=1, max_size=5), st.integers(0, 2**32 - 1))
+@settings(max_examples=5, deadline=None)
+@given(st.lists(examples, min_size=1, max_size=4), st.integers(0, 2**32 - 1))
 def test_metrics_and_bootstrap_are_the_public_ones(drawn, seed):
     rows, grades = as_rows(drawn)
     assert_equal_to_the_public_rules(rows, grades, seed)
@@ -310,6 +310,17 @@ def test_recorded_answers_are_kept_to(tmp_path):
     run(tmp_path / "run.jsonl", client=answers)
     with pytest.raises(ValueError, match="want the answers it was begun with; got another to 'p2'"):
         run(tmp_path / "run.jsonl", client={**answers, "p2": "y"})
+
+
+def test_dry_run_counts_given_answers_then_ideal_ones():
+    ideal = HealthBenchRow.from_json({**ROWS[1].to_json(), "ideal_completions_data": {"ideal_completion": "i" * 700}})
+    none, given, both = (
+        healthbench.dry_run([ROWS[0], ideal], lambda text: text.encode(), "prefix-first", answers=answers)
+        for answers in (None, {"p1": ""}, {"p0": "a" * 100})
+    )
+    assert (none.calls, none.prompt_tokens - given.prompt_tokens) == (4, 2 * 700)
+    assert both.prompt_tokens - none.prompt_tokens == 2 * 100
+    assert none.reusable_tokens > given.reusable_tokens
 
 
 # -- a judge beside physicians ----------------------------------------------------------------------------------------

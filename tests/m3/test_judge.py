@@ -28,6 +28,7 @@ class Answers:
         self.tries = {}
 
     async def chat(self, messages, *, temperature=0.0, max_tokens=512, seed=None, stop=(), json_schema=None):
+        json.dumps([messages, json_schema])  # what a client sends must be JSON
         clause = int(messages[-1]["content"].split("Clause number ")[1].split(".")[0])
         self.log.append(("ask", clause, seed))
         self.running += 1
@@ -150,20 +151,31 @@ def test_cancelled_judge_leaves_no_call_behind():
     assert [entry for entry in client.log if entry[0] == "answered"] == [("answered", 0, 0)]
 
 
-def test_conversation_sticks_to_one_endpoint():
-    clients = [Answers(lambda *_: says(True)) for _ in range(3)]
-    judge = Judge(clients)
+class Endpoints:
+    """A pool that gives each key its client by a table kept in order of first use."""
+
+    model = "grader"
+
+    def __init__(self) -> None:
+        self.clients: dict[str, Answers] = {}
+
+    def of(self, key: str) -> Answers:
+        return self.clients.setdefault(key, Answers(lambda *_: says(True)))
+
+
+def test_conversation_sticks_to_one_endpoint_of_a_pool():
+    pool = Endpoints()
+    judge = Judge(pool)
 
     async def turns():
-        for n in range(12):
+        for n in range(3):
             opening = {"role": "user", "content": f"Hello, I am patient {n}."}
-            await judge.judge([opening, CONVERSATION[1]], ITEMS[:1])
-            await judge.judge([opening, CONVERSATION[1], *CONVERSATION], ITEMS[:1])
+            await judge.judge([opening, CONVERSATION[1]], ITEMS[:2])
+            await judge.judge([opening, CONVERSATION[1], *CONVERSATION], ITEMS[:2])
 
     asyncio.run(turns())
-    asked = [sum(what == "ask" for what, *_ in client.log) for client in clients]
-    assert sum(asked) == 24
-    assert all(n % 2 == 0 and n > 0 for n in asked)
+    assert judge.name == "grader"
+    assert [sum(what == "ask" for what, *_ in client.log) for client in pool.clients.values()] == [4, 4, 4]
 
 
 def test_no_clause_no_call():
@@ -187,11 +199,9 @@ def test_both_are_judges():
 REFUSED = {
     "empty": (lambda: asyncio.run(Judge(Answers(None)).judge([], ITEMS)), "want an assistant's turn at the end"),
     "user_last": (lambda: asyncio.run(Judge(Answers(None)).judge(CONVERSATION[:1], ITEMS)), "at the end; got 'user'"),
-    "no_client": (lambda: Judge([]), "Judge: clients: want one or more of one model; got"),
-    "two_models": (lambda: Judge([Answers(None, "a"), Answers(None, "b")]), "of one model; got"),
     "template": (lambda: Config(template="mine"), "template: name: want one of"),
     "retries": (lambda: Config(retries=-1), "judge.Config: retries: want 0 or more; got -1"),
-    "timeout": (lambda: Config(timeout=0), "judge.Config: timeout: want seconds > 0; got 0"),
+    "timeout": (lambda: Config(timeout=0), "judge.Config: timeout: want seconds > 0 or None; got 0"),
     "overlap": (lambda: ScriptedJudge({}, overlap=0), "ScriptedJudge: overlap: want a share"),
 }
 

@@ -12,7 +12,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from m3.rewards.judge_schedule import Plan, Request, Reuse, achieved, endpoint_of, first_then_rest, plan
+from m3.evaluate import healthbench
+from m3.rewards.judge_schedule import Plan, Request, Reuse, achieved, conversation_key, first_then_rest, plan
 from m3.rewards.rubric import HealthBenchRow, RubricItem
 from m3.rewards.rubric_templates import template
 from m3.rewards.verdict import Outcome, Verdict
@@ -45,7 +46,7 @@ def served(requests, encode, name, block, endpoints) -> tuple[int, int]:
     caches = [RadixCache(block) for _ in range(endpoints)]
     total = reused = 0
     for request in requests:
-        cache = caches[endpoint_of(request.conversation, endpoints)]
+        cache = caches[int(conversation_key(request.conversation), 16) % endpoints]
         prompts = [
             [
                 token
@@ -83,7 +84,7 @@ requests_of = st.lists(
 
 
 @pytest.mark.parametrize("name", ["healthbench-exact", "prefix-first"])
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(requests=requests_of, block=st.sampled_from([1, 7, 16]), endpoints=st.integers(1, 3))
 def test_plan_is_what_a_radix_cache_serves(name, requests, block, endpoints):
     found = plan(requests, letters, template(name), block_size=block, endpoints=endpoints)
@@ -118,17 +119,25 @@ def test_repeated_prompt_computes_its_last_token_still():
     assert (twice.prompt_tokens, twice.reusable_tokens) == (2 * length, length - 1)
 
 
-def test_endpoint_depends_on_the_first_words_of_the_user_alone():
+def test_key_depends_on_the_first_words_of_the_user_alone():
     opening = [{"role": "system", "content": "You are a physician."}, {"role": "user", "content": "Hello"}]
     later = [*opening, {"role": "assistant", "content": "Yes?"}, {"role": "user", "content": "It hurts."}]
-    places = {endpoint_of([{"role": "user", "content": str(n)}], 4) for n in range(40)}
-    assert endpoint_of(opening, 1000) == endpoint_of(later, 1000)
-    assert places == {0, 1, 2, 3}
+    assert conversation_key(opening) == conversation_key(later)
+    assert len({conversation_key([{"role": "user", "content": str(n)}]) for n in range(40)}) == 40
 
 
-def test_endpoints_must_exist():
-    with pytest.raises(ValueError, match="endpoint_of: endpoints: want 1 or more; got 0"):
-        endpoint_of([], 0)
+def test_conversations_are_spread_over_endpoints():
+    items = [RubricItem(id="a", criterion="x", points=1)] * 2
+    requests = [Request(conversation=[{"role": "user", "content": str(n)}], items=items) for n in range(200)]
+    found = plan(requests, letters, template("prefix-first"), endpoints=4, block_size=10**6)
+    assert found.calls == 400
+    assert all(n % 2 == 0 and 60 < n < 140 for n in found.calls_per_endpoint)
+
+
+@pytest.mark.parametrize("number", ["block_size", "endpoints"])
+def test_plan_needs_blocks_and_endpoints(number):
+    with pytest.raises(ValueError, match=f"plan: {number}: want 1 or more; got 0"):
+        plan([], letters, template("prefix-first"), **{number: 0})
 
 
 def test_failing_sibling_ends_the_others():
@@ -192,13 +201,8 @@ def test_reuse_on_the_published_rows():
     else:
         data = source.read_text(encoding="utf-8")
     rows = [HealthBenchRow.from_json(json.loads(line)) for line in data.split("\n") if line.strip()]
-    answers = [(row.rest["ideal_completions_data"] or {}).get("ideal_completion") or "" for row in rows]
-    requests = [
-        Request(conversation=[*row.prompt, {"role": "assistant", "content": answer}], items=row.rubric.items)
-        for row, answer in zip(rows, answers, strict=True)
-    ]
     exact, first = (
-        plan(requests, lambda text: encoder.encode(text, add_special_tokens=False).ids, template(name))
+        healthbench.dry_run(rows, lambda text: encoder.encode(text, add_special_tokens=False).ids, name)
         for name in ("healthbench-exact", "prefix-first")
     )
     assert (exact.calls, exact.prompt_tokens, first.prompt_tokens) == (5965, 7_710_117, 4_775_358)
