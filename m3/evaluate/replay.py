@@ -2,7 +2,8 @@
 
 Two formats, one a line, plain or gzipped: ``m3.trajectory/v1`` (with the cases they are of), and CRAFT-MD replays:
 {case_id, doctor, trial, answer, frq, frq_eval, facts, turns: [{role: doctor | patient, text}]}, where ``answer`` is the
-reference, ``frq`` what the doctor answered when asked for the diagnosis, ``frq_eval`` a recorded grader's 0 or 1.
+reference, ``frq`` what the doctor answered when asked for the diagnosis, ``frq_eval`` a recorded grader's 0 or 1, -1
+or null where there is no verdict.
 
 - A fact is *told* if at least ``told`` of its content words' stems are in one message of the patient: lexical recall.
 - A question is a sentence that ends in a question mark; near duplicates are those of m3/text/likeness.py.
@@ -201,9 +202,9 @@ def of_craft_md(row: Mapping[str, Any]) -> Recorded:
             messages=recorded_messages((said["role"], said["text"]) for said in row["turns"]),
         ),
         reference=_reference(row["answer"]),
-        answer=row["frq"],
+        answer=row["frq"] or "",  # null: the doctor gave none
         facts=tuple(re.sub(r"^\d+\.\s*", "", fact) for fact in row["facts"]),
-        graded=None if row.get("frq_eval") is None else bool(row["frq_eval"]),
+        graded={0: False, 1: True}.get(row.get("frq_eval")),  # -1: the grader could not tell
     )
 
 
