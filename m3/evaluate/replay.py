@@ -2,7 +2,8 @@
 
 Two formats, one a line, plain or gzipped: ``m3.trajectory/v1`` (with the cases they are of), and CRAFT-MD replays:
 {case_id, doctor, trial, answer, frq, frq_eval, facts, turns: [{role: doctor | patient, text}]}, where ``answer`` is the
-reference, ``frq`` what the doctor answered when asked for the diagnosis, ``frq_eval`` a recorded grader's 0 or 1.
+reference, ``frq`` what the doctor answered when asked for the diagnosis, ``frq_eval`` a recorded grader's 0 or 1, -1
+or null where there is no verdict.
 
 - A fact is *told* if at least ``told`` of its content words' stems are in one message of the patient: lexical recall.
 - A question is a sentence that ends in a question mark; near duplicates are those of m3/text/likeness.py.
@@ -162,7 +163,7 @@ def read_recorded(path: str | Path, cases: Iterable[Case] = ()) -> Iterator[Reco
     known = {case.id: case for case in cases}
     for place, row in read_objects(path):
         try:
-            yield _of_trajectory(row, known) if row.get("schema") == SCHEMA else _of_craft_md(row)
+            yield _of_trajectory(row, known) if row.get("schema") == SCHEMA else of_craft_md(row)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             what = f"missing field {error}" if isinstance(error, KeyError) else str(error)
             raise ValueError(f"{place}: want {SCHEMA} or a CRAFT-MD replay; {what}") from error
@@ -183,16 +184,8 @@ def _of_trajectory(row: Mapping[str, Any], cases: Mapping[str, Case]) -> Recorde
     )
 
 
-def _of_craft_md(row: Mapping[str, Any]) -> Recorded:
-    """The doctor speaks first: its opening is turn 0; the patient's reply opens turn 1."""
-    messages: list[Message] = []
-    turn = 0
-    for said in row["turns"]:
-        physician = said["role"] == "doctor"
-        if not physician and messages:
-            turn += 1
-        role = "assistant" if physician else "user"
-        messages.append(Message(role=role, content=said["text"], turn=turn, phase=Phase.inquiry))
+def of_craft_md(row: Mapping[str, Any]) -> Recorded:
+    """One CRAFT-MD replay. Raises KeyError, TypeError: a field is missing or malformed."""
     return Recorded(
         trajectory=Trajectory(
             case=row["case_id"],
@@ -201,13 +194,28 @@ def _of_craft_md(row: Mapping[str, Any]) -> Recorded:
             seed=0,
             rollout=row["trial"],
             mode="recorded",
-            messages=tuple(messages),
+            messages=recorded_messages((said["role"], said["text"]) for said in row["turns"]),
         ),
         reference=_reference(row["answer"]),
-        answer=row["frq"],
+        answer=row["frq"] or "",  # null: the doctor gave none
         facts=tuple(re.sub(r"^\d+\.\s*", "", fact) for fact in row["facts"]),
-        graded=None if row.get("frq_eval") is None else bool(row["frq_eval"]),
+        graded={0: False, 1: True}.get(row.get("frq_eval")),  # -1: the grader could not tell
     )
+
+
+def recorded_messages(turns: Iterable[tuple[str, str]]) -> tuple[Message, ...]:
+    """(role, text) of a recorded dialogue, role "doctor" or "patient", as messages of the inquiry.
+
+    Where the doctor speaks first, its opening is turn 0. A turn begins where the patient speaks after the doctor.
+    """
+    messages: list[Message] = []
+    turn = 0
+    for speaker, text in turns:
+        role = "assistant" if speaker == "doctor" else "user"
+        if role == "user" and messages and messages[-1].role == "assistant":
+            turn += 1
+        messages.append(Message(role=role, content=text, turn=turn, phase=Phase.inquiry))
+    return tuple(messages)
 
 
 def _reference(label: str) -> diagnosis.Reference:

@@ -51,6 +51,15 @@ READ = {
         "ranked",
         ["Gout", "Septic arthritis"],
     ),
+    "marker_at_the_end": ("Frozen shoulder is the most likely diagnosis.", "decided", ["Frozen shoulder"]),
+    "lone_letter_ends_no_sentence": ("C. difficile infection.", "decided", ["C. difficile infection"]),
+    "alternatives_in_brackets": ("Final Diagnosis: Neonatal rash (measles or rubella)", "decided", ["Neonatal rash"]),
+    "several_causes": (
+        "Final Diagnosis: Jaundice due to biliary atresia or sepsis",
+        "decided",
+        ["Jaundice"],
+    ),
+    "examination": ("Final Diagnosis: MRI of the brain.", "absent", []),
     "empty": ("", "absent", []),
     "question": ("How long have you had the rash?", "absent", []),
     "refusal": ("Final Diagnosis: Unable to determine without examination.", "absent", []),
@@ -100,6 +109,22 @@ COMPARED = [
     ("Gout", "pseudogout", "none"),
     ("Pulmonary embolism", "pulmonary edema", "none"),
     ("Measles", "", "none"),
+    ("Crohn\N{RIGHT SINGLE QUOTATION MARK}s disease", "Crohn's disease", "same"),
+    ("Seborrheic keratosis", "seborrheic keratoses", "same"),
+    ("\N{GREEK SMALL LETTER BETA}-thal major", "beta thalassemia major", "same"),
+    ("Papillary carcinoma of the thyroid", "papillary thyroid cancer", "same"),
+    ("Endometritis", "endometrial cancer", "none"),
+    ("Non-Hodgkin lymphoma", "Hodgkin lymphoma", "none"),
+    ("Non-Hodgkin lymphoma", "non-Hodgkin lymphoma", "same"),
+    ("Gallstone pancreatitis", "pancreatitis", "none"),
+    ("Transient global amnesia", "amnesia", "none"),
+    ("Advanced sleep phase disorder", "delayed sleep phase disorder", "none"),
+    ("Adjustment disorder with depressed mood", "major depressive disorder", "none"),
+    ("Rotavirus infection", "rotavirus-associated intussusception", "none"),
+    ("Acute stress disorder", "post-traumatic stress disorder", "none"),
+    ("Hemophilia A", "hemophilia", "none"),
+    ("Hepatitis B", "hepatitis A", "none"),
+    ("Angioedema", "drug-induced angioedema", "narrower"),
 ]
 
 
@@ -170,6 +195,12 @@ def test_without_a_reference_code_there_is_no_credit():
     assert found.correct
     assert found.credit is None
     assert score(Reference(label="Gout"), "").credit is None
+
+
+@pytest.mark.parametrize("said", ["primary ovarian insufficiency", "POI"])
+def test_brackets_of_a_reference_are_another_name(said):
+    assert score(Reference(label="Early ovarian failure (primary ovarian insufficiency)"), said).correct
+    assert not score(Reference(label="Carbuncle (acute)"), "acute gout").correct
 
 
 def test_acceptable_alternative():
