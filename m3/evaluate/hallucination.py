@@ -56,6 +56,9 @@ class Interval:
     low: float
     high: float
 
+    def __str__(self) -> str:
+        return f"{self.value:.4f} [{self.low:.4f}, {self.high:.4f}]"
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Hallucination:
