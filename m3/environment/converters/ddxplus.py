@@ -23,7 +23,7 @@ from typing import Any
 
 from m3.environment import icd10
 from m3.environment.case import Case, Disclosure
-from m3.environment.converters.drafting import LEVEL_POINTS, Draft, Mapped, case_row, facts_of, slug
+from m3.environment.converters.drafting import EXACT, LEVEL_POINTS, Draft, Mapped, case_row, facts_of, slug
 from m3.environment.converters.loss import SkippedRow, Tally, field
 from m3.rewards import diagnosis
 from m3kernels.checks import refuse
@@ -136,7 +136,7 @@ def case_of(row: Mapping[str, Any], evidences: Mapping[str, Evidence], config: C
         facts=facts,
         label=label,
         mapped=mapped,
-        diagnosis={
+        more_diagnosis={
             **({"acceptable": [{"icd10cm": one, "credit": 1.0} for one in others]} if others else {}),
             **({"severity": severity} if severity in range(1, 6) else {}),
         },
@@ -193,10 +193,10 @@ def _draft(evidence: Evidence, values: tuple[str, ...], opening: bool) -> Draft:
 
 
 def said(question: str, yes: bool) -> str:
-    """A yes or no in full: "Do you have a fever?" is answered "Yes, I do have a fever."; "" where no rule applies."""
+    """A yes or no in full: "Do you have a fever?" is answered "Yes, I do have a fever."; others are said back."""
     match = _ASKS.match(question)
     if match is None:
-        return f"{_mine(question.rstrip(' :?'))}? {'Yes' if yes else 'No'}."
+        return f"{_mine(question.rstrip(' :?'))}: {'yes' if yes else 'no'}."
     verb = {"are": "am", "were": "was"}.get(match[1].lower(), match[1].lower())
     return f"{'Yes' if yes else 'No'}, I {verb}{'' if yes else ' not'} {_mine(match[2])}."
 
@@ -234,15 +234,15 @@ def _codes(condition: Mapping[str, Any], label: str, tally: Tally) -> tuple[Mapp
     if not codes:
         tally.warnings[f"{label}: no code {written} in ICD-10-CM"] += 1
         return Mapped(code=None, note=f"{written} is no code of ICD-10-CM"), []
-    named, _ = diagnosis.look_up(label, _EXACT)
-    if named and tree.category(named) not in {tree.category(code) for code in codes}:
+    named, _ = diagnosis.look_up(label, EXACT)
+    said = set(diagnosis.words_of(label)) <= {
+        word for code in codes for word in diagnosis.words_of(tree.describe(code))
+    }
+    if named and not said and tree.category(named) not in {tree.category(code) for code in codes}:
         what = f"the source says {', '.join(codes)} ({tree.describe(codes[0])}); its label is {named}"
         tally.warnings[f"{label}: {what}: no code"] += 1
         return Mapped(code=None, note=what), []
     return Mapped(code=codes[0], note=f"mapped_by: the source's {', '.join(written)}", confidence=1.0), codes[1:]
-
-
-_EXACT = 0.999  # icd10.find scores 1 where the words are the same
 
 
 def _read(path: Path) -> dict[str, Any]:
