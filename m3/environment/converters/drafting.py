@@ -59,7 +59,8 @@ _DENIALS = re.compile(
 _JOINT = re.compile(r",\s*(?:and|or|nor)\s+|,\s*|\s+(?:or|nor)\s+")
 _DURATION = re.compile(
     r"\b(?:ago|since|(?:for|past|last|over) (?:the )?(?:past |last )?"
-    r"(?:\d+|a|an|one|two|three|four|five|six|several|few)[\s-](?:\w+ )?(?:hours?|days?|weeks?|months?|years?)|\d+[\s-](?:hour|day|week|month|year)s? history)\b",
+    r"(?:\d+|a|an|one|two|three|four|five|six|several|few)[\s-](?:\w+ )?(?:hours?|days?|weeks?|months?|years?)|"
+    r"\d+[\s-](?:hour|day|week|month|year)s? history)\b",
     re.IGNORECASE,
 )
 _AGE = re.compile(r"\b(\d+(?:\.\d+)?)[\s-]*(year|month|week|day)s?(?:[\s-]*old)", re.IGNORECASE)
@@ -94,8 +95,8 @@ _SECTIONS = (
         "exam",
         re.compile(
             r"\b(?:CT|MRI|ECG|EKG|ESR|CBC|PSA|TSH)\b|\b(?i:examination|on exam|temperature|pulse|blood pressure|"
-            r"respirations?|respiratory rate|heart rate|vital signs|auscultation|palpation|percussion|mm ?Hg|oxygen saturation|"
-            r"biops\w+|histolog\w+|histopatholog\w+|cultures?|serum|urinalysis|laborator\w+|lab|blood work|x-?rays?|"
+            r"respirations?|respiratory rate|heart rate|vital signs|auscultation|palpation|percussion|mm ?Hg|"
+            r"oxygen saturation|biops\w+|histolog\w+|histopatholog\w+|cultures?|serum|urinalysis|laborator\w+|lab|blood work|x-?rays?|"
             r"radiograph\w*|ultraso\w+|echocardiogra\w+|h(?:a)?emoglobin|h(?:a)?ematocrit|sedimentation|leukocyt\w+|"
             r"platelets?|shows|showed|reveal\w*|stain\w*|percentile|microscop\w+|dermoscop\w+|mg/dL|mEq/L|inspection|"
             r"well[- ]demarcated|nontender|blood cell)\b"

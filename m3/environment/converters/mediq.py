@@ -29,8 +29,8 @@ LICENCE = "CC BY 4.0"
 CAVEATS = ("vignettes are public exam questions: models may have seen them",)
 _KEPT = ("question", "context", "options", "answer", "facts", "patient.specialties")
 _ASKS_DIAGNOSIS = re.compile(
-    r"(?:which of the following|what|which)\s+(?:is|are|was|would be|best describes|best represents)\b[^?]*\bdiagnosis\b"
-    r"(?:\s+(?:for|in|of|at)\b[^?]*)?\W*$",
+    r"(?:which of the following|what|which)\s+(?:is|are|was|would be|best describes|best represents)\b[^?]*"
+    r"\bdiagnosis\b(?:\s+(?:for|in|of|at)\b[^?]*)?\W*$",
     re.IGNORECASE,
 )
 _NO_DIAGNOSIS = re.compile(

@@ -94,7 +94,7 @@ def converted(row: Mapping[str, Any], tally: Tally) -> tuple[Case, Trajectory]:
             facts=facts,
             label=labels[0],
             mapped=code_of(labels[0]),
-            diagnosis={"differential": [{"icd10cm": code_of(one).code, "label": one} for one in labels[1:]]},
+            more_diagnosis={"differential": [{"icd10cm": code_of(one).code, "label": one} for one in labels[1:]]},
             checklist=_checklist(items, by_text, facts, tally),
             provenance={
                 "facts": {"author": "human", "note": "Clinician_1's list; polarity and keys by rule"},
