@@ -223,14 +223,13 @@ def _item(evidence: Evidence, symptom: bool) -> dict[str, Any]:
 def _codes(condition: Mapping[str, Any], label: str, tally: Tally) -> tuple[Mapped, list[str]]:
     """The condition's code as the release of ICD-10-CM writes it, and further ones that the condition lists.
 
-    Of several the one nearest to the label comes first. Where the label's own words are those of another category, the
-    source contradicts itself: no code, and a warning.
+    Of several, one for diseases that are classified elsewhere comes last. Where the label's own words are those of
+    another category, the source contradicts itself: no code, and a warning.
     """
     tree = icd10.tree()
     written = [part.strip() for part in field(condition, "icd10-id", str).split(",") if part.strip()]
     codes = [code for part in written if (code := tree.nearest(part)) is not None]
-    found = {one.code: one.score for one in tree.find(label, 20)}
-    codes.sort(key=lambda code: -max((score for one, score in found.items() if one.startswith(code)), default=0.0))
+    codes.sort(key=lambda code: "classified elsewhere" in tree.describe(code))
     if not codes:
         tally.warnings[f"{label}: no code {written} in ICD-10-CM"] += 1
         return Mapped(code=None, note=f"{written} is no code of ICD-10-CM"), []

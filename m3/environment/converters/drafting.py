@@ -96,7 +96,8 @@ _SECTIONS = (
         re.compile(
             r"\b(?:CT|MRI|ECG|EKG|ESR|CBC|PSA|TSH)\b|\b(?i:examination|on exam|temperature|pulse|blood pressure|"
             r"respirations?|respiratory rate|heart rate|vital signs|auscultation|palpation|percussion|mm ?Hg|"
-            r"oxygen saturation|biops\w+|histolog\w+|histopatholog\w+|cultures?|serum|urinalysis|laborator\w+|lab|blood work|x-?rays?|"
+            r"oxygen saturation|biops\w+|histolog\w+|"
+            r"histopatholog\w+|cultures?|serum|urinalysis|laborator\w+|lab|blood work|x-?rays?|"
             r"radiograph\w*|ultraso\w+|echocardiogra\w+|h(?:a)?emoglobin|h(?:a)?ematocrit|sedimentation|leukocyt\w+|"
             r"platelets?|shows|showed|reveal\w*|stain\w*|percentile|microscop\w+|dermoscop\w+|mg/dL|mEq/L|inspection|"
             r"well[- ]demarcated|nontender|blood cell)\b"
