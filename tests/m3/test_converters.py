@@ -34,7 +34,7 @@ AGENTCLINIC = {
             "Symptoms": {"Primary_Symptom": "Itchy rash on both arms", "Secondary_Symptoms": ["Joint stiffness"]},
             "Past_Medical_History": "Information not provided.",
             "Social_History": "Works as a gardener.",
-            "Review_of_Systems": "Denies fever, cough, or recent travel.",
+            "Review_of_Systems": "Denies fever, cough, or chest pain.",
             "Medications": ["Ibuprofen"],
         },
         "Physical_Examination_Findings": {
@@ -195,7 +195,7 @@ def test_agentclinic_facts_exams_and_label(tmp_path: Path) -> None:
         "Works as a gardener.": ("SH", "present"),
         "Denies fever.": ("ROS", "absent"),
         "Denies cough.": ("ROS", "absent"),
-        "Denies recent travel.": ("ROS", "absent"),
+        "Denies chest pain.": ("ROS", "absent"),
         "Vital Signs: Temperature: 36.9 C": ("exam", "present"),
         "Skin: Inspection: Silvery scales.": ("exam", "present"),
         "Skin: Palpation: No warmth.": ("exam", "absent"),
@@ -375,7 +375,9 @@ def test_ddxplus_code_that_contradicts_the_label_is_refused_with_a_warning(tmp_p
 @pytest.mark.parametrize(
     ("text", "wanted"),
     [
-        ("Denies fever, cough, or recent travel.", ["Denies fever.", "Denies cough.", "Denies recent travel."]),
+        ("Denies fever, cough, or chest pain.", ["Denies fever.", "Denies cough.", "Denies chest pain."]),
+        ("No skin or nipple changes.", ["No skin or nipple changes."]),
+        ("Denies recent travel or trauma.", ["Denies recent travel or trauma."]),
         ("She has fever, cough and pain.", ["She has fever, cough and pain."]),
         ("No fever or chills. Eats well.", ["No fever.", "No chills.", "Eats well."]),
     ],
@@ -444,7 +446,7 @@ def test_code_of_a_label_has_its_words_or_is_none(label: str, code: str | None) 
 
 def test_keys_are_own_words_then_pairs_then_all() -> None:
     found = keys_of(["Pain in the chest", "Pain in the chest wall", "Pain in the leg", "Pain"])
-    assert found == [["pain chest"], ["wall"], ["leg"], ["pain"]]
+    assert found == [["pain chest"], ["wall", "pain chest"], ["leg"], ["pain"]]
 
 
 def test_every_key_asks_for_its_fact(tmp_path: Path) -> None:

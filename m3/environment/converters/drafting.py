@@ -1,11 +1,11 @@
 """From a source's sentences to a case: facts, what asks for them, age and sex, the code of a label, the split.
 
-Nothing here invents: a fact is a sentence of the source (a list of denials is taken apart), the code of a diagnosis is
+Nothing here invents: a fact is a sentence of the source (a list of denied symptoms is taken apart), the code of a diagnosis is
 one whose description or inclusion term has the same words, or none, and what a source does not say is "unknown", null
 or absent. The rules, all ours:
 
 - *keys* (what asks for a fact): each content word that no other fact of the case has; then pairs of the words that it
-  shares, where no other fact has both; where it has neither, all its words together. A fact with a duration has
+  shares, where at most one other fact has both; where it has neither, all its words together. A fact with a duration has
   "how long" as well, the demographic one "how old".
 - *topics*: by section ("medical history", "medicines", "family", ...), for open questions.
 - *polarity*: absent where an odd number of negations stands in the sentence, or "nor"; what follows "without" or
@@ -35,6 +35,7 @@ from m3.text.words import NEGATIONS, STOP_WORDS, content_stems, is_negated, sent
 HELD_OUT = 0.2  # share of the vignettes that are held out; ours
 LEVEL_POINTS = {2: 6, 1: 3}  # points of an item that a source grades but does not weigh; ours
 MAX_KEYS = 8  # of one fact; ours
+MAX_HOLDERS = 2  # facts of a case that two words together may ask for; ours
 EXACT = 0.999  # icd10.find scores 1 where the words are the same
 _TOPICS = {
     "HPI": ("symptoms",),
@@ -57,6 +58,13 @@ _DENIALS = re.compile(
     re.IGNORECASE,
 )
 _JOINT = re.compile(r",\s*(?:and|or|nor)\s+|,\s*|\s+(?:or|nor)\s+")
+_STANDS_ALONE = re.compile(  # a symptom that means the same outside its list; not "skin" of "no skin or nail changes"
+    r"(?:and |or )?(?!(?:recent|new|prior|previous|significant|other)\b)(?:any )?(?:[a-z]+ )?(?:fevers?|chills|cough|"
+    r"nausea|vomiting|diarrh(?:o)?ea|constipation|headaches?|dizziness|rash(?:es)?|itching|dysuria|h(?:a)?ematuria|fatigue|"
+    r"dyspn(?:o)?ea|palpitations|pain|sweats|weight loss|weight gain|swelling|bleeding|discharge|shortness of breath|"
+    r"trauma|seizures?|numbness|tingling|weakness|wheezing|hemoptysis|syncope|travel|alcohol(?: use)?|drug use|smoking)",
+    re.IGNORECASE,
+)
 _DURATION = re.compile(
     r"\b(?:ago|since|(?:for|past|last|over) (?:the )?(?:past |last )?"
     r"(?:\d+|a|an|one|two|three|four|five|six|several|few)[\s-](?:\w+ )?(?:hours?|days?|weeks?|months?|years?)|"
@@ -85,7 +93,7 @@ _GENERIC = frozenset(
         "physician doctor clinic hospital department emergency brought comes came come visit evaluation mother's "
         "father's began begin begins started start starts developed develop felt feel feels feeling measured "
         "located caused cause noticed notice became become using used use uses taking take takes took even much "
-        "usual usually resulting otherwise made make makes seen see yes no either related especially mg ml mm cm "
+        "usual usually resulting otherwise made make makes seen see yes no either related especially presence mg ml mm cm "
         "kg lb hg min bpm c f l dl g"
     ).split()
 )
@@ -170,7 +178,7 @@ def atomic(text: str) -> list[str]:
     for sentence in sentences(text):
         match = _DENIALS.match(sentence)
         parts = [part for part in _JOINT.split(match["what"]) if part.strip()] if match else []
-        simple = len(parts) > 1 and all(len(part.split()) <= 6 and not is_negated(part) for part in parts)
+        simple = len(parts) > 1 and all(_STANDS_ALONE.fullmatch(part.strip()) for part in parts)
         if match and simple:
             found += [f"{match['who']} {part.strip()}{match['stop']}" for part in parts]
         else:
@@ -277,10 +285,9 @@ def keys_of(texts: Sequence[str]) -> list[list[str]]:
     for i, found in enumerate(every):
         own = [word for one, word in found.items() if len(holders[one]) == 1]
         shared = [one for one in found if len(holders[one]) > 1][:6]
-        pairs = [
-            f"{found[a]} {found[b]}" for a, b in itertools.combinations(shared, 2) if holders[a] & holders[b] == {i}
-        ]
-        keys.append(([*own, *pairs] or ([" ".join(found.values())] if found else []))[:MAX_KEYS])
+        pairs = [(len(holders[a] & holders[b]), f"{found[a]} {found[b]}") for a, b in itertools.combinations(shared, 2)]
+        rare = [pair for held, pair in sorted(pairs, key=lambda pair: pair[0]) if held <= MAX_HOLDERS]
+        keys.append(([*own, *rare] or ([" ".join(found.values())] if found else []))[:MAX_KEYS])
     return keys
 
 
