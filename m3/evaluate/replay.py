@@ -186,6 +186,7 @@ def _of_trajectory(row: Mapping[str, Any], cases: Mapping[str, Case]) -> Recorde
 
 def of_craft_md(row: Mapping[str, Any]) -> Recorded:
     """One CRAFT-MD replay. Raises KeyError, TypeError: a field is missing or malformed."""
+    messages = recorded_messages((said["role"], said["text"]) for said in row["turns"])
     return Recorded(
         trajectory=Trajectory(
             case=row["case_id"],
@@ -194,7 +195,7 @@ def of_craft_md(row: Mapping[str, Any]) -> Recorded:
             seed=0,
             rollout=row["trial"],
             mode="recorded",
-            messages=recorded_messages((said["role"], said["text"]) for said in row["turns"]),
+            messages=messages,
         ),
         reference=_reference(row["answer"]),
         answer=row["frq"] or "",  # null: the doctor gave none

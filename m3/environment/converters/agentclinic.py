@@ -12,7 +12,17 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from m3.environment.case import UNKNOWN_CATEGORY, Case, Disclosure
-from m3.environment.converters.drafting import Draft, age_and_sex, atomic, case_row, code_of, digest, facts_of, slug
+from m3.environment.converters.drafting import (
+    Draft,
+    age_and_sex,
+    atomic,
+    case_row,
+    code_of,
+    digest,
+    facts_of,
+    says_nothing,
+    slug,
+)
 from m3.environment.converters.loss import Tally, field
 from m3.environment.exams import categorise
 
@@ -40,7 +50,7 @@ def case_of(row: Mapping[str, Any], tally: Tally) -> Case:
     """A row's case; ValueError names the field."""
     demographics, label = field(row, f"{_ACTOR}.Demographics", str), field(row, f"{_TOP}.Correct_Diagnosis", str)
     actor, symptoms = field(row, _ACTOR, dict), field(row, f"{_ACTOR}.Symptoms", dict)
-    complaint = _first_of(symptoms)
+    complaint = _complaint(symptoms, actor)
     age, sex = age_and_sex(demographics)
     drafts = [
         Draft(id="complaint", text=complaint, section="HPI", disclosure=Disclosure.volunteer),
@@ -80,11 +90,12 @@ def case_of(row: Mapping[str, Any], tally: Tally) -> Case:
     )
 
 
-def _first_of(symptoms: Mapping[str, Any]) -> str:
-    """The primary symptom; where a case has none under this name, its first text."""
-    found = [text for name in ("Primary_Symptom", *symptoms) for _, text in _leaves(symptoms.get(name, ""))]
+def _complaint(symptoms: Mapping[str, Any], actor: Mapping[str, Any]) -> str:
+    """The primary symptom; where a case has none under this name, its first symptom or sentence of the history."""
+    told = [text for name in ("Primary_Symptom", *symptoms) for _, text in _leaves(symptoms.get(name, ""))]
+    found = [text for text in (*told, *_sentences(actor.get("History", ""))) if not says_nothing(text)]
     if not found:
-        raise ValueError(f"{_ACTOR}.Symptoms: want a symptom; got none")
+        raise ValueError(f"{_ACTOR}.Symptoms: want a symptom, or a history; got none")
     return found[0]
 
 

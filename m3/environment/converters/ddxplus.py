@@ -23,7 +23,7 @@ from typing import Any
 
 from m3.environment import icd10
 from m3.environment.case import Case, Disclosure
-from m3.environment.converters.drafting import LEVEL_POINTS, Draft, Mapped, case_row, facts_of, slug
+from m3.environment.converters.drafting import EXACT, LEVEL_POINTS, Draft, Mapped, case_row, facts_of, slug
 from m3.environment.converters.loss import SkippedRow, Tally, field
 from m3.rewards import diagnosis
 from m3kernels.checks import refuse
@@ -136,7 +136,7 @@ def case_of(row: Mapping[str, Any], evidences: Mapping[str, Evidence], config: C
         facts=facts,
         label=label,
         mapped=mapped,
-        diagnosis={
+        more_diagnosis={
             **({"acceptable": [{"icd10cm": one, "credit": 1.0} for one in others]} if others else {}),
             **({"severity": severity} if severity in range(1, 6) else {}),
         },
@@ -193,10 +193,10 @@ def _draft(evidence: Evidence, values: tuple[str, ...], opening: bool) -> Draft:
 
 
 def said(question: str, yes: bool) -> str:
-    """A yes or no in full: "Do you have a fever?" is answered "Yes, I do have a fever."; "" where no rule applies."""
+    """A yes or no in full: "Do you have a fever?" is answered "Yes, I do have a fever."; others are said back."""
     match = _ASKS.match(question)
     if match is None:
-        return f"{_mine(question.rstrip(' :?'))}? {'Yes' if yes else 'No'}."
+        return f"{_mine(question.rstrip(' :?'))}: {'yes' if yes else 'no'}."
     verb = {"are": "am", "were": "was"}.get(match[1].lower(), match[1].lower())
     return f"{'Yes' if yes else 'No'}, I {verb}{'' if yes else ' not'} {_mine(match[2])}."
 
@@ -223,26 +223,25 @@ def _item(evidence: Evidence, symptom: bool) -> dict[str, Any]:
 def _codes(condition: Mapping[str, Any], label: str, tally: Tally) -> tuple[Mapped, list[str]]:
     """The condition's code as the release of ICD-10-CM writes it, and further ones that the condition lists.
 
-    Of several the one nearest to the label comes first. Where the label's own words are those of another category, the
-    source contradicts itself: no code, and a warning.
+    Of several, one for diseases that are classified elsewhere comes last. Where the label's own words are those of
+    another category, the source contradicts itself: no code, and a warning.
     """
     tree = icd10.tree()
     written = [part.strip() for part in field(condition, "icd10-id", str).split(",") if part.strip()]
     codes = [code for part in written if (code := tree.nearest(part)) is not None]
-    found = {one.code: one.score for one in tree.find(label, 20)}
-    codes.sort(key=lambda code: -max((score for one, score in found.items() if one.startswith(code)), default=0.0))
+    codes.sort(key=lambda code: "classified elsewhere" in tree.describe(code))
     if not codes:
         tally.warnings[f"{label}: no code {written} in ICD-10-CM"] += 1
         return Mapped(code=None, note=f"{written} is no code of ICD-10-CM"), []
-    named, _ = diagnosis.look_up(label, _EXACT)
-    if named and tree.category(named) not in {tree.category(code) for code in codes}:
+    named, _ = diagnosis.look_up(label, EXACT)
+    said = set(diagnosis.words_of(label)) <= {
+        word for code in codes for word in diagnosis.words_of(tree.describe(code))
+    }
+    if named and not said and tree.category(named) not in {tree.category(code) for code in codes}:
         what = f"the source says {', '.join(codes)} ({tree.describe(codes[0])}); its label is {named}"
         tally.warnings[f"{label}: {what}: no code"] += 1
         return Mapped(code=None, note=what), []
     return Mapped(code=codes[0], note=f"mapped_by: the source's {', '.join(written)}", confidence=1.0), codes[1:]
-
-
-_EXACT = 0.999  # icd10.find scores 1 where the words are the same
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -1,14 +1,15 @@
 """From a source's sentences to a case: facts, what asks for them, age and sex, the code of a label, the split.
 
-Nothing here invents: a fact is a sentence of the source (a list of denials is taken apart), the code of a diagnosis is
+Nothing here invents: a fact is a sentence of the source (a list of denied symptoms is taken apart), the code of a diagnosis is
 one whose description or inclusion term has the same words, or none, and what a source does not say is "unknown", null
 or absent. The rules, all ours:
 
 - *keys* (what asks for a fact): each content word that no other fact of the case has; then pairs of the words that it
-  shares, where no other fact has both; where it has neither, all its words together. A fact with a duration has
+  shares, where at most one other fact has both; where it has neither, all its words together. A fact with a duration has
   "how long" as well, the demographic one "how old".
 - *topics*: by section ("medical history", "medicines", "family", ...), for open questions.
-- *polarity*: absent where an odd number of negations stands in the sentence.
+- *polarity*: absent where an odd number of negations stands in the sentence, or "nor"; what follows "without" or
+  "with no" after something else is not counted.
 - *split*: by what every rewording of a vignette keeps: age, sex and the words of the diagnosis. So a vignette that two
   data sets share has one split, and all cases of one condition without age and sex are on one side.
 """
@@ -28,12 +29,14 @@ from m3.environment import icd10
 from m3.environment.case import SCHEMA, Case, Disclosure
 from m3.environment.converters.loss import Tally
 from m3.environment.lay_terms import FUNCTION_WORDS
+from m3.rewards import diagnosis
 from m3.text.words import NEGATIONS, STOP_WORDS, content_stems, is_negated, sentences, stem, words
 
 HELD_OUT = 0.2  # share of the vignettes that are held out; ours
 LEVEL_POINTS = {2: 6, 1: 3}  # points of an item that a source grades but does not weigh; ours
 MAX_KEYS = 8  # of one fact; ours
-_EXACT = 0.999  # icd10.find scores 1 where the words are the same
+MAX_HOLDERS = 2  # facts of a case that two words together may ask for; ours
+EXACT = 0.999  # icd10.find scores 1 where the words are the same
 _TOPICS = {
     "HPI": ("symptoms",),
     "ROS": ("symptoms",),
@@ -45,7 +48,7 @@ _TOPICS = {
 }
 _SAYS_NOTHING = re.compile(
     r"(?:(?:no|not|none|nil|n/?a)\b[^.]*\b(?:provided|available|applicable|specified|stated)|"
-    r"information not provided|not (?:provided|specified|applicable|available|mentioned)|n/?a|unknown|none)\W*",
+    r"no additional symptoms(?: \w+)?|information not provided|not mentioned|n/?a|unknown|none)\W*",
     re.IGNORECASE,
 )
 _NUMBERED = re.compile(r"^\s*\d+[.)]\s*")
@@ -55,9 +58,17 @@ _DENIALS = re.compile(
     re.IGNORECASE,
 )
 _JOINT = re.compile(r",\s*(?:and|or|nor)\s+|,\s*|\s+(?:or|nor)\s+")
+_STANDS_ALONE = re.compile(  # a symptom that means the same outside its list; not "skin" of "no skin or nail changes"
+    r"(?:and |or )?(?!(?:recent|new|prior|previous|significant|other)\b)(?:any )?(?:[a-z]+ )?(?:fevers?|chills|cough|"
+    r"nausea|vomiting|diarrh(?:o)?ea|constipation|headaches?|dizziness|rash(?:es)?|itching|dysuria|h(?:a)?ematuria|fatigue|"
+    r"dyspn(?:o)?ea|palpitations|pain|sweats|weight loss|weight gain|swelling|bleeding|discharge|shortness of breath|"
+    r"trauma|seizures?|numbness|tingling|weakness|wheezing|hemoptysis|syncope|travel|alcohol(?: use)?|drug use|smoking)",
+    re.IGNORECASE,
+)
 _DURATION = re.compile(
-    r"\b(?:ago|since|(?:for|past|last|over) (?:the )?(?:past |last )?(?:\d+|a|an|one|two|three|four|five|six|several|few)"
-    r"[\s-](?:\w+ )?(?:hours?|days?|weeks?|months?|years?)|\d+[\s-](?:hour|day|week|month|year)s? history)\b",
+    r"\b(?:ago|since|(?:for|past|last|over) (?:the )?(?:past |last )?"
+    r"(?:\d+|a|an|one|two|three|four|five|six|several|few)[\s-](?:\w+ )?(?:hours?|days?|weeks?|months?|years?)|"
+    r"\d+[\s-](?:hour|day|week|month|year)s? history)\b",
     re.IGNORECASE,
 )
 _AGE = re.compile(r"\b(\d+(?:\.\d+)?)[\s-]*(year|month|week|day)s?(?:[\s-]*old)", re.IGNORECASE)
@@ -71,17 +82,19 @@ _FEMALE = re.compile(r"woman|female|girl|lady|she|her", re.IGNORECASE)
 _GENERIC = frozenset(
     stem(word)
     for word in (
-        "patient patients presents presented presenting presentation reports reported reporting complains complained "
-        "complaint complaints denies denied history physical examination exam symptom symptoms symptomatic past medical "
-        "significant noted notes notable found finding findings shows showed revealed reveals appears appeared describes "
-        "described states stated associated additional additionally including includes included due likely possible "
-        "man woman boy girl male female old year years month months week weeks day days hour hours minute minutes time "
-        "times one two three four five six seven eight nine ten first second third several multiple previous previously "
-        "recent recently currently current new onset last since ago during after before while because without within "
-        "around approximately about normal limits physician doctor clinic hospital department emergency brought comes "
-        "came come visit evaluation mother's father's began begin begins started start starts developed develop felt "
-        "feel feels feeling measured located caused cause noticed notice became become using used use uses taking take "
-        "takes took made make makes seen see ago yes no either related especially mg ml mm cm kg lb hg min bpm c f l dl g"
+        "patient patients presents presented presenting presentation reports reported reporting complains "
+        "complained complaint complaints denies denied history physical examination exam symptom symptoms "
+        "symptomatic past medical significant noted notes notable found finding findings shows showed revealed "
+        "reveals appears appeared describes described states stated associated additional additionally including "
+        "includes included due likely possible man woman boy girl male female old year years month months week "
+        "weeks day days hour hours minute minutes time times one two three four five six seven eight nine ten "
+        "first second third several multiple previous previously recent recently currently current new onset last "
+        "since ago during after before while because without within around approximately about normal limits "
+        "physician doctor clinic hospital department emergency brought comes came come visit evaluation mother's "
+        "father's began begin begins started start starts developed develop felt feel feels feeling measured "
+        "located caused cause noticed notice became become using used use uses taking take takes took even much "
+        "usual usually resulting otherwise made make makes seen see yes no either related especially presence mg ml mm cm "
+        "kg lb hg min bpm c f l dl g"
     ).split()
 )
 _SECTIONS = (
@@ -89,11 +102,13 @@ _SECTIONS = (
     (
         "exam",
         re.compile(
-            r"\b(?:examination|on exam|temperature|pulse|blood pressure|respirations?|respiratory rate|heart rate|vital "
-            r"signs|auscultation|palpation|percussion|mm ?Hg|oxygen saturation|biops\w+|histolog\w+|histopatholog\w+|"
-            r"cultures?|serum|urinalysis|laborator\w+|x-?rays?|radiograph\w*|CT|MRI|ultraso\w+|ECG|EKG|echocardiogra\w+|"
-            r"hemoglobin|leukocyt\w+|platelets?|shows|showed|reveal\w*|stain\w*|percentile|microscop\w+|dermoscop\w+|"
-            r"mg/dL|mEq/L|inspection|well[- ]demarcated|nontender)\b"
+            r"\b(?:CT|MRI|ECG|EKG|ESR|CBC|PSA|TSH)\b|\b(?i:examination|on exam|temperature|pulse|blood pressure|"
+            r"respirations?|respiratory rate|heart rate|vital signs|auscultation|palpation|percussion|mm ?Hg|"
+            r"oxygen saturation|biops\w+|histolog\w+|"
+            r"histopatholog\w+|cultures?|serum|urinalysis|laborator\w+|lab|blood work|x-?rays?|"
+            r"radiograph\w*|ultraso\w+|echocardiogra\w+|h(?:a)?emoglobin|h(?:a)?ematocrit|sedimentation|leukocyt\w+|"
+            r"platelets?|shows|showed|reveal\w*|stain\w*|percentile|microscop\w+|dermoscop\w+|mg/dL|mEq/L|inspection|"
+            r"well[- ]demarcated|nontender|blood cell)\b"
         ),
     ),
     (
@@ -123,8 +138,8 @@ _SECTIONS = (
     (
         "PMH",
         re.compile(
-            r"\b(?:medical history|history of|diagnosed with|surger(?:y|ies)|surgical|hospitali[sz]\w+|otherwise healthy|"
-            r"previously healthy|immuni[sz]ations?|vaccin\w+|allerg\w+|born|delivered)\b",
+            r"\b(?:medical history|history of|diagnosed with|surger(?:y|ies)|surgical|hospitali[sz]\w+|"
+            r"otherwise healthy|previously healthy|immuni[sz]ations?|vaccin\w+|allerg\w+|born|delivered)\b",
             re.IGNORECASE,
         ),
     ),
@@ -163,7 +178,7 @@ def atomic(text: str) -> list[str]:
     for sentence in sentences(text):
         match = _DENIALS.match(sentence)
         parts = [part for part in _JOINT.split(match["what"]) if part.strip()] if match else []
-        simple = len(parts) > 1 and all(len(part.split()) <= 6 and not is_negated(part) for part in parts)
+        simple = len(parts) > 1 and all(_STANDS_ALONE.fullmatch(part.strip()) for part in parts)
         if match and simple:
             found += [f"{match['who']} {part.strip()}{match['stop']}" for part in parts]
         else:
@@ -174,6 +189,13 @@ def atomic(text: str) -> list[str]:
 def unnumbered(facts: Iterable[str]) -> list[str]:
     """Numbered atomic facts without their numbers, none empty."""
     return [text for fact in facts if (text := _NUMBERED.sub("", fact).strip())]
+
+
+def polarity_of(text: str) -> str:
+    """present or absent (module docstring)."""
+    head = re.split(r"\b(?:without|with no|but not?|and no)\b", text, maxsplit=1)[0]
+    told = head if _askable(head) else text
+    return "absent" if is_negated(told) or re.search(r"\bn(?:eithe|o)r\b", told.lower()) else "present"
 
 
 def section_of(text: str) -> str:
@@ -200,10 +222,11 @@ def age_and_sex(text: str) -> tuple[float | None, str]:
 @functools.lru_cache(maxsize=4096)
 def code_of(label: str) -> Mapped:
     """The ICD-10-CM code one of whose description or inclusion terms has the words of a label and no others."""
-    tries = dict.fromkeys((label, re.sub(r"\s*[(\[][^)\]]*[)\]]", "", label)))
+    expanded = " ".join(word.replace("_", " ") for word in diagnosis.words_of(label))  # "UTI" has words too
+    tries = dict.fromkeys((label, re.sub(r"\s*[(\[][^)\]]*[)\]]", "", label), expanded))
     tree = icd10.tree()
     for text in tries:
-        best = [one for one in tree.find(text, 3) if one.score >= _EXACT] if text.strip() else []
+        best = [one for one in tree.find(text, 3) if one.score >= EXACT and _names(one)] if text.strip() else []
         if not best:
             continue
         first = best[0]
@@ -212,6 +235,12 @@ def code_of(label: str) -> Mapped:
             return Mapped(code=None, note=f"several codes have these words: {first.code}, {', '.join(apart)}")
         return Mapped(code=first.code, note=f"mapped_by: the words of {first.phrase!r}", confidence=first.score)
     return Mapped(code=None, note="no code has the words of the label")
+
+
+def _names(found: icd10.Found) -> bool:
+    """Whether a phrase names its entry; an includes note of a category can name a part of another thing as well."""
+    tree = icd10.tree()
+    return tree.level(found.code) == "code" or found.phrase == tree.describe(found.code)
 
 
 def split_of(*, age: float | None, sex: str, label: str) -> str:
@@ -256,10 +285,9 @@ def keys_of(texts: Sequence[str]) -> list[list[str]]:
     for i, found in enumerate(every):
         own = [word for one, word in found.items() if len(holders[one]) == 1]
         shared = [one for one in found if len(holders[one]) > 1][:6]
-        pairs = [
-            f"{found[a]} {found[b]}" for a, b in itertools.combinations(shared, 2) if holders[a] & holders[b] == {i}
-        ]
-        keys.append(([*own, *pairs] or ([" ".join(found.values())] if found else []))[:MAX_KEYS])
+        pairs = [(len(holders[a] & holders[b]), f"{found[a]} {found[b]}") for a, b in itertools.combinations(shared, 2)]
+        rare = [pair for held, pair in sorted(pairs, key=lambda pair: pair[0]) if held <= MAX_HOLDERS]
+        keys.append(([*own, *rare] or ([" ".join(found.values())] if found else []))[:MAX_KEYS])
     return keys
 
 
@@ -275,16 +303,17 @@ def facts_of(drafts: Iterable[Draft], tally: Tally) -> list[dict[str, Any]]:
             kept[same] = draft
     rows: list[dict[str, Any]] = []
     for n, (draft, keys) in enumerate(zip(kept.values(), keys_of([one.text for one in kept.values()]), strict=True), 1):
+        polarity = draft.polarity or polarity_of(draft.text)
         if draft.section == "demographic":
             keys = ["how old", "age", *keys]
-        elif draft.section != "exam" and _DURATION.search(draft.text):
+        elif draft.section != "exam" and polarity == "present" and _DURATION.search(draft.text):
             keys = ["how long", *keys]
         told = draft.disclosure if draft.section != "exam" else Disclosure.on_specific_ask
         row: dict[str, Any] = {
             "id": draft.id or f"f{n}",
             "text": draft.text,
             "section": draft.section,
-            "polarity": draft.polarity or ("absent" if is_negated(draft.text) else "present"),
+            "polarity": polarity,
             "disclosure": str(told),
             "keys": list(dict.fromkeys(keys)),
         }
@@ -326,13 +355,13 @@ def case_row(
     department: str = "other",
     checklist: Sequence[Mapping[str, Any]] = (),
     exams: Sequence[Mapping[str, Any]] = (),
-    diagnosis: Mapping[str, Any] | None = None,
+    more_diagnosis: Mapping[str, Any] | None = None,
 ) -> Case:
     """A case from its parts, validated; what no converted source says is filled in and counted.
 
     The opening line is the complaint as the source words it; ``opening_facts``: ids of the facts that it tells.
     """
-    authors = {
+    authors: dict[str, Mapping[str, Any]] = {
         "*": {"author": "rule", "note": f"converted from {dataset} by rule"},
         "diagnosis.icd10cm": {"author": "rule", "confidence": mapped.confidence, "note": mapped.note},
         **provenance,
@@ -371,7 +400,7 @@ def case_row(
             "facts": facts,
             "checklist": list(checklist),
             "exams": list(exams),
-            "diagnosis": {"icd10cm": mapped.code, "label": label, **(diagnosis or {})},
+            "diagnosis": {"icd10cm": mapped.code, "label": label, **(more_diagnosis or {})},
             "safety": {"must_escalate": None},
             "provenance": authors,
         }

@@ -32,9 +32,7 @@ def row_of(row: Mapping[str, Any], tally: Tally) -> HealthBenchRow:
                 continue
             tags = (f"level:{level}", f"kqa:{name.lower()}")
             criterion = f"States that: {said.rstrip('.')}."
-            found[same] = RubricItem(
-                id=str(len(found)), criterion=criterion, points=LEVEL_POINTS[level], tags=tags
-            )
+            found[same] = RubricItem(id=str(len(found)), criterion=criterion, points=LEVEL_POINTS[level], tags=tags)
             tally.kept[f"({name} statements)"] += 1
     if not found:
         raise SkippedRow("no statements")

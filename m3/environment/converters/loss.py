@@ -131,11 +131,18 @@ def texts(row: Mapping[str, Any], name: str) -> list[str]:
 
 
 def report(
-    tally: Tally, *, name: str, path: Path, licence: str, converted: int, skipped: Mapping[str, int], **more: Any
+    tally: Tally,
+    *,
+    name: str,
+    path: Path,
+    licence: str,
+    converted: int,
+    skipped: Mapping[str, int],
+    problems: tuple[str, ...],
+    caveats: tuple[str, ...],
 ) -> LossReport:
     """The report of a tally, names in order."""
     warnings = tuple(f"{warning} ({count})" if count > 1 else warning for warning, count in tally.warnings.items())
-    counts = {one: dict(sorted(getattr(tally, one).items())) for one in ("kept", "dropped", "defaults", "provenance")}
     return LossReport(
         format=name,
         source=path.name,
@@ -143,7 +150,10 @@ def report(
         read=converted + sum(skipped.values()),
         converted=converted,
         skipped=dict(sorted(skipped.items())),
-        warnings=(*more.pop("caveats", ()), *warnings),
-        **counts,
-        **more,
+        kept=dict(sorted(tally.kept.items())),
+        dropped=dict(sorted(tally.dropped.items())),
+        defaults=dict(sorted(tally.defaults.items())),
+        provenance=dict(sorted(tally.provenance.items())),
+        problems=problems,
+        warnings=(*caveats, *warnings),
     )

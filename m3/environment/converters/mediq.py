@@ -29,13 +29,13 @@ LICENCE = "CC BY 4.0"
 CAVEATS = ("vignettes are public exam questions: models may have seen them",)
 _KEPT = ("question", "context", "options", "answer", "facts", "patient.specialties")
 _ASKS_DIAGNOSIS = re.compile(
-    r"(?:which of the following|what|which)\s+(?:is|are|would be|best describes|best represents)\b[^?]*\bdiagnosis\b"
-    r"(?:\s+(?:for|in|of|at)\b[^?]*)?\W*$",
+    r"(?:which of the following|what|which)\s+(?:is|are|was|would be|best describes|best represents)\b[^?]*"
+    r"\bdiagnosis\b(?:\s+(?:for|in|of|at)\b[^?]*)?\W*$",
     re.IGNORECASE,
 )
 _NO_DIAGNOSIS = re.compile(
-    r"\b(?:confirm\w*|establish\w*|steps?|tests?|findings?|treatment|therapy|management|following diagnosis|make|"
-    r"supports?|approach|method|tool|modality|pathogen|associated|complication|risk|mechanism|used)\b",
+    r"\b(?:confirm\w*|establish\w*|steps?|tests?|findings?|treatment|therapy|management|make|etiology|cause|characteristic|"
+    r"supports?|approach|method|tool|modality|pathogen|associated|complication|risk|criteri\w+|mechanism|used)\b",
     re.IGNORECASE,
 )
 _DEPARTMENTS = {
@@ -91,7 +91,7 @@ def case_of(row: Mapping[str, Any], tally: Tally) -> Case:
         facts=facts,
         label=answer,
         mapped=code_of(answer),
-        diagnosis={"differential": [{"icd10cm": code_of(one).code, "label": one} for one in others]},
+        more_diagnosis={"differential": [{"icd10cm": code_of(one).code, "label": one} for one in others]},
         provenance={
             "facts": {"author": "llm", "note": "MediQ's atomic facts of the vignette; sections and keys by rule"},
             "diagnosis.differential": {"author": "rule", "note": "the question's other options"},

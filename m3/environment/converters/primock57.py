@@ -26,7 +26,7 @@ from m3.environment.converters.drafting import (
     slug,
     told_by,
 )
-from m3.environment.converters.loss import SkippedRow, Tally, field, texts
+from m3.environment.converters.loss import SkippedRow, Tally, field
 from m3.environment.trajectory import Trajectory
 from m3.evaluate.replay import recorded_messages
 
@@ -38,6 +38,7 @@ CAVEATS = (
 )
 _KEPT = ("id", "presenting_complaint", "turns", "checklists.Clinician_1")
 _IMPRESSION = re.compile(r"^\s*(d?dx|imp(?:ression)?|diagnos[ie]s|∆+)\s*[:;\-]\s*(\S.*)$", re.IGNORECASE | re.MULTILINE)
+_HEDGE = re.compile(r"^(?:probable|probably|possible|possibly|likely|suspected)\s+", re.IGNORECASE)
 _LEVELS = {"critical": 2, "non_critical": 1}
 _SECTIONS = {"sh": "SH", "dh": "DH", "dhx": "DH", "pmh": "PMH", "fh": "FH", "o/e": "exam", "ros": "ROS", "ob": "OB"}
 _INTRODUCTION = ("introduction", "none", "")
@@ -93,7 +94,7 @@ def converted(row: Mapping[str, Any], tally: Tally) -> tuple[Case, Trajectory]:
             facts=facts,
             label=labels[0],
             mapped=code_of(labels[0]),
-            diagnosis={"differential": [{"icd10cm": code_of(one).code, "label": one} for one in labels[1:]]},
+            more_diagnosis={"differential": [{"icd10cm": code_of(one).code, "label": one} for one in labels[1:]]},
             checklist=_checklist(items, by_text, facts, tally),
             provenance={
                 "facts": {"author": "human", "note": "Clinician_1's list; polarity and keys by rule"},
@@ -122,7 +123,7 @@ def impression(note: str) -> list[str]:
         return []
     said = re.split(r"\.\s|\.$", match[2].strip())[0]
     parts = re.split(r",\s*|\s+vs\.?\s+", said) if match[1].lower() == "ddx" else [said]
-    return [label for part in parts if (label := part.strip(" ?.\t"))]
+    return [label for part in parts if (label := _HEDGE.sub("", part.strip(" ?.\t")))]
 
 
 def _turns(row: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
@@ -143,7 +144,9 @@ def _items(row: Mapping[str, Any], tally: Tally) -> Iterator[Item]:
         where = f"checklists.Clinician_1.{i}"
         if not isinstance(entry, Mapping):
             raise ValueError(f"{where}: want an object; got {type(entry).__name__}")
-        text, depth, level = (field(entry, name, kind) for name, kind in (("text", str), ("depth", int), ("level", str)))
+        text, depth, level = (
+            field(entry, name, kind) for name, kind in (("text", str), ("depth", int), ("level", str))
+        )
         if level not in (*_LEVELS, "irrelevant"):
             raise ValueError(f"{where}.level: want critical, non_critical or irrelevant; got {level!r}")
         above = [*above[:depth], text.strip()]
