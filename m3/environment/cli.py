@@ -10,7 +10,7 @@ import contextlib
 import dataclasses
 import functools
 import json
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -23,10 +23,10 @@ from m3kernels.checks import refuse
 
 if TYPE_CHECKING:
     from m3.environment.case import Case
+    from m3.environment.modes import ModeConfig
     from m3.environment.pipeline import Config
     from m3.environment.trajectory import Trajectory
-    from m3.evaluate.report import Credited
-    from m3.text.embed import Embedder
+    from m3.rollout.chat import Budget
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=None, help=__doc__)
 audit = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="How far verifiers and the claim cache err.")
@@ -43,7 +43,6 @@ Cases = Annotated[
 ]
 Split = Annotated[str | None, typer.Option("--split", help="train or held_out; default: both.")]
 Out = Annotated[Path, typer.Option("--out", "-o", help="Folder of the run.")]
-Judged = Annotated[str | None, typer.Option("--judge", help=f"A chat model as judge: {SPEAKERS}; default: rules.")]
 
 
 def find_cases(path: Path | None, split: str | None) -> list[Case]:
@@ -80,7 +79,9 @@ def run(
     interruption: Annotated[
         float, typer.Option("--interruption", min=0, max=1, help="Share that begins with the patient's own question.")
     ] = 0.25,
-    guard: Annotated[bool, typer.Option("--guard", help="Replace an LLM patient's answers that leak or invent.")] = False,
+    guard: Annotated[
+        bool, typer.Option("--guard", help="Replace an LLM patient's answers that leak or invent.")
+    ] = False,
     calls: Annotated[int | None, typer.Option("--calls", min=1, help="Most calls to chat models.")] = None,
     debug: Debug = False,
 ) -> None:
@@ -106,7 +107,15 @@ def run(
 
 
 async def _consult(
-    cases: list[Case], policy: str, patient: str, config: Config, modes: Any, turns: int, guard: bool, budget: Any, out: Path
+    cases: list[Case],
+    policy: str,
+    patient: str,
+    config: Config,
+    modes: ModeConfig,
+    turns: int,
+    guard: bool,
+    budget: Budget | None,
+    out: Path,
 ) -> list[Trajectory]:
     """Run the pipeline to its end; each case's furthest consultation."""
     from m3.environment.consultation import ChatPolicy, SimulatedConsultation
@@ -126,7 +135,7 @@ async def _consult(
 
             return await stack.enter_async_context(open_chat(spec, budget=budget))
 
-        physician = POLICIES[policy] if policy in POLICIES else ChatPolicy(await speaker(policy))
+        physician: Any = POLICIES[policy] if policy in POLICIES else ChatPolicy(await speaker(policy))
         patients: Any = ScriptedPatient
         if patient != "scripted":
             patients = functools.partial(
@@ -136,9 +145,7 @@ async def _consult(
             physician, patients, max_turns=turns, modes=modes, patient_name=f"{patient}{' guarded' if guard else ''}"
         )
         rewards = rule_rewards(StepVerifier())
-        journal = stack.enter_context(
-            Journal(out / JOURNAL, run=Pipeline.run_of(cases, consultation, rewards, config))
-        )
+        journal = stack.enter_context(Journal(out / JOURNAL, run=Pipeline.run_of(cases, consultation, rewards, config)))
         stages = len(config.stages) * config.rollouts * config.epochs * len(cases)
         with Bar("segments") as bar:
             async with Pipeline(cases, consultation, rewards, config, journal=journal) as pipeline:
@@ -209,7 +216,9 @@ def score(
 @app.command()
 @one_line_errors
 def replay(
-    recorded: Annotated[Path, typer.Argument(help="Recorded consultations: m3.trajectory/v1 or CRAFT-MD, .jsonl[.gz].")],
+    recorded: Annotated[
+        Path, typer.Argument(help="Recorded consultations: m3.trajectory/v1 or CRAFT-MD, .jsonl[.gz].")
+    ],
     cases: Cases = None,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="A .jsonl of scores.")] = None,
     debug: Debug = False,
@@ -222,8 +231,8 @@ def replay(
     known = find_cases(cases, None)
     with Bar("scoring"):
         report = replays.evaluate(replays.read_recorded(recorded, known), verify=StepVerifier().verify)
-    heading, *rows = replays.table(report)
-    table = Table(title=str(recorded))
+    heading, *rows = zip(*replays.table(report), strict=True)  # a column a doctor: it fits a terminal
+    table = Table(title=recorded.name)
     for name in heading:
         table.add_column(name, justify="left" if name == heading[0] else "right")
     for row in rows:
@@ -256,17 +265,10 @@ def list_cases(
 
 
 # -- audits -----------------------------------------------------------------------------------------------------------
-Kqa = Annotated[Path, typer.Option("--kqa", help="Folder of K-QA: questions_w_answers.jsonl, NLI_medical_annotator.csv.")]
+Kqa = Annotated[
+    Path, typer.Option("--kqa", help="Folder of K-QA: questions_w_answers.jsonl, NLI_medical_annotator.csv.")
+]
 Embed = Annotated[str, typer.Option("--embedder", help="lexical, or minilm (fetched once, 83 MB).")]
-
-
-def open_embedder(name: str) -> Embedder:
-    """Raises ValueError: no such embedder."""
-    from m3.text.embed import LexicalEmbedder, MiniLM
-
-    if name not in ("lexical", "minilm"):
-        raise refuse("clinic", "--embedder", "lexical or minilm", repr(name))
-    return LexicalEmbedder() if name == "lexical" else MiniLM()
 
 
 @audit.command()
@@ -281,6 +283,7 @@ def cache(
 ) -> None:
     """False hits of the claim cache on changed claims, its hits on rewordings and on groups of trials."""
     from m3.rewards.cache_audit import run_cache_audit
+    from m3.text.embed import open_embedder
 
     with Bar("auditing the claim cache"):
         report = run_cache_audit(kqa, medquad, craft_md, open_embedder(embedder))
@@ -295,18 +298,24 @@ def verifier(
     kqa: Kqa,
     model: Annotated[str | None, typer.Option("--model", help=f"A chat model: {SPEAKERS}; default: rules.")] = None,
     half: Annotated[str, typer.Option("--split", help="all, tuning (thresholds were set on it) or test.")] = "all",
+    embedder: Annotated[str, typer.Option("--embedder", help="Of the rules: none, lexical or minilm.")] = "none",
     debug: Debug = False,
 ) -> None:
     """Agreement of the fact verifier with K-QA's physicians, the answer being the evidence."""
+    from m3.rewards import entailment
     from m3.rewards.fact_verifier import ChatVerifier, ScriptedVerifier
     from m3.rewards.verifier_audit import audit_kqa
     from m3.rollout.open import open_chat
+    from m3.text.embed import open_embedder
 
     path = kqa / "NLI_medical_annotator.csv" if kqa.is_dir() else kqa
 
     async def measure() -> Any:
         if model is None:
-            return await audit_kqa(path, ScriptedVerifier, split=half)
+            meaning = open_embedder(embedder) if embedder != "none" else None
+            return await audit_kqa(
+                path, lambda e: ScriptedVerifier(e, rules=entailment.GIVEN, embedder=meaning), split=half
+            )
         async with open_chat(model) as client:
             return await audit_kqa(path, lambda evidence: ChatVerifier(client, evidence), split=half)
 

@@ -9,20 +9,13 @@ from. Seeds follow from the run's seed and the name alone: whatever runs beside 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 from collections.abc import Mapping
 from typing import Any
 
 from m3.environment.case import Case, Phase
 from m3.environment.modes import PASSIVE_MODE
-from m3.environment.trajectory import Message, Trajectory, to_line
+from m3.environment.trajectory import Message, Trajectory
 from m3.rewards.spans import SpanReward, violations
-
-
-def derive_seed(run_seed: int, *parts: str | int) -> int:
-    """48 bits of BLAKE2b over the run's seed and what a seed is for: the same on every machine, exact in JSON."""
-    text = to_line({"seed": [run_seed, *parts]}).encode()
-    return int.from_bytes(hashlib.blake2b(text, digest_size=6).digest(), "big")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -7,10 +7,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.table import Table
@@ -18,6 +17,12 @@ from rich.table import Table
 from m3.environment.cli import SPEAKERS, find_cases
 from m3.terminal import Bar, Debug, console, one_line_errors
 from m3kernels.checks import refuse
+
+if TYPE_CHECKING:
+    from m3.rewards.claim_cache import ClaimCache
+    from m3.rewards.fact_verifier import FactVerifier
+
+PROMPT_VERSION = "1"  # of a verifier's prompts: a cached verdict is of one version
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=None, help=__doc__)
 
@@ -80,7 +85,9 @@ def healthbench(
     ] = None,
     judge: Judged = None,
     template: JudgeTemplate = "healthbench-exact",
-    examples: Annotated[int | None, typer.Option("--examples", min=1, help="Sub-sample as the public code does.")] = None,
+    examples: Annotated[
+        int | None, typer.Option("--examples", min=1, help="Sub-sample as the public code does.")
+    ] = None,
     repeats: Annotated[int, typer.Option("--repeats", min=1, help="Answers to each row.")] = 1,
     seed: Annotated[int, typer.Option("--seed", help="Of answers and of the bootstrap.")] = 0,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what judging would take.")] = False,
@@ -96,6 +103,8 @@ def healthbench(
     from m3.rollout.open import open_chat
 
     chosen = bench.sample_rows(list(read_healthbench(rows)), examples)
+    if not chosen:
+        raise refuse("evaluate healthbench", "rows", "at least one row", f"none in {rows}")
     recorded = None if answers is None else read_answers(answers)
     if dry_run:
         plan = bench.dry_run(chosen, encoder(tokenizer), template, answers=recorded)
@@ -113,7 +122,7 @@ def healthbench(
             speaker: Any = recorded
             if policy is not None:
                 speaker = await stack.enter_async_context(open_chat(policy))
-            grader: Any = ScriptedJudge({})
+            grader: Any = ScriptedJudge({}, overlap=0.6)
             if judge is not None:
                 client = await stack.enter_async_context(open_chat(judge))
                 grader = Judge(client, Config(template=template))
@@ -136,15 +145,13 @@ def healthbench(
 
 def read_answers(path: Path) -> Mapping[str, str]:
     """Raises ValueError: a row without prompt_id and response, by line."""
+    from m3.text.jsonl import read_objects
+
     found: dict[str, str] = {}
-    for line, text in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        if not text.strip():
-            continue
-        try:
-            row = json.loads(text)
-            found[row["prompt_id"]] = row["response"]
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
-            raise ValueError(f'{path}:{line}: want {{"prompt_id", "response"}}; {error!r}') from error
+    for place, row in read_objects(path):
+        if "prompt_id" not in row or "response" not in row:
+            raise ValueError(f'{place}: want "prompt_id" and "response"; got {sorted(row)}')
+        found[row["prompt_id"]] = row["response"]
     return found
 
 
@@ -169,7 +176,9 @@ def hallucination(
     ] = None,
     cache: Annotated[Path | None, typer.Option("--cache", help="A claim cache to use and fill (SQLite).")] = None,
     redis: Annotated[str | None, typer.Option("--redis", help="redis://host:port/0, beside --cache.")] = None,
-    max_unjudged: Annotated[float, typer.Option("--max-unjudged", help="Share of claims that may stay unjudged.")] = 0.05,
+    max_unjudged: Annotated[
+        float, typer.Option("--max-unjudged", help="Share of claims that may stay unjudged.")
+    ] = 0.05,
     debug: Debug = False,
 ) -> None:
     """Hallucination rate H (Eq 15): claims, evidence, verdicts; resumable."""
@@ -182,6 +191,9 @@ def hallucination(
     with Bar("indexing the corpus"):
         evidence = open_evidence(corpus, out / "index")
 
+    if redis is not None and cache is None:
+        raise refuse("evaluate hallucination", "--cache", "a file beside --redis: verdicts go there first", "none")
+
     async def measure() -> rates.Hallucination:
         async with contextlib.AsyncExitStack() as stack:
             extractor: Any = ScriptedExtractor()
@@ -192,7 +204,9 @@ def hallucination(
             else:
                 verifier = ScriptedVerifier(evidence)
             if cache is not None:
-                verifier.cache = await stack.enter_async_context(open_cache(cache, redis, verifier))
+                opened = open_cache(cache, redis, verifier)
+                stack.callback(opened.close)
+                verifier.cache = opened
             with Bar("responses") as bar:
                 return await rates.run(
                     rates.read_responses(responses),
@@ -208,3 +222,21 @@ def hallucination(
     if model is None:
         console.print(f"H {found.rate}: by rules, not HealthBench-Hallu", markup=False)
     say_disclaimer()
+
+
+def open_cache(path: Path, redis: str | None, verifier: FactVerifier) -> ClaimCache:
+    """A claim cache of a verifier: SQLite, with Redis behind it where an address is given."""
+    from m3.rewards.claim_cache import ClaimCache
+    from m3.rewards.claim_store_redis import RedisStore
+    from m3.rewards.claim_stores import ClaimStore, SqliteStore
+    from m3.text.embed import LexicalEmbedder
+
+    local = SqliteStore(path)
+    store: ClaimStore = local if redis is None else RedisStore(redis, local=local)
+    return ClaimCache(
+        store,
+        LexicalEmbedder(),
+        verifier_id=verifier.name,
+        corpus_hash=verifier.evidence.corpus_hash,
+        prompt_version=PROMPT_VERSION,
+    )

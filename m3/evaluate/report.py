@@ -93,10 +93,10 @@ def credit(case: Case, trajectory: Trajectory, verifier: StepVerifier | None = N
     reached = {message.phase for message in trajectory.of("assistant") if not message.meta.get("snippet")}
     problems: list[str] = []
     coverage = None
-    if any(item.phase in reached for item in case.checklist):
+    try:
         coverage = checklist.coverage(case, trajectory)
-    else:
-        problems.append("the case has no checklist for the stages that were reached")
+    except UnjudgedError as error:
+        problems.append(str(error))
     rewards: dict[Phase, float | None] = {}
     for phase, reward in rule_rewards().items():
         rewards[phase] = None

@@ -87,7 +87,9 @@ def same(one: str, other: str) -> str:
 
 
 def difference(a: Signature, b: Signature) -> str:
-    """As ``same``, of signatures."""
+    """As ``same``, of signatures. Claims without a word are not the same as anything."""
+    if not a.tokens or not b.tokens:
+        return "word: nothing | nothing"
     if a.tokens == b.tokens or (a.flight_key == b.flight_key and _explained(a, b)):
         return ""
     counts = Counter(a.tokens), Counter(b.tokens)
@@ -105,7 +107,9 @@ def _explained(a: Signature, b: Signature) -> bool:
 
 
 # -- words ------------------------------------------------------------------------------------------------------------
-_PIECE = re.compile(r"[^\W_]+(?:'[^\W\d_]+)?|(?<=\w)[-−](?=[\s,.;)]|$)|[,()\[\]]|[?%<>+=°≥≤±→↑↓~^*/&$#@]")
+_PIECE = re.compile(  # words; the minus of "ER-"; breaks; any sign that is no ordinary punctuation
+    r"""[^\W_]+(?:'[^\W\d_]+)?|(?<=\w)[-−](?=[\s,.;)]|$)|[,()\[\]]|[^\w\s.;:!'"’‘“”`‐‑–—−…{}|\\-]"""
+)
 _SILENT = frozenset("*#~^()[]")
 _SIGNS = {"&": "and", "-": "minus", "−": "minus"}
 _CAPITALS = frozenset(  # words that mean another thing all in capitals

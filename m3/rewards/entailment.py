@@ -175,7 +175,8 @@ def _weigh(
     coverage = (inside + min(outside, inside)) / sum(mass.values())
     matched = set(spoken) | set(itertools.chain.from_iterable(opposite.values()))
     at = [i for i, one in enumerate(read.stems) if one in matched]
-    negations = sum(at[0] - NEGATION_REACH <= i <= at[-1] for i in read.negations) if at else 0
+    near = range(at[0] - NEGATION_REACH, at[-1] + 1) if at else range(len(read.stems))
+    negations = sum(i in near for i in read.negations)
     flips = len(turned) + negations + len(own.negations)
     missing = [one for one in own.quantities if one not in read.quantities]
     differing = [one for one in missing if any(_rival(one, said) for said in read.quantities)]

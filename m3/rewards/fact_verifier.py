@@ -18,17 +18,21 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 from m3.rewards import entailment
-from m3.rewards.claims import Claim, read_object
+from m3.rewards.claims import Claim
 from m3.rewards.evidence import Evidence, Passage
 from m3.rewards.fact_verdicts import LABEL_OF_FAILURE, FactVerdict, Label
 from m3.rollout.chat import Budget, ChatClient, ChatError
+from m3.rollout.replies import read_object
 from m3.text.embed import Embedder
 from m3.text.words import content_stems
 from m3kernels.checks import refuse
 
 
 class VerdictCache(Protocol):
-    """Who keeps verdicts: answers from what it has, or calls ``verify`` and keeps that, unless it is no verdict."""
+    """Who keeps verdicts: answers from what it has, or calls ``verify`` and keeps that, unless it is no verdict.
+
+    m3.rewards.claim_cache.ClaimCache is one; its keys should hold the verifier's name and its corpus_hash.
+    """
 
     async def get_or_verify(self, claim: str, verify: Callable[[], Awaitable[FactVerdict]]) -> FactVerdict: ...
 
@@ -109,7 +113,10 @@ class FactVerifier(abc.ABC):
             except ChatError as error:
                 return self._verdict(text, LABEL_OF_FAILURE[error.failure], explanation=str(error))
 
-        return await (verify() if self.cache is None else self.cache.get_or_verify(text, verify))
+        verdict = await (verify() if self.cache is None else self.cache.get_or_verify(text, verify))
+        return dataclasses.replace(
+            verdict, claim=text
+        )  # a cache may answer with the verdict of a claim worded otherwise
 
     def _verdict(self, claim: str, label: Label, **fields: Any) -> FactVerdict:
         return FactVerdict(claim=claim, label=label, verifier=self.name, **fields)

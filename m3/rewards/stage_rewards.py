@@ -138,9 +138,10 @@ def _outcome(part: Part) -> str:
 
 
 def _checklist(case: Case, trajectory: Trajectory, phase: Phase, weight: float) -> Part:
-    if not case.items(phase):
+    try:
+        found = coverage(case, trajectory, phases={phase})
+    except UnjudgedError:
         return Part(name="checklist", weight=weight, value=None)
-    found = coverage(case, trajectory, phases={phase})
     met = sum(one.met for one in found.items if one.item.points > 0)
     wanted = sum(one.item.points > 0 and not one.given for one in found.items)
     told = f"vetoed: {', '.join(found.vetoed)}" if found.vetoed else f"{met} of {wanted} met"

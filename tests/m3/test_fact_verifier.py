@@ -207,6 +207,15 @@ def test_a_cache_is_asked_first():
     assert budget.calls_made == 1
 
 
+def test_a_cached_verdict_is_of_the_claim_that_was_asked():
+    class Near:
+        async def get_or_verify(self, claim, verify):
+            return FactVerdict(claim="worded otherwise", label=S, cached=True)
+
+    (found,) = check("Colchicine treats gout.", verifier=ScriptedVerifier(LIBRARY, cache=Near()))
+    assert (found.claim, found.cached) == ("Colchicine treats gout.", True)
+
+
 # -- a language model as agent ----------------------------------------------------------------------------------------
 class Script:
     """A chat client that replies in turn, and keeps what it was asked."""

@@ -88,7 +88,11 @@ def test_trajectories_of_cases(tmp_path):
 
 @pytest.mark.parametrize(
     ("line", "message"),
-    [("{", "want m3.trajectory/v1 or a CRAFT-MD replay"), ("{}", "missing field 'turns'"), ("[]", "r.jsonl:2")],
+    [
+        ("{", "r.jsonl:2: want JSON"),
+        ("{}", "missing field 'case_id'"),
+        ("[]", "r.jsonl:2: want a JSON object; got list"),
+    ],
 )
 def test_broken_lines_are_named(tmp_path, line, message):
     path = tmp_path / "r.jsonl"

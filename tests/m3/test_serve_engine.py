@@ -30,7 +30,7 @@ from m3.serve.engine_backend import EngineBackend
 from m3.serve.schema import ChatRequest, RequestError
 
 TALK = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Hello, how are you today?"}]
-SERVE = [sys.executable, "-c", "import typer; from m3.serve.cli import serve; typer.run(serve)"]
+SERVE = [sys.executable, "-m", "m3", "serve"]
 
 
 @pytest.fixture(scope="module")
