@@ -200,7 +200,7 @@ def of_craft_md(row: Mapping[str, Any]) -> Recorded:
         reference=_reference(row["answer"]),
         answer=row["frq"] or "",  # null: the doctor gave none
         facts=tuple(re.sub(r"^\d+\.\s*", "", fact) for fact in row["facts"]),
-        graded=bool(row["frq_eval"]) if row.get("frq_eval") in (0, 1) else None,  # -1: the grader could not tell
+        graded=_GRADES.get(row.get("frq_eval", -1)),  # -1: the grader could not tell
     )
 
 
@@ -217,6 +217,9 @@ def recorded_messages(turns: Iterable[tuple[str, str]]) -> tuple[Message, ...]:
             turn += 1
         messages.append(Message(role=role, content=text, turn=turn, phase=Phase.inquiry))
     return tuple(messages)
+
+
+_GRADES: Mapping[object, bool] = {0: False, 1: True}
 
 
 def _reference(label: str) -> diagnosis.Reference:
