@@ -28,7 +28,6 @@ from m3.environment.case import Case, CodedLabel
 from m3.rewards.disease_names import (
     GENERIC,
     OPPOSITES,
-    QUALIFIERS,
     core,
     is_generic,
     same_word,
@@ -414,11 +413,18 @@ def _met(reference: Reference, labels: Sequence[Label], statement: str, config: 
 
 
 def _names_of(reference: Reference) -> tuple[str, ...]:
-    """The label, without what stands in brackets; that too, where it names a disease; the synonyms."""
+    """The label, without what stands in brackets; that too, where it is another name of it; the synonyms."""
     plain = " ".join(_BRACKETS.sub(" ", reference.label).split()) or reference.label
     asides = (part.strip() for part in _BRACKETS.findall(reference.label))
-    named = (part for part in asides if any(not is_generic(word) for word in core(words_of(part)) - QUALIFIERS))
-    return (plain, *named, *reference.synonyms)
+    return (plain, *(part for part in asides if _is_name(part, plain)), *reference.synonyms)
+
+
+def _is_name(aside: str, label: str) -> bool:
+    """Whether what stands in brackets is a disease's name or the label's initials; "(domperidone)" is a cause."""
+    if words_of(aside) in synonyms() or re.search(r"\b(?:disease|syndrome|disorder)$", aside, re.IGNORECASE):
+        return True
+    initials = iter(word[0] for word in re.findall(r"[a-z]+", label.lower()))
+    return aside.isalpha() and len(aside) > 1 and all(letter in initials for letter in aside.lower())
 
 
 def _accepted(reference: Reference, answer: Answer, config: Config) -> list[CodedLabel]:

@@ -197,10 +197,20 @@ def test_without_a_reference_code_there_is_no_credit():
     assert score(Reference(label="Gout"), "").credit is None
 
 
-@pytest.mark.parametrize("said", ["primary ovarian insufficiency", "POI"])
-def test_brackets_of_a_reference_are_another_name(said):
-    assert score(Reference(label="Early ovarian failure (primary ovarian insufficiency)"), said).correct
-    assert not score(Reference(label="Carbuncle (acute)"), "acute gout").correct
+@pytest.mark.parametrize(
+    ("reference", "said", "correct"),
+    [
+        ("Early ovarian failure (primary ovarian insufficiency)", "primary ovarian insufficiency", True),
+        ("Adrenal adenoma (Conn's syndrome)", "Conn syndrome", True),
+        ("Toxic epidermal necrolysis (TEN)", "TEN", True),
+        ("Toxic epidermal necrolysis (TEN)", "epidermal necrolysis, toxic", True),
+        ("Drug-induced hyperprolactinaemia (domperidone)", "Stops domperidone", False),
+        ("Carbuncle (acute)", "acute gout", False),
+    ],
+)
+def test_brackets_of_a_reference(reference, said, correct):
+    """Another name or initials count; a cause or a qualifier does not."""
+    assert score(Reference(label=reference), said).correct is correct
 
 
 def test_acceptable_alternative():
