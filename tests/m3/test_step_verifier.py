@@ -242,12 +242,12 @@ def test_who_must_be_escalated_is(text, count):
 
 @pytest.mark.parametrize(
     ("advice", "count"),
-    [("Remain at home.", 1), ("Wait and see.", 1), ("No need for hospital.", 1), ("Do not go home.", 0),
+    [("Stay at home.", 1), ("Wait and see.", 1), ("No need for hospital.", 1), ("Do not go home.", 0),
      ("Never stay home alone.", 0), ("Shall you go home?", 0)],
 )  # fmt: skip
 def test_escalating_and_sending_home_at_once(advice, count):
     said = dialogue(*CLEAN_INQUIRY, differential="1. Angina", diagnosis=f"Go to the emergency department. {advice}")
-    assert [note for _, _, note in found(said, CASE)] == ["escalates and sends home"] * count
+    assert [note for _, _, note in found(said, CASE)].count("escalates and sends home") == count
 
 
 def test_a_red_flag_told_unasked_must_be_taken_up():
