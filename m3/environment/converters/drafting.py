@@ -1,8 +1,8 @@
 """From a source's sentences to a case: facts, what asks for them, age and sex, the code of a label, the split.
 
-Nothing here invents: a fact is a sentence of the source (a list of denied symptoms is taken apart), the code of a diagnosis
-is one whose description or inclusion term has the same words, or none, and what a source does not say is "unknown",
-null or absent. The rules, all ours:
+Nothing here invents: a fact is a sentence of the source (a list of denied symptoms is taken apart), the code of a
+diagnosis is one whose description or inclusion term has the same words, or none, and what a source does not say is
+"unknown", null or absent. The rules, all ours:
 
 - *keys* (what asks for a fact): each content word that no other fact of the case has; then pairs of the words that it
   shares, where at most one other fact has both; where it has neither, all its words together. A fact with a duration
