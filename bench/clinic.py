@@ -27,7 +27,7 @@ from m3.environment.physicians import POLICIES
 from m3.environment.trajectory import Trajectory, to_line
 from m3.rewards.checklist import coverage
 
-RESULTS = record.RESULTS / "clinic.jsonl"
+RESULTS = record.RESULTS / "clinic" / "turns.jsonl"  # not a row of kernels: the report of those reads the folder above
 ARMS = ("good", "random_questions", "ask_everything")
 
 
@@ -124,6 +124,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=RESULTS)
     arguments = parser.parse_args()
     rows = [measure(policy, own_cases(), range(arguments.seeds), arguments.rounds) for policy in arguments.policies]
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
     with arguments.out.open("a", encoding="utf-8") as file:
         for row in rows:
             file.write(json.dumps(dataclasses.asdict(row)) + "\n")

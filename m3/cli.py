@@ -1,4 +1,4 @@
-"""The command line: ``m3 quickstart``, ``m3 quantize``, ``m3 generate``, ``m3 draft``, ``m3 doctor``.
+"""The command line: ``m3 quickstart``, and its parts and siblings.
 
 What a user can get wrong ends in one line on standard error and exit code 1; ``--debug`` shows the traceback instead.
 """
@@ -15,6 +15,9 @@ import typer
 from rich.table import Table
 
 from m3.draft.cli import app as draft_app
+from m3.environment.cli import app as clinic_app
+from m3.evaluate.cli import app as evaluate_app
+from m3.serve.cli import serve
 from m3.terminal import Bar, Debug, Threads, console, one_line_errors, open_model, say, set_threads
 
 if TYPE_CHECKING:
@@ -26,6 +29,9 @@ app = typer.Typer(
     no_args_is_help=True, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False, help=__doc__
 )
 app.add_typer(draft_app, name="draft")
+app.add_typer(clinic_app, name="clinic")
+app.add_typer(evaluate_app, name="evaluate")
+app.command()(serve)
 
 MODEL = "SmolLM2-135M-Instruct"
 QUESTION = "What are the warning signs of a heart attack, and what should I do if I notice them?"

@@ -29,12 +29,18 @@ def one_line_errors(command: Callable[..., None]) -> Callable[..., None]:
 
     @functools.wraps(command)
     def run(*args: Any, debug: bool = False, **kwargs: Any) -> None:
+        from m3.environment.pipeline import PipelineError
         from m3.models.hub import FetchError
+        from m3.rewards.rubric_evolution import MiningError
+        from m3.rewards.verdict import UnjudgedError
+        from m3.rollout.chat import ChatError
         from m3kernels import BackendError
+
+        known = (ValueError, OSError, FetchError, BackendError, ChatError, MiningError, PipelineError, UnjudgedError)
 
         try:
             command(*args, debug=debug, **kwargs)
-        except (ValueError, OSError, FetchError, BackendError) as error:
+        except known as error:
             if debug:
                 raise
             errors.print(

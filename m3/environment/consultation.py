@@ -11,13 +11,15 @@ from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from m3.environment.case import Case, Phase
-from m3.environment.episode import MAX_TURNS, Patient, Policy, run_inquiry, run_stage
+from m3.environment.episode import MAX_TURNS, CaseView, Patient, Policy, run_inquiry, run_stage
 from m3.environment.modes import PASSIVE_MODE, Mode, ModeConfig, draw
 from m3.environment.patient import ScriptedPatient
 from m3.environment.pipeline import Answer
-from m3.environment.segment import Context, derive_seed
+from m3.environment.seeds import derive_seed
+from m3.environment.segment import Context
 from m3.environment.stages import instruction
-from m3.environment.trajectory import Message
+from m3.environment.trajectory import Message, chat
+from m3.rollout.chat import ChatClient
 from m3kernels.checks import refuse
 
 
@@ -25,6 +27,36 @@ class PatientFactory(Protocol):
     """Makes the patient of a case."""
 
     def __call__(self, case: Case, *, seed: int) -> Patient: ...
+
+
+class PolicyFactory(Protocol):
+    """Makes the physician of a case: of scripts that are written for one."""
+
+    @property
+    def name(self) -> str:
+        """The policy's name, the same for every case."""
+
+    def __call__(self, case: Case) -> Policy: ...
+
+
+class ChatPolicy:
+    """A physician who is a chat model: sees instructions and the dialogue, nothing of the case.
+
+    Args:
+        client: who answers.
+        temperature: of its sampling.
+        max_tokens: of one message.
+    """
+
+    def __init__(self, client: ChatClient, *, temperature: float = 0.7, max_tokens: int = 400) -> None:
+        self._client, self._temperature, self._max_tokens = client, temperature, max_tokens
+        self.name = client.model
+
+    async def act(self, view: CaseView, messages: Sequence[Message], phase: Phase, seed: int) -> str:
+        reply = await self._client.chat(
+            chat(messages), temperature=self._temperature, max_tokens=self._max_tokens, seed=seed
+        )
+        return reply.text.strip() or "..."
 
 
 class _Opened:
@@ -45,7 +77,7 @@ class SimulatedConsultation:
     """The ``Consultation`` of a policy and simulated patients.
 
     Args:
-        policy: the physician.
+        policy: the physician, or what makes the physician of a case.
         patient: makes patients; the scripted ones by default.
         max_turns: most messages of the physician in an inquiry.
         modes: shares of passive and interrupted beginnings.
@@ -55,7 +87,7 @@ class SimulatedConsultation:
 
     def __init__(
         self,
-        policy: Policy,
+        policy: Policy | PolicyFactory,
         patient: PatientFactory = ScriptedPatient,
         *,
         max_turns: int = MAX_TURNS,
@@ -65,11 +97,14 @@ class SimulatedConsultation:
     ) -> None:
         if max_turns < 1:
             raise refuse("SimulatedConsultation", "max_turns", "an integer >= 1", max_turns)
-        self._policy, self._patient, self._version = policy, patient, version
+        self._physician, self._patient, self._version = policy, patient, version
         self._max_turns, self._modes = max_turns, modes or ModeConfig()
         self.policy = policy.name
         shares = f"interruption {self._modes.interruption:g}, mid-turn {self._modes.mid_turn:g}"
         self.name = f"{policy.name} with {patient_name} patients, {max_turns} turns, {shares}"
+
+    def _policy(self, case: Case) -> Policy:
+        return self._physician(case) if callable(self._physician) else self._physician
 
     @property
     def version(self) -> int:
@@ -87,14 +122,14 @@ class SimulatedConsultation:
         """y_k: the rest of the inquiry, or one message."""
         case, messages = context.case, context.messages
         if context.phase != Phase.inquiry:
-            said = await run_stage(case, self._policy, messages, context.phase, seed=seed, rollout=rollout)
+            said = await run_stage(case, self._policy(case), messages, context.phase, seed=seed, rollout=rollout)
             return Answer(messages=(said,))
         name, opened = messages[-1].meta["mode"], messages[-1].meta["opened"]
         snippet = () if name == PASSIVE_MODE else messages[1:]
         patient = _Opened(self._patient(case, seed=_patient_seed(opened)), None if snippet else messages[-1])
         trajectory = await run_inquiry(
             case,
-            self._policy,
+            self._policy(case),
             patient,
             seed=seed,
             rollout=rollout,

@@ -40,6 +40,8 @@ _EMPTY_STEMS = frozenset(
 )
 _RESIDUAL = re.compile(r"\bother\b|classified elsewhere", re.IGNORECASE)
 _RESIDUAL_WEIGHT = 2.0  # of a word that a residual class ("Other appendicitis") has and a label does not; ours
+_BESIDE = frozenset("OPVWXYZ")  # pregnancy, newborns, outer causes, contacts: what is beside a disease
+_BESIDE_FACTOR = 0.8  # of their scores unless all words agree; ours
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -203,7 +205,8 @@ class Tree:
 
         The score is Dice's coefficient of the two sets of word stems, each stem weighed by its inverse document
         frequency; words in brackets may match and cost nothing where they do not, as in the tabular list; residual
-        classes ("other", "classified elsewhere") rank lower. Entries of a seventh character (encounters) are left out.
+        classes ("other", "classified elsewhere") rank lower, and so do the chapters of pregnancy, newborns, outer
+        causes and contacts unless all words agree. Entries of a seventh character (encounters) are left out.
         Ties: the shallower entry, then the tabular order.
 
         Raises:
@@ -225,6 +228,7 @@ class Tree:
         hits = np.flatnonzero(shared_n + extra_n)
         shared, extra = shared_n[hits], extra_n[hits]
         scores = 2 * (shared + extra) / (weight + index.totals[hits] + extra)
+        scores = np.where(index.beside[hits] & (scores < 1), scores * _BESIDE_FACTOR, scores)
         found: dict[int, Found] = {}
         for hit in np.lexsort((index.entries[hits], index.depths[hits], -scores.round(6))):
             if len(found) == k:
@@ -314,13 +318,15 @@ class Tree:
 
     @functools.cached_property
     def _phrases(self) -> _Phrases:
-        return _Phrases(self._descriptions, self._terms, self._depths)
+        return _Phrases(self._codes, self._descriptions, self._terms, self._depths)
 
 
 class _Phrases:
     """Every description and term as a set of stems: for each stem the phrases that have it, and its weight."""
 
-    def __init__(self, descriptions: Sequence[str], terms: Sequence[Sequence[str]], depths: bytes) -> None:
+    def __init__(
+        self, codes: Sequence[str], descriptions: Sequence[str], terms: Sequence[Sequence[str]], depths: bytes
+    ) -> None:
         core: defaultdict[str, list[int]] = defaultdict(list)
         bracketed: defaultdict[str, list[int]] = defaultdict(list)
         entries: list[int] = []
@@ -352,6 +358,7 @@ class _Phrases:
         self.totals = np.array(totals) + np.array(residual)
         self.entries = np.array(entries)
         self.numbers = np.array(numbers)
+        self.beside = np.array([codes[i][0] in _BESIDE for i in entries])
         self.depths = np.array([depths[i] for i in entries])
 
 

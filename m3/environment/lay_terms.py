@@ -11,7 +11,8 @@ from __future__ import annotations
 import functools
 import re
 
-from m3.text.words import stem, stems, words
+from m3.text.words import stem as plain_stem
+from m3.text.words import words
 
 CONCEPTS: tuple[tuple[str, ...], ...] = (
     (
@@ -76,11 +77,11 @@ CONCEPTS: tuple[tuple[str, ...], ...] = (
     ("itch", "itching", "itchy", "pruritus"),
     ("rash", "skin change", "spots on skin"),
     ("jaundice", "yellow skin", "yellow eyes", "skin yellow", "eyes yellow"),
-    ("swallow", "swallowing", "dysphagia"),
+    ("swallow", "swallowing", "dysphagia", "food down"),
     ("heartburn", "acid reflux", "reflux", "indigestion"),
     ("bloat", "bloating", "bloated", "distended", "distension"),
     ("cough", "coughing"),
-    ("cough blood", "coughing up blood", "haemoptysis", "hemoptysis", "blood when you cough"),
+    ("cough blood", "coughing up blood", "haemoptysis", "hemoptysis", "blood when you cough", "bring up blood", "brought up blood"),
     ("phlegm", "sputum", "mucus"),
     ("wheeze", "wheezing", "wheezy", "whistling chest"),
     ("snore", "snoring"),
@@ -95,8 +96,8 @@ CONCEPTS: tuple[tuple[str, ...], ...] = (
     ("radiate", "radiation", "spread", "go anywhere", "goes anywhere", "move anywhere", "travel anywhere"),
     ("start", "began", "begin", "onset", "first notice", "first noticed"),
     ("how long", "duration"),
-    ("worse", "aggravate", "exacerbate", "trigger"),
-    ("better", "relieve", "ease", "help with the pain", "alleviate"),
+    ("worse", "aggravate", "exacerbate", "trigger", "hurt more", "more painful"),
+    ("better", "relieve", "ease", "help with the pain", "alleviate", "improve"),
     ("scale", "out of ten", "one to ten", "1 to 10", "how bad", "how severe", "severity"),
     ("hypertension", "high blood pressure", "raised blood pressure"),
     ("diabetes", "diabetic", "high blood sugar", "sugar problem"),
@@ -118,14 +119,17 @@ CONCEPTS: tuple[tuple[str, ...], ...] = (
         "ongoing conditions",
         "conditions in past",
         "existing conditions",
+        "long-term illness",
+        "long-standing problems",
+        "serious illness",
     ),
     ("medication", "medications", "medicine", "medicines", "tablets", "drugs do you take", "prescription"),
     ("over the counter", "otc", "herbal", "supplements"),
     ("blood thinner", "anticoagulant", "warfarin"),
     ("painkiller", "painkillers", "analgesic", "ibuprofen", "nsaid"),
-    ("allergy", "allergies", "allergic"),
+    ("allergy", "allergies", "allergic", "react badly", "bad reaction"),
     ("smoke", "smoking", "smoker", "cigarettes", "tobacco"),
-    ("alcohol", "drink alcohol", "units a week", "wine", "beer", "booze"),
+    ("alcohol", "drink alcohol", "enjoy a drink", "units a week", "wine", "beer", "booze"),
     ("recreational drugs", "illicit drugs", "street drugs", "cannabis", "cocaine", "use drugs"),
     ("job", "occupation", "work as"),
     ("live alone", "living situation", "who is at home", "home situation"),
@@ -153,6 +157,10 @@ CONCEPTS: tuple[tuple[str, ...], ...] = (
     ("memory", "forgetful", "forgetting", "remember things"),
     ("fall", "fallen", "falls", "trip over"),
     ("injury", "injure", "injured", "trauma", "accident"),
+    ("hit head", "bang head", "banged head", "knock head", "head injury", "bump head"),
+    ("happened before", "like this before", "similar before"),
+    ("pain", "painful", "hurt", "sore", "ache", "aching"),
+    ("problem", "trouble", "disease", "illness"),
     ("vision", "eyesight", "see clearly", "blurred", "visual"),
     ("hearing", "deaf", "hear well"),
     ("thirst", "thirsty", "drink a lot of water", "polydipsia"),
@@ -163,7 +171,7 @@ CONCEPTS: tuple[tuple[str, ...], ...] = (
 )
 
 # concepts that do not ask for anything alone: the key "first notice" is not asked for by "before we start"
-_GENERIC = frozenset({"=start", "=how long", "=worse", "=better", "=scale", "=exercise", "=fall"})
+_GENERIC = frozenset({"=start", "=how long", "=worse", "=better", "=scale", "=exercise", "=fall", "=pain", "=problem"})
 
 # a sentence of a patient with one of these says something clinical
 _CLINICAL = """
@@ -187,6 +195,15 @@ _DRUG_OR_DISEASE = re.compile(
     r"|oxacin|idone|azepam|gliptin|gliflozin|triptan|dipine|uria|rrhoea|rrhea)s?$"
 )
 _NOT_DISEASE = frozenset("diagnosis prognosis osmosis purpose chemosis coma aroma diploma".split())
+
+# words whose stem is that of another thing: "medication" is stemmed as "medical", "relative" as "related"
+_APART = {"medication": "medicin", "medications": "medicin", "relative": "relative", "relatives": "relative"}
+
+
+def stem(word: str) -> str:
+    """The stem by which words of keys and of sentences are compared: of words.stem but where two things share one."""
+    return _APART.get(word.lower()) or plain_stem(word)
+
 
 # grammar that a key may hold and a question may word otherwise
 FUNCTION_WORDS = frozenset(
@@ -243,10 +260,11 @@ def ways(phrase: str) -> tuple[frozenset[str], ...]:
     Grammar in it counts only where one word alone would be left ("bring on").
     """
     kept = topic_stems(phrase)
-    plain = frozenset(kept if len(kept) > 1 else stems(phrase))
+    plain = frozenset(kept if len(kept) > 1 else [stem(word) for word in words(phrase)])
     found = concepts(kept)
     if not plain or not found:
         return (plain,) if plain else ()
+    found = {one: naming for one, naming in found.items() if not any(naming < other for other in found.values())}
     named = frozenset(one for naming in found.values() for one in naming)
     by_concept = frozenset({*(plain - named), *found})
     return (plain,) if by_concept <= _GENERIC else tuple(dict.fromkeys((plain, by_concept)))
@@ -254,7 +272,7 @@ def ways(phrase: str) -> tuple[frozenset[str], ...]:
 
 def tokens(sentence: str, most: int | None = None) -> frozenset[str]:
     """Stems of a sentence's words, grammar included, and the concepts it names; of its first ``most`` words."""
-    found = stems(sentence)[:most]
+    found = [stem(word) for word in words(sentence)[:most]]
     return frozenset(found) | frozenset(concepts(without_grammar(found)))
 
 

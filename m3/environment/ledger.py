@@ -15,13 +15,14 @@ simulator; the rules are ours.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import re
 from collections.abc import Iterable, Sequence
 
 from m3.environment.asking import AskKind, asked
 from m3.environment.case import Case, Disclosure, Fact
-from m3.environment.lay_terms import concepts, is_clinical, means, tokens
-from m3.text.words import STOP_WORDS, content_stems, is_negated, sentences, stem, words
+from m3.environment.lay_terms import concepts, is_clinical, means, stem, tokens
+from m3.text.words import STOP_WORDS, content_stems, is_negated, sentences, words
 
 DIAGNOSIS = "diagnosis"  # what is leaked when the patient names what it has
 _OVERLAP = 0.6  # ours: share of a fact's content words that makes a clause speak of it
@@ -38,6 +39,7 @@ _ANSWER = re.compile(
     r"\W*(yes|yeah|yep|no|nope|not at all|never)\b(?:\s*[,.!:;]+\s*|\s*$|\s+(?=(?:i|it|we|they|my|there|not)\b))",
     re.IGNORECASE,
 )
+_NO = ("no", "nope", "not at all", "never")
 _CLAUSE = re.compile(r"\s*;\s*|,?\s+\b(?:but|although|though|however|except)\b\s+", re.IGNORECASE)
 _UNITS = frozenset(
     stem(word)
@@ -88,15 +90,30 @@ def numbers(text: str) -> set[float]:
     return found
 
 
+def _measures(text: str) -> list[tuple[float, str]]:
+    """Numbers of a text, each with the stem of the word after it."""
+    said = words(text)
+    return [(number, stem(unit)) for word, unit in itertools.pairwise(said) for number in numbers(word)]
+
+
+def _conflicts(known: _Known, clause: str, said: set[float], right: set[float]) -> set[float]:
+    """Numbers of a clause against a fact: of a unit that the fact has, or instead of its value."""
+    other = {number for number, unit in _measures(clause) if unit in known.units and number not in right}
+    return other or (said if known.fact.value and not said & right else set())
+
+
 @dataclasses.dataclass(frozen=True)
 class _Known:
     """A fact, ready to be recognised."""
 
     fact: Fact
     wordings: tuple[frozenset[str], ...]
-    keys: tuple[str, ...]
+    keys: tuple[str, ...]  # of several words, or one of its own
+    long_keys: tuple[str, ...]  # of several words
     numbers: frozenset[float]
-    negated: bool | None  # None: its two wordings differ, polarity cannot be checked
+    units: frozenset[str]  # what stands after its numbers
+    negated: bool | None  # whether it is told in negated clauses; None: in both kinds, polarity cannot be checked
+    bare: bool | None  # whether a mere "no" tells it; None: cannot be said
 
 
 class Ledger:
@@ -134,7 +151,7 @@ class Ledger:
             if "?" in sentence or _UNKNOWN.search(sentence):
                 continue
             for clause in _CLAUSE.split(sentence):
-                self._read(clause, specific, told, wrong, invented)
+                self._read(clause, specific, allowed, told, wrong, invented)
         leaked = {
             one: "told and not asked"
             for one in told
@@ -168,6 +185,7 @@ class Ledger:
         self,
         clause: str,
         specific: Sequence[str],
+        asked_for: set[str],
         told: dict[str, str],
         wrong: dict[str, str],
         invented: dict[str, str],
@@ -177,18 +195,19 @@ class Ledger:
         answer = opened.group(1).lower() if opened else ""
         body = clause[opened.end() :] if opened else clause
         spoken_tokens, said_numbers = tokens(body), numbers(body)
-        spoken = [known for known in self._facts if _speaks_of(known, spoken_tokens)]
+        spoken = self._spoken(spoken_tokens, asked_for)
         bare = not spoken and len(set(specific)) == 1 and answer != "" and len(content_stems(body)) <= 2
         if bare:
             spoken = [known for known in self._facts if known.fact.id == specific[0]]
-        negated = answer in ("no", "nope", "not at all", "never") if bare else is_negated(body)
+        negated = answer in _NO if bare else is_negated(body)
         all_numbers = set().union(*(known.numbers for known in spoken)) if spoken else set()
         for known in spoken:
             one = known.fact.id
-            if known.negated is not None and known.negated != negated:
+            wanted = known.bare if bare else known.negated
+            if wanted is not None and wanted != negated:
                 wrong.setdefault(one, f"said {'no' if negated else 'yes'} in {clause.strip()!r}")
-            elif known.fact.value and said_numbers and not said_numbers & all_numbers:
-                wrong.setdefault(one, f"said {min(said_numbers):g}, not {known.fact.value[0]:g}")
+            elif other := _conflicts(known, body, said_numbers, all_numbers):
+                wrong.setdefault(one, f"said {min(other):g}, not {', '.join(f'{n:g}' for n in sorted(known.numbers))}")
             else:
                 told.setdefault(one, "told")
         for word in words(body):
@@ -198,21 +217,47 @@ class Ledger:
             number = min(said_numbers - self._numbers)
             invented.setdefault(f"{number:g}", f"a quantity in no fact: {clause.strip()!r}")
 
+    def _spoken(self, said: frozenset[str], asked_for: set[str]) -> list[_Known]:
+        """Facts that a clause speaks of: by most of their words, or by a key where they were asked for."""
+        strong = [known for known in self._facts if _shares_words(known, said)]
+        if any(known.fact.id in asked_for for known in strong):
+            return strong
+        keyed = [known for known in self._facts if any(means(said, key) for key in known.keys)]
+        weak = [known for known in keyed if known.fact.id in asked_for and known not in strong]
+        return [*strong, *weak] or [known for known in keyed if any(means(said, key) for key in known.long_keys)]
+
     def _names_diagnosis(self, answer: str) -> bool:
         said = content_stems(answer)
         return any(name and _contains(said, name) and not set(name) <= self._vocabulary for name in self._names)
 
 
 def _known(fact: Fact) -> _Known:
-    by_text, by_said = is_negated(fact.text), is_negated(_without_answer(fact.said))
+    parities = _parities(fact.text) | _parities(_without_answer(fact.said))
+    opened = _ANSWER.match(fact.said)
+    if opened and not _without_answer(fact.said):
+        parities = _parities(fact.text) | {opened.group(1).lower() in _NO}
+    negated = parities.pop() if len(parities) == 1 else None
+    absent = fact.polarity == "absent"
     own = tokens(f"{fact.said} {fact.text}")
     return _Known(
         fact,
-        tuple(frozenset(content_stems(text)) - _EMPTY for text in dict.fromkeys((fact.said, fact.text))),
+        tuple(_content(text) for text in dict.fromkeys((fact.said, fact.text))),
         tuple(key for key in fact.keys if len(words(key)) > 1 or means(own, key)),
+        tuple(key for key in fact.keys if len(words(key)) > 1),
         frozenset(numbers(fact.text) | numbers(fact.said) | ({fact.value[0]} if fact.value else set())),
-        by_text if by_text == by_said else None,
+        frozenset(unit for text in (fact.text, fact.said) for _, unit in _measures(text)),
+        negated,
+        absent if negated in (absent, None) else None,
     )
+
+
+def _parities(text: str) -> set[bool]:
+    """Whether its clauses are negated."""
+    return {is_negated(clause) for sentence in sentences(text) for clause in _CLAUSE.split(sentence)}
+
+
+def _content(text: str) -> frozenset[str]:
+    return frozenset(stem(word) for word in words(text)) - _EMPTY
 
 
 def _without_answer(text: str) -> str:
@@ -220,11 +265,9 @@ def _without_answer(text: str) -> str:
     return text[opened.end() :] if opened else text
 
 
-def _speaks_of(known: _Known, said: frozenset[str]) -> bool:
-    """By most of its content words, or by all words of a key that is two words or one of its own."""
-    if any(len(wording & said) >= max(2, _OVERLAP * len(wording)) for wording in known.wordings):
-        return True
-    return any(means(said, key) for key in known.keys)
+def _shares_words(known: _Known, said: frozenset[str]) -> bool:
+    """Whether most of a fact's content words, two at least, are said."""
+    return any(len(wording & said) >= max(2, _OVERLAP * len(wording)) for wording in known.wordings)
 
 
 def _may_tell(fact: Fact, allowed: Iterable[str], topics: set[str], talkative: bool) -> bool:

@@ -16,7 +16,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 
-from m3.environment.asking import asked
+from m3.environment.asking import asked, things
 from m3.environment.case import Case, ChecklistItem, Disclosure, Phase
 from m3.environment.episode import CaseView
 from m3.environment.exams import CATEGORIES
@@ -25,6 +25,7 @@ from m3.rewards.checklist import performs
 
 SECTIONS = ("HPI", "ROS", "PMH", "DH", "OB", "FH", "SH", "demographic", "")  # the order in which a history is taken
 QUESTIONS_A_TURN = 2
+THINGS_A_TURN = 4  # that these may name: two long questions are asked one by one
 TRIES = 3  # times the good physician asks for one thing: patients forget, and tell a few things at a time
 CLOSING = "Thank you, I have no further questions."
 GENERIC_QUESTIONS = (
@@ -125,6 +126,8 @@ class Good(_Physician):
             if told.isdisjoint(item.facts) and tries < TRIES:
                 due.append((item.section, questions[tries % len(questions)]))
         now = [question for section, question in due if section == due[0][0]][:QUESTIONS_A_TURN]
+        if sum(map(things, now)) > THINGS_A_TURN:
+            now = now[:1]
         opening = self._opening(messages, first=not mine)
         return " ".join([*opening, *(now or [CLOSING])])
 

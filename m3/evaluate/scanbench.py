@@ -19,7 +19,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import IO, Protocol, TypeVar
 
 import numpy as np
 
@@ -275,7 +275,12 @@ def evaluate(
         scores.append(score(known[trajectory.case], trajectory, judge=judge, config=config))
     if not scores:
         raise refuse("scanbench.evaluate", "trajectories", "at least one", "none")
+    return gather(scores, judge, config)
 
+
+def gather(scores: Sequence[ConsultationScore], judge: InquiryJudge, config: Config | None = None) -> Report:
+    """Means and intervals over scored consultations."""
+    config = config or Config()
     asked = [(one.case, one.inquiry) for one in scores if one.inquiry is not None]
     levels = sorted({level for _, inquiry in asked for level in inquiry.by_level})
     dimensions = sorted({dimension for _, inquiry in asked for dimension in inquiry.by_dimension})
@@ -349,8 +354,10 @@ def score_against_turns(
     )
 
 
-def plot_turns(report: Report, path: str | Path, *, config: Config | None = None) -> None:
-    """A figure of each station's mean against the number of exchanges, by policy; the format is that of the suffix."""
+def plot_turns(
+    report: Report, target: str | Path | IO[str], *, config: Config | None = None, format: str | None = None
+) -> None:
+    """A figure of each station's mean against the number of exchanges, by policy; the format: else of the suffix."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(10, 3.2), layout="constrained")
@@ -365,4 +372,4 @@ def plot_turns(report: Report, path: str | Path, *, config: Config | None = None
         axes.grid(alpha=0.3)
     figure.axes[0].set_ylabel("scripted station score" if report.scripted else "station score")
     figure.axes[-1].legend(fontsize="small")
-    figure.savefig(path)
+    figure.savefig(target, format=format)

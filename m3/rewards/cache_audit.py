@@ -32,6 +32,7 @@ from m3.text.embed import Embedder
 from m3.text.words import sentences, words
 
 BASELINES = (0.90, 0.95)  # RedisVL's default distance of 0.1, and a stricter one
+PROMPT = "You are an AI doctor"  # three doctors' instructions are recorded as what the patient says first
 SHORTEST_CLAIM = 4  # ours: words; shorter sentences ("No.") say nothing alone
 
 
@@ -217,7 +218,7 @@ def trial_groups(folder: str | Path) -> Iterator[list[list[str]]]:
 
 def _claims(turns: Iterable[dict[str, str]]) -> Iterator[str]:
     turns = list(turns)
-    said = [turn["text"] for turn in turns if turn["role"] == "patient"]
+    said = [turn["text"] for turn in turns if turn["role"] == "patient" and not turn["text"].startswith(PROMPT)]
     said += [turn["text"] for turn in turns[-1:] if turn["role"] == "doctor"]
     found = (sentence for text in said for sentence in sentences(text))
     yield from dict.fromkeys(text for text in found if "?" not in text and len(words(text)) >= SHORTEST_CLAIM)

@@ -87,7 +87,9 @@ def same(one: str, other: str) -> str:
 
 
 def difference(a: Signature, b: Signature) -> str:
-    """As ``same``, of signatures."""
+    """As ``same``, of signatures. Claims without a word are not the same as anything."""
+    if not a.tokens or not b.tokens:
+        return "word: nothing | nothing"
     if a.tokens == b.tokens or (a.flight_key == b.flight_key and _explained(a, b)):
         return ""
     counts = Counter(a.tokens), Counter(b.tokens)
@@ -105,7 +107,9 @@ def _explained(a: Signature, b: Signature) -> bool:
 
 
 # -- words ------------------------------------------------------------------------------------------------------------
-_PIECE = re.compile(r"[^\W_]+(?:'[^\W\d_]+)?|(?<=\w)[-−](?=[\s,.;)]|$)|[,()\[\]]|[?%<>+=°≥≤±→↑↓~^*/&$#@]")
+_PIECE = re.compile(  # words; the minus of "ER-"; breaks; any sign that is no ordinary punctuation
+    r"""[^\W_]+(?:'[^\W\d_]+)?|(?<=\w)[-−](?=[\s,.;)]|$)|[,()\[\]]|[^\w\s.;:!'"’‘“”`‐‑–—−…{}|\\-]"""
+)
 _SILENT = frozenset("*#~^()[]")
 _SIGNS = {"&": "and", "-": "minus", "−": "minus"}
 _CAPITALS = frozenset(  # words that mean another thing all in capitals
@@ -123,11 +127,10 @@ def _synonyms() -> tuple[dict[tuple[str, ...], str], dict[tuple[str, ...], str]]
         canonical = "_".join(claim_wording.base(word.lower()) for word in alternatives[0])
         for words in alternatives:
             lower = tuple(word.lower() for word in words)
-            folded = tuple(claim_wording.base(word) for word in lower)
-            if len(words) == 1 and folded != lower and words != alternatives[0]:
-                surface[lower] = canonical  # "including" is "such as", "include" is not
+            if lower[0].startswith("="):
+                surface[(lower[0][1:], *lower[1:])] = canonical
             else:
-                bases[folded] = canonical
+                bases[tuple(claim_wording.base(word) for word in lower)] = canonical
     return surface, bases
 
 
@@ -235,6 +238,10 @@ def _content(token: Token) -> bool:
     return isinstance(token, str) and token not in _LINKS | _PREPOSITIONS | _NEVER_MOVED | {"that", "may", "have"}
 
 
+def _noun(token: Token) -> bool:
+    return _content(token) and token not in _STARTS_LIST
+
+
 def _restated(tokens: tuple[Token, ...]) -> Iterator[tuple[Token, ...]]:
     """The claim with one "A of B" as "B A", or in the active voice."""
     for at, token in enumerate(tokens):
@@ -243,8 +250,10 @@ def _restated(tokens: tuple[Token, ...]) -> Iterator[tuple[Token, ...]]:
         for left in range(1, 4):
             for right in range(1, 4):
                 before, after = tokens[max(0, at - left) : at], tokens[at + 1 : at + 1 + right]
-                if len(before) == left and len(after) == right and all(map(_content, before + after)):
-                    yield tokens[: at - left] + after + before + tokens[at + 1 + right :]
+                rest = tokens[at + 1 + right :]
+                whole = not rest or not _content(rest[0]) or rest[0] in _STARTS_LIST  # all of B, not a part of it
+                if len(before) == left and len(after) == right and whole and all(map(_noun, before + after)):
+                    yield tokens[: at - left] + after + before + rest
     for at in range(1, len(tokens) - 2):
         if tokens[at] == "be" and tokens[at + 2] == "by":
             modal = at
@@ -276,6 +285,9 @@ def _lists_alike(a: Signature, b: Signature) -> bool:
     return False
 
 
+_NOT_IN_ITEMS = (_STARTS_LIST | _ENDS_LIST | _PREPOSITIONS | _NEVER_MOVED) - {"of"}  # they nest, or open a clause
+
+
 def _items(signature: Signature, start: int, end: int) -> tuple[str, list[tuple[str, ...]]] | None:
     """(conjunction, sorted items) of a plain list of two or more; None where it is none."""
     conjunction = ""
@@ -290,7 +302,7 @@ def _items(signature: Signature, start: int, end: int) -> tuple[str, list[tuple[
             conjunction = str(token)
             if items[-1]:
                 items.append([])
-        elif not isinstance(token, str) or token in _NEVER_MOVED or token in _ENDS_LIST:
+        elif not isinstance(token, str) or token in _NOT_IN_ITEMS:
             return None
         else:
             items[-1].append(token)

@@ -23,11 +23,12 @@ import secrets
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 
-from m3.rewards.claim_stores import Row, Scope, SqliteStore, StoredClaim
+from m3.rewards.claim_stores import ClaimStore, Row, Scope, SqliteStore, StoredClaim
 from m3.rewards.fact_verdicts import FactVerdict
 from m3kernels.checks import refuse
 
@@ -67,7 +68,7 @@ class RedisStore:
 
         if not timeout > 0:
             raise refuse("RedisStore", "timeout", "seconds > 0", timeout)
-        self.local = local or SqliteStore()
+        self.local = SqliteStore() if local is None else local
         self.lease = lease
         self.first_wait, self.last_wait = first_wait, last_wait
         self.up = True
@@ -225,6 +226,15 @@ class RedisStore:
                 pipe.set(self._prefix + "v:" + row.key, _write_row(row), nx=True)
                 pipe.rpush(self._prefix + "log", row.key)
             return list(pipe.execute())
+
+
+def open_store(where: str | Path | None = None, local: str | Path | None = None) -> ClaimStore:
+    """The store of a place: in memory (None), a SQLite file, or a server ("redis://host:port/0") with a local file."""
+    if where is not None and str(where).startswith(("redis://", "rediss://", "unix://")):
+        return RedisStore(str(where), local=SqliteStore(local))
+    if local is not None:
+        raise refuse("open_store", "local", "no local file without a server", local)
+    return SqliteStore(where)
 
 
 def _write_row(row: Row) -> str:

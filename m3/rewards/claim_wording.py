@@ -2,7 +2,8 @@
 
 Everything here widens what counts as the same claim, so every line must be safe in any medical sentence: words that
 change a dose, a strength, a side, a time, a chance or who is meant are not here ("rare" is not "uncommon", "severe"
-is not "serious"). A line of ``SYNONYMS`` is one meaning, alternatives split by "|", each of one or more words.
+is not "serious"). A line of ``SYNONYMS`` is one meaning, alternatives split by "|", each of one or more words in any
+inflection; after "=" in this form alone ("=including" is "such as", "includes" is not).
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ _FRAMES = re.compile(
     r"clear)\s+that|it\s+(?:should|must|can|may)\s+be\s+(?:noted|said|mentioned|stated|remembered)\s+that|"
     r"the\s+fact\s+is\s+that|we\s+know\s+that|in\s+(?:summary|conclusion|other\s+words)|to\s+summari[sz]e|to\s+sum\s+up|"
     r"additionally|furthermore|moreover|also|(?:medically|clinically)\s+speaking|of\s+note)\s*[,:]?"
-    r"|(?:note|indeed|overall|basically|essentially|simply\s+put|importantly|notably|however|therefore|thus|so|and|but|"
+    r"|(?:yes|note|indeed|overall|basically|essentially|simply\s+put|importantly|notably|however|therefore|thus|so|and|but|"
     r"well|in\s+addition|in\s+short|in\s+brief|from\s+a\s+medical\s+(?:standpoint|perspective|point\s+of\s+view))\s*[,:])\s+",
     re.IGNORECASE,
 )
@@ -58,12 +59,12 @@ examination|exam
 laboratory|lab
 influenza|flu
 fever|pyrexia
-itch|itching|itchiness|pruritus
+itch|itchiness|pruritus
 dyspnea|shortness of breath|breathlessness|short of breath
 fatigue|tiredness
 vomit|throw up
-hemorrhage|bleeding|haemorrhage
-edema|swelling|oedema
+hemorrhage|=bleeding
+edema|=swelling
 abdomen|belly|tummy
 abdominal pain|belly pain|tummy ache|pain in the abdomen
 heart attack|myocardial infarction
@@ -91,6 +92,8 @@ stool|feces|faeces
 side effect|adverse effect|unwanted effect
 chance|likelihood|probability
 amount|quantity
+dose|dosage
+give|administer
 problem|issue
 type|kind|sort
 over the counter|OTC|nonprescription|without prescription|without a prescription
@@ -116,8 +119,8 @@ show|demonstrate
 use|utilize|utilise
 require|need
 cause|lead to|result in|bring about|give rise to|bring on
-decrease|reduce|lessen|diminish|lowers|lowered|lowering|cut down
-increase|raises|raised|raising|elevate|elevated
+decrease|reduce|lessen|diminish|=lowers|=lowered|=lowering|cut down
+increase|=raises|=raised|=raising|elevate
 avoid|refrain from|stay away from|steer clear of|keep away from
 recommend|advise
 talk to|speak to|speak with|talk with|consult|consult with
@@ -135,7 +138,7 @@ allow|permit|enable
 try|attempt
 help|assist|aid
 remain|stay
-suffer from|have
+have|suffer from
 disappear|go away|vanish
 return|come back|recur
 manage|handle
@@ -143,7 +146,7 @@ associate with|link to|link with|connect to|connect with|relate to
 because of|due to|owing to|as a result of|on account of
 because|due to the fact that
 and|as well as|along with|together with|plus
-such as|including|for example|for instance|e g
+such as|=including|for example|for instance|e g
 to|in order to|so as to
 if|in case|in the event that|in the event of
 while|whilst
@@ -191,7 +194,7 @@ have no|not have any
 be no|be not any
 think|believe|consider
 way|method|approach
-known as|also known as|called|also called|referred to as|termed
+known as|also known as|=called|also called|referred to as|=termed
 different from|different than
 due date|expected delivery date
 breastfeed|breast feed|nurse a baby

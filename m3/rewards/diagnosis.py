@@ -18,19 +18,25 @@ from __future__ import annotations
 import dataclasses
 import enum
 import functools
+import itertools
 import math
 import re
-import unicodedata
 from collections.abc import Sequence
-from difflib import SequenceMatcher
-from pathlib import Path
 
 from m3.environment import icd10
 from m3.environment.case import Case, CodedLabel
-from m3.text.words import stem
+from m3.rewards.disease_names import (
+    GENERIC,
+    OPPOSITES,
+    QUALIFIERS,
+    core,
+    is_generic,
+    same_word,
+    stem_of,
+    synonyms,
+    words_of,
+)
 from m3kernels.checks import refuse
-
-NAMES = Path(__file__).parent.parent / "data" / "diagnosis_names.txt"
 
 
 class Reading(enum.StrEnum):
@@ -83,9 +89,9 @@ class Config:
     credits: icd10.Credits = dataclasses.field(default_factory=icd10.Credits)
     listed: int = 3  # labels of an answer that count, ranked or claimed together; more buy nothing
     accept_broader: bool = True
-    spelling: float = 0.84  # two words of 7 letters or more are one from this ratio (difflib): typing errors
+    spelling: int = 7  # letters from which a word may be misspelt by one letter, or two changed places
     window: int = 3  # words that may stand between those of the reference in an answer
-    found: float = 0.5  # least score of a code that is looked up for a label; below it the label has no code
+    found: float = 0.6  # least score of a code that is looked up for a label; below it the label has no code
     absent: float = 0.0  # credit of an answer that names no diagnosis
 
     def __post_init__(self) -> None:
@@ -148,7 +154,8 @@ _CLAUSE = re.compile(
     r"|(?:this|it|these) (?:is|are|could|may|should|would|diagnos)|however|although|but\b"
     r"|i (?:would|recommend|suggest|advise)"
     r"|please|further (?:\w+ )?(?:evaluation|investigation|test|assessment|examination|work)|needs?\b|requir(?:es|ing)"
-    r"|until|pending|to be confirmed|for (?:confirmation|an? \d)|rather than|instead of|and not|not\b|rule(?:d)? out"
+    r"|until|pending|confirm (?:with|by)|to be confirmed|for (?:confirmation|an? \d)|rather than|instead of"
+    r"|and not|not\b|rule(?:d)? out"
     r"|unlikely|without evidence|no evidence|note:|treatment|recommend)",
     re.IGNORECASE,
 )
@@ -177,10 +184,15 @@ _JOINT = re.compile(
 )
 _LISTED = re.compile(r"(?:^|\n|(?<=[:.;,)\s]))\s*\d{1,2}[.)]\s+(?=\S)|(?:^|\n)\s*[-\N{BULLET}]\s+(?=\S)")
 _BRACKETS = re.compile(r"[(\[]([^()\[\]]*)[)\]]")
+_EXAMINATION = re.compile(
+    r"(?:scop(?:y|ies)|biops(?:y|ies)|\bspirometry|ography|\bMRI|\bCT|\bscans?|ultrasound|\bx-?rays?|\btit(?:er|re)s?|\bassays?"
+    r"|\bpanel|\bcounts?|\bcultures?|\bpuncture|\btests?|\btesting|\bstudies|\bimaging)(?:\s+(?:of|for|to|with)\b.*)?$",
+    re.IGNORECASE,
+)
 _REMARK = re.compile(
     r"^\W*(?:note|based|if|due|because|this|the|for|further|as|since|it|please|pending|given|which)\b", re.I
 )
-_SENTENCE_END = re.compile(r"(?<![ (][A-Za-z])(?<!\b[Ss]t)(?<!\bvs)[.!](?=\s|$)|\n")
+_SENTENCE_END = re.compile(r"(?<!\b[A-Za-z])(?<!\b[Ss]t)(?<!\bvs)[.!](?=\s|$)|\n")
 
 
 @functools.lru_cache(maxsize=16384)
@@ -204,7 +216,10 @@ def read_answer(text: str) -> Answer:
     if len(alternatives) > 1:
         labels = [Label(text=" ".join(_HEDGE.sub(" ", part).split()).strip(" ,.;")) for part in alternatives]
         return Answer(reading=Reading.undecided, statement=kept, labels=tuple(labels)) if labels else _nothing()
-    labels = _labels(kept)
+    kept = _BRACKETS.sub(lambda m: "" if _ALTERNATIVE.search(m.group(1)) else m.group(), kept)
+    if _ALTERNATIVE.search(kept[len(_before(_CAUSE, kept)) :]):
+        kept = _before(_CAUSE, kept)  # one of several causes: none of them is claimed
+    labels = [label for label in _labels(kept) if not _EXAMINATION.search(label.text.split("(")[0])]
     kept = _before(_EXAMPLE, _before(_HEDGE, kept)).strip(" ,.;:-")
     return Answer(reading=Reading.decided, statement=kept, labels=tuple(labels)) if labels else _nothing()
 
@@ -223,7 +238,10 @@ def _statements(text: str) -> list[str]:
         if said:
             return said if re.search(r"\bor\W*$", said[0], re.IGNORECASE) else said[:1]
         if found:
-            return []
+            before = re.sub(
+                r"\s+(?:is|are|would be|was)\s+(?:the|your|his|her|my)\s*$", "", _sentence(text[: found[0].start()])
+            )
+            return [before] if re.search(r"[A-Za-z]{2}", before) and not _ABSENT.match(before) else []
     first = text if _LISTED.match(text) else _sentence(text)
     if not re.search(r"[A-Za-z]{2}", first) or _ABSENT.match(first) or text.rstrip().endswith("?"):
         return []
@@ -269,7 +287,7 @@ def _labels(statement: str) -> list[Label]:
         name = _HEDGE.sub(" ", part).strip()
         if not re.search(r"[A-Za-z]{2}", name) or _EXAMPLE.match(name):
             continue
-        if hedged and i > 0 and not all(_core(words_of(label.text)) <= _GENERIC for label in found):
+        if hedged and i > 0 and not all(core(words_of(label.text)) <= GENERIC for label in found):
             continue  # "a rash, possibly measles" claims measles; "measles, possibly gout" claims no gout
         found.append(
             Label(text=name, hedged=hedged, aside=asides if not found else (), codes=codes if not found else ())
@@ -282,123 +300,10 @@ def _first_label(text: str) -> Label | None:
     return found[0] if found else None
 
 
-# -- words ------------------------------------------------------------------------------------------------------------
-_SPELLINGS = (
-    *(("haem", "hem"), ("aemia", "emia"), ("oedema", "edema"), ("oeso", "eso"), ("oestr", "estr"), ("coeli", "celi")),
-    *(("foet", "fet"), ("tumour", "tumor"), ("diarrhoea", "diarrhea"), ("rrhoe", "rrhe"), ("naev", "nev")),
-    *(("leuco", "leuko"), ("paed", "ped"), ("orrhoeic", "orrheic"), ("ise ", "ize "), ("ised ", "ized ")),
-    *(("aeti", "eti"), ("caec", "cec"), ("faec", "fec"), ("anaes", "anes"), ("gynaec", "gynec"), ("chilae", "chile")),
-)
-_NUMERALS = {"i": "1", "ii": "2", "iii": "3", "iv": "4", "one": "1", "two": "2"}
-# words that add nothing to which disease it is
-_QUALIFIERS = frozenset(
-    stem(word)
-    for word in (
-        "a an the of in on at to by for from with and et or as is be type disease diseases syndrome disorder"
-        " condition complex illness case severe mild moderate early late classic classical typical atypical"
-        " simple common new onset recurrent persistent unspecified idiopathic likely probable possible"
-        " suspected presumed advanced stage grade left right bilateral unilateral localized generalized"
-        " widespread diffuse multiple single solitary isolated extensive induced related associated caused due"
-        " secondary primary acute chronic subacute exacerbation flare episode attack uncomplicated complicated"
-        " adult childhood patient skin cutaneous lesion his her your nos"
-    ).split()
-)
-_OPPOSITES = tuple(
-    frozenset(stem(word) for word in pair.split())
-    for pair in ("acute chronic", "benign malignant", "left right", "primary secondary", "viral bacterial", "1 2")
-)
-# Words that name a kind of finding or of tissue, not one disease: alone they are no broader name of anything.
-_GENERIC = frozenset(
-    stem(word)
-    for word in (
-        "dermatitis eczema rash eruption dermatosis erythema infection inflammation inflammatory lesion tumor"
-        " cancer carcinoma neoplasm malignancy adenoma sarcoma lymphoma leukemia anemia cyst nevus keratosis"
-        " papule plaque nodule ulcer wart benign malignant pigmented pigmentation hyperpigmentation"
-        " hypopigmentation discoloration alopecia hair loss pruritus itch arthritis pain ache fever cough"
-        " headache vertigo dizziness diarrhea vomiting constipation bleeding hemorrhage hematoma fracture"
-        " injury trauma tear sprain edema swelling effusion abscess bacterial viral fungal parasitic allergic"
-        " allergy reaction hypersensitivity autoimmune vasculitis vasculopathy purpura thrombosis embolism"
-        " failure insufficiency deficiency obstruction stenosis perforation hernia rupture pneumonia colitis"
-        " hepatitis nephritis gastritis meningitis encephalitis neuropathy myopathy cardiomyopathy"
-        " encephalopathy cardiac heart myocardial coronary pulmonary lung respiratory renal kidney hepatic"
-        " liver gastric stomach intestinal bowel colon cerebral brain spinal breast prostate thyroid adrenal"
-        " ovarian uterine cervical testicular bladder urinary bone joint muscle nerve eye ear nose throat oral"
-        " mouth nail scalp foot hand face facial back neck chest abdominal pityriasis lichen tinea systemic"
-        " granuloma sclerosis amyloidosis drug medication poisoning toxicity overdose depression anxiety"
-        " psychosis dementia seizure stroke shock sepsis diabetes mellitus hypertension hypotension emergency"
-        " crisis hyperplasia atrophy dystrophy dysplasia hemangioma angioma fibroma pemphigus pemphigoid acne"
-        " porphyria mucositis folliculitis panniculitis gastroenteritis hypertensive syndrome inversion nipple"
-        " positional paroxysmal photosensitivity melanotic macular acral papulosa nigra venous arterial"
-        " vascular viral tract atrophic atrophicus serous mucous fluid blood cell basal squamous elastolysis"
-        " emotional stress traumatic"
-    ).split()
-)
-
-
-_ANY_DRUG = frozenset(stem(word) for word in ("drug", "medication", "medicine"))
+# -- words -----------------------------------------------------------------------------------------------------------
+_ANY_DRUG = frozenset(stem_of(word) for word in ("drug", "medication", "medicine"))
+_MODIFIER = re.compile(r".*[- ](?:induced|associated|related)\s+(?!(?:to|with|by)\b)(?=\w)", re.IGNORECASE)
 _INDUCED = re.compile(r"\b(?:induced|caused by|due to|secondary to|associated)\b", re.IGNORECASE)
-
-
-def _plain(text: str) -> list[str]:
-    text = unicodedata.normalize("NFKD", text.lower())
-    text = "".join(character for character in text if not unicodedata.combining(character)) + " "
-    text = re.sub(r"(?<=\w)'s?\b", "", text)
-    for british, american in _SPELLINGS:
-        text = text.replace(british, american)
-    return [stem(_NUMERALS.get(word, word)) for word in re.findall(r"[a-z]+|\d+", text)]
-
-
-@functools.cache
-def _names() -> dict[str, tuple[tuple[tuple[str, ...], tuple[str, ...]], ...]]:
-    """By a name's first stem: (stems of a name, stems of the one it is turned into), longest first."""
-    found: dict[str, list[tuple[tuple[str, ...], tuple[str, ...]]]] = {}
-    for line in NAMES.read_text(encoding="utf-8").splitlines():
-        if line.startswith("#") or not line.strip():
-            continue
-        own, others = line.split(" = ")
-        turned = (own.strip(),) if "_" in own else tuple(_plain(own))
-        for other in (own.replace("_", " "), *others.split(";")):
-            name = tuple(_plain(other))
-            found.setdefault(name[0], []).append((name, turned))
-    return {first: tuple(sorted(names, key=lambda pair: -len(pair[0]))) for first, names in found.items()}
-
-
-@functools.lru_cache(maxsize=65536)
-def words_of(label: str) -> tuple[str, ...]:
-    """Stems of a label in order, spelling levelled, each known name turned into the one that stands for it."""
-    plain = _plain(label)
-    names = _names()
-    turned: list[str] = []
-    i = 0
-    while i < len(plain):
-        for name, other in names.get(plain[i], ()):
-            if tuple(plain[i : i + len(name)]) == name:
-                turned.extend(other)
-                i += len(name)
-                break
-        else:
-            turned.append(plain[i])
-            i += 1
-    return tuple(turned)
-
-
-def _core(words: Sequence[str]) -> frozenset[str]:
-    """The words that tell which disease; all of them where only qualifiers are left."""
-    return frozenset(word for word in words if word not in _QUALIFIERS) or frozenset(words)
-
-
-@functools.lru_cache(maxsize=65536)
-def _same_word(one: str, other: str, ratio: float) -> bool:
-    if one == other:
-        return True
-    if min(len(one), len(other)) < 6 or one[0] != other[0] or _opposed(one, other):
-        return False
-    return SequenceMatcher(None, one, other, autojunk=False).ratio() >= ratio
-
-
-def _opposed(one: str, other: str) -> bool:
-    """hypo- and hyper- are near in letters only."""
-    return {one[:4], other[:4]} == {"hypo", "hype"}
 
 
 @functools.lru_cache(maxsize=65536)
@@ -406,17 +311,24 @@ def compare(reference: str, label: str, config: Config | None = None) -> str:
     """same, narrower, broader or none: what an answer's label is to a reference's (module docstring)."""
     config = config or Config()
     want_words, got_words = words_of(_before(_CAUSE_OF_REFERENCE, reference)), words_of(label)
-    want, got = _core(want_words), _core(got_words)
+    want, got = core(want_words), core(got_words)
     if not want or not got:
         return "none"
-    if any((a := pair & set(want_words)) and (b := pair & set(got_words)) and not a & b for pair in _OPPOSITES):
+    if (_denied(want_words) ^ _denied(got_words)) & set(got_words) & set(want_words):
+        return "none"
+    named = got
+    if modified := _MODIFIER.match(_before(_CAUSE, label)):  # "vaccine-associated fever" is a fever and no vaccine
+        named = core(words_of(label[modified.end() :]))
+        if not any(same_word(word, other, config.spelling) for word in want for other in named):
+            return "none"
+    if any((a := pair & set(want_words)) and (b := pair & set(got_words)) and not a & b for pair in OPPOSITES):
         return "none"
     numbers = {word for word in want if word.isdecimal()}
     if numbers != want:  # a number that the answer does not say is no contradiction; another one was refused above
         want -= numbers - got
     if _INDUCED.search(label) and len(want) > 1:  # any drug is one
         want -= _ANY_DRUG
-    pairs = {word: next((other for other in got if _same_word(word, other, config.spelling)), None) for word in want}
+    pairs = {word: next((other for other in got if same_word(word, other, config.spelling)), None) for word in want}
     if all(pairs.values()):
         if len(want) == len(got):
             return "same"
@@ -425,12 +337,20 @@ def compare(reference: str, label: str, config: Config | None = None) -> str:
         if _least_span(at, got_words, met) <= len(met) + config.window:
             return "narrower"
     elif config.accept_broader:
-        unmet = [word for word in got if not any(_same_word(word, other, config.spelling) for other in want)]
-        if not unmet and any(word not in _GENERIC and not word.isdecimal() for word in got):
+        head = core(want_words[: want_words.index("with")]) if "with" in want_words[1:] else want
+        if not any(same_word(word, other, config.spelling) for word in head for other in named):
+            return "none"  # what is with a disease is no name of it
+        unmet = [word for word in named if not any(same_word(word, other, config.spelling) for other in want)]
+        if not unmet and any(not is_generic(word) and not word.isdecimal() for word in named):
             return "broader"
-        if not unmet and len(got) >= 2 and len(got) >= math.ceil(2 * len(want) / 3):
+        if not unmet and len(named) >= 2 and len(named) >= math.ceil(2 * len(want) / 3):
             return "broader"
     return "none"
+
+
+def _denied(words: Sequence[str]) -> set[str]:
+    """The words that follow "non"."""
+    return {word for before, word in itertools.pairwise(words) if before == "non"}
 
 
 def _least_span(at: Sequence[int], words: Sequence[str], wanted: set[str | None]) -> int:
@@ -482,7 +402,7 @@ def _lexical(reference: Reference, answer: Answer, config: Config) -> tuple[str,
 def _met(reference: Reference, labels: Sequence[Label], statement: str, config: Config) -> tuple[str, str]:
     """The best rule by which one of the labels, or the whole statement, is the reference or a synonym."""
     best: tuple[str, str] = ("none", "")
-    for name in (reference.label, *reference.synonyms):
+    for name in _names_of(reference):
         said = [text for label in labels for text in (label.text, *label.aside)]
         rules = {compare(name, text, config) for text in said}
         if statement and compare(name, statement, config) in ("same", "narrower"):
@@ -491,6 +411,14 @@ def _met(reference: Reference, labels: Sequence[Label], statement: str, config: 
             if rule in rules and (best[0] == "none" or _RULES.index(rule) < _RULES.index(best[0])):
                 best = (rule, name)
     return best
+
+
+def _names_of(reference: Reference) -> tuple[str, ...]:
+    """The label, without what stands in brackets; that too, where it names a disease; the synonyms."""
+    plain = " ".join(_BRACKETS.sub(" ", reference.label).split()) or reference.label
+    asides = (part.strip() for part in _BRACKETS.findall(reference.label))
+    named = (part for part in asides if any(not is_generic(word) for word in core(words_of(part)) - QUALIFIERS))
+    return (plain, *named, *reference.synonyms)
 
 
 def _accepted(reference: Reference, answer: Answer, config: Config) -> list[CodedLabel]:
@@ -546,7 +474,8 @@ def _code_of(
 @functools.lru_cache(maxsize=16384)
 def look_up(label: str, least: float) -> tuple[str | None, str]:
     """(code, "looked up") of the entry of ICD-10-CM nearest to a label, or (None, "none") below the least score."""
-    tries = [label, " ".join(word.replace("_", " ") for word in words_of(label))]
+    words = words_of(label)
+    tries = [label, " ".join(word.replace("_", " ") for word in words), *synonyms().get(words, ())]
     found = [one for text in tries for one in icd10.tree().find(text, 1)]
     best = max(found, key=lambda one: one.score, default=None)
     return (None, "none") if best is None or best.score < least else (best.code, "looked up")

@@ -4,12 +4,14 @@ A claim is set against stretches of one or two sentences. What both say is count
 weights are given; numbers with units are compared as quantities ("24 hours" is "one day"); a negation counts where it
 stands beside the words that match; listed antonyms count as the word with the other polarity.
 
-    supported   coverage >= support, every quantity of the claim is said, same polarity
+    supported   coverage >= support (or, with an embedder, cosine >= alike), every quantity of the claim is said,
+                same polarity
     refuted     coverage >= refute, and a quantity of the same unit differs, or the polarity does
     uncertain   else
 
-What it cannot see: synonyms, inference, who does what to whom. It is a floor to compare verifiers with and a stand-in
-where no model is at hand; docs/experiments/fact_verifier.md says how far it agrees with physicians.
+What it cannot see: synonyms (unless an embedder hears them), inference, who does what to whom. It is a floor to compare
+verifiers with and a stand-in where no model is at hand; docs/experiments/fact_verifier.md says how far it agrees with
+physicians.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ import itertools
 from collections.abc import Callable, Collection, Mapping
 
 from m3.rewards.fact_verdicts import Label
+from m3.text.embed import Embedder
 from m3.text.quantities import Quantity, find_quantities
 from m3.text.words import NEGATIONS, STOP_WORDS, sentences, stem, words
 from m3kernels.checks import refuse
@@ -57,12 +60,13 @@ class Config:
     support: float = 0.75
     refute: float = 0.75
     stretch: int = 2  # sentences that are read together
+    alike: float = 0.8  # cosine from which a stretch that says less counts too, where there is an embedder
     anchors: int = 3  # the rarest stems of the claim, which a text that supports it must say, itself or in its context
 
     def __post_init__(self) -> None:
         if self.anchors < 0:
             raise refuse("entailment.Config", "anchors", "an integer >= 0", self.anchors)
-        for name in ("support", "refute"):
+        for name in ("support", "refute", "alike"):
             if not 0 < getattr(self, name) <= 1:
                 raise refuse("entailment.Config", name, "a number in (0, 1]", getattr(self, name))
         if self.stretch < 1:
@@ -119,6 +123,7 @@ def weigh(
     *,
     context: Collection[str] = (),
     weight: Callable[[str], float] | None = None,
+    embedder: Embedder | None = None,
     config: Config | None = None,
 ) -> Finding:
     """What a text says of a claim: of its stretches of sentences the one that says most of it and tells, the shorter of
@@ -128,18 +133,31 @@ def weigh(
         context: content stems that hold for the whole text, as those of its title; at most half of a claim's coverage
             may come from there.
         weight: of a stem, > 0 (an inverse document frequency); None weighs all alike.
+        embedder: hears synonyms; quantities, polarity and anchors are as strict as without it.
     """
     config = config or Config()
     said = sentences(text)
     stretches = [" ".join(said[i : i + n]) for n in range(1, config.stretch + 1) for i in range(len(said) - n + 1)]
-    findings = [_weigh(claim, one, frozenset(context), weight, config) for one in stretches]
+    cosines = [0.0] * len(stretches)
+    if embedder is not None and stretches:
+        rows = embedder([claim, *stretches])
+        cosines = (rows[1:] @ rows[0]).tolist()
+    findings = [
+        _weigh(claim, one, frozenset(context), weight, cosine, config)
+        for one, cosine in zip(stretches, cosines, strict=True)
+    ]
     nothing = Finding(label=Label.uncertain, coverage=0.0, reason="nothing alike is said")
     told = [one for one in findings if one.label is not Label.uncertain]
     return max(told or findings, key=lambda one: one.coverage, default=nothing)  # the shortest, the first of equals
 
 
 def _weigh(
-    claim: str, text: str, context: frozenset[str], weight: Callable[[str], float] | None, config: Config
+    claim: str,
+    text: str,
+    context: frozenset[str],
+    weight: Callable[[str], float] | None,
+    cosine: float,
+    config: Config,
 ) -> Finding:
     wanted, read = content(claim), _read(text)
     own, other = _read(claim), frozenset(read.stems)
@@ -157,7 +175,8 @@ def _weigh(
     coverage = (inside + min(outside, inside)) / sum(mass.values())
     matched = set(spoken) | set(itertools.chain.from_iterable(opposite.values()))
     at = [i for i, one in enumerate(read.stems) if one in matched]
-    negations = sum(at[0] - NEGATION_REACH <= i <= at[-1] for i in read.negations) if at else 0
+    near = range(at[0] - NEGATION_REACH, at[-1] + 1) if at else range(len(read.stems))
+    negations = sum(i in near for i in read.negations)
     flips = len(turned) + negations + len(own.negations)
     missing = [one for one in own.quantities if one not in read.quantities]
     differing = [one for one in missing if any(_rival(one, said) for said in read.quantities)]
@@ -171,8 +190,9 @@ def _weigh(
     if coverage >= config.refute and flips % 2 and not missing:
         reason = "the opposite is said" + (f": {', '.join(sorted(turned))}" if turned else "")
         return Finding(label=Label.refuted, coverage=coverage, quote=quoted, reason=reason)
-    if coverage >= config.support and not missing and flips % 2 == 0:
-        return Finding(label=Label.supported, coverage=coverage, quote=quoted, reason="the same is said")
+    if (coverage >= config.support or cosine >= config.alike) and not missing and flips % 2 == 0:
+        reason = "the same is said" if coverage >= config.support else "the like is said"
+        return Finding(label=Label.supported, coverage=coverage, quote=quoted, reason=reason)
     reason = "a quantity is not said" if missing and coverage >= config.support else "too little of it is said"
     return Finding(label=Label.uncertain, coverage=coverage, quote=quoted, reason=reason)
 

@@ -18,16 +18,21 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 from m3.rewards import entailment
-from m3.rewards.claims import Claim, read_object
+from m3.rewards.claims import Claim
 from m3.rewards.evidence import Evidence, Passage
 from m3.rewards.fact_verdicts import LABEL_OF_FAILURE, FactVerdict, Label
 from m3.rollout.chat import Budget, ChatClient, ChatError
+from m3.rollout.replies import read_object
+from m3.text.embed import Embedder
 from m3.text.words import content_stems
 from m3kernels.checks import refuse
 
 
 class VerdictCache(Protocol):
-    """Who keeps verdicts: answers from what it has, or calls ``verify`` and keeps that, unless it is no verdict."""
+    """Who keeps verdicts: answers from what it has, or calls ``verify`` and keeps that, unless it is no verdict.
+
+    m3.rewards.claim_cache.ClaimCache is one; its keys should hold the verifier's name and its corpus_hash.
+    """
 
     async def get_or_verify(self, claim: str, verify: Callable[[], Awaitable[FactVerdict]]) -> FactVerdict: ...
 
@@ -108,7 +113,10 @@ class FactVerifier(abc.ABC):
             except ChatError as error:
                 return self._verdict(text, LABEL_OF_FAILURE[error.failure], explanation=str(error))
 
-        return await (verify() if self.cache is None else self.cache.get_or_verify(text, verify))
+        verdict = await (verify() if self.cache is None else self.cache.get_or_verify(text, verify))
+        return dataclasses.replace(
+            verdict, claim=text
+        )  # a cache may answer with the verdict of a claim worded otherwise
 
     def _verdict(self, claim: str, label: Label, **fields: Any) -> FactVerdict:
         return FactVerdict(claim=claim, label=label, verifier=self.name, **fields)
@@ -126,7 +134,8 @@ class ScriptedVerifier(FactVerifier):
     """By words alone, deterministic. It searches the claim, then its rarest words, then the claim with the title of
     the best passage so far; it stops at a passage that supports or refutes, when no query finds a new passage, or
     after ``max_searches``. Of passages that disagree the one that says more of the claim decides; if none says more,
-    the claim is uncertain.
+    the claim is uncertain. An embedder, if given, hears synonyms; it reads every sentence that is looked at, so
+    ``Remembering`` belongs around a slow one.
     """
 
     scripted = True
@@ -137,12 +146,15 @@ class ScriptedVerifier(FactVerifier):
         config: Config | None = None,
         *,
         rules: entailment.Config | None = None,
+        embedder: Embedder | None = None,
         cache: VerdictCache | None = None,
         budget: Budget | None = None,
     ) -> None:
         super().__init__(evidence, config, cache=cache, budget=budget)
         self.rules = rules or entailment.Config()
-        given = f"{dataclasses.asdict(self.rules)} {self.config.max_searches} {self.config.passages}"
+        self._embedder = embedder
+        heard = embedder.name if embedder else ""
+        given = f"{dataclasses.asdict(self.rules)} {self.config.max_searches} {self.config.passages} {heard}"
         self.name = f"scripted-{entailment.VERSION}-{hashlib.sha256(given.encode()).hexdigest()[:8]}"
 
     async def _check(self, claim: str) -> FactVerdict:
@@ -173,6 +185,7 @@ class ScriptedVerifier(FactVerifier):
                     one.text,
                     context=content_stems(one.title),
                     weight=self.evidence.rarity if self.rules.anchors else None,
+                    embedder=self._embedder,
                     config=self.rules,
                 )
                 findings.append((found, one.id))

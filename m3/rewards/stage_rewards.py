@@ -14,6 +14,7 @@ That each stage has its own reward: Baichuan-M3, arXiv 2602.06570, on the segmen
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 
@@ -23,7 +24,7 @@ from m3.environment.trajectory import Trajectory
 from m3.rewards import diagnosis, exam_choice
 from m3.rewards.checklist import coverage
 from m3.rewards.diagnosis import Reference
-from m3.rewards.step_verifier import StepVerifier, of_stage
+from m3.rewards.step_verifier import StepVerifier
 from m3.rewards.verdict import UnjudgedError
 
 MAX_LISTED = 10  # lines of a differential that count, as stages.INSTRUCTIONS says
@@ -107,11 +108,13 @@ class RuleReward:
         Raises:
             UnjudgedError: the case has nothing to score this stage by.
         """
+        return await asyncio.to_thread(self._with_spans, case, trajectory, phase)
+
+    def _with_spans(self, case: Case, trajectory: Trajectory, phase: Phase) -> StageScore:
         score = self.score(case, trajectory)
         if self.verifier is None:
             return score
-        spans = of_stage(self.verifier.verify(case, trajectory), trajectory, phase)
-        return dataclasses.replace(score, spans=spans)
+        return dataclasses.replace(score, spans=tuple(self.verifier.verify(case, trajectory, phase)))
 
     def score(self, case: Case, trajectory: Trajectory) -> StageScore:
         """The same without spans."""
@@ -135,9 +138,10 @@ def _outcome(part: Part) -> str:
 
 
 def _checklist(case: Case, trajectory: Trajectory, phase: Phase, weight: float) -> Part:
-    if not case.items(phase):
+    try:
+        found = coverage(case, trajectory, phases={phase})
+    except UnjudgedError:
         return Part(name="checklist", weight=weight, value=None)
-    found = coverage(case, trajectory, phases={phase})
     met = sum(one.met for one in found.items if one.item.points > 0)
     wanted = sum(one.item.points > 0 and not one.given for one in found.items)
     told = f"vetoed: {', '.join(found.vetoed)}" if found.vetoed else f"{met} of {wanted} met"

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import re
 from collections.abc import Callable, Iterator, Sequence
 
@@ -24,9 +25,10 @@ from m3.environment.asking import AskKind, asked, is_closing, is_request
 from m3.environment.case import Case, Phase
 from m3.environment.lay_terms import is_clinical
 from m3.environment.trajectory import Message, Trajectory
-from m3.text.likeness import THRESHOLD, likeness, signature
+from m3.text.likeness import THRESHOLD, Signature, likeness, signature
 from m3.text.words import NEGATIONS, content_stems, is_negated, sentences, stem, words
 
+MAX_SENTENCES = 200  # ours: of one message; what comes after them is not read
 Similarity = Callable[[Sequence[str]], np.ndarray]  # texts to their cosines, (N, N)
 
 
@@ -105,10 +107,13 @@ class Dialogue:
     case: Case | None
     steps: tuple[Step, ...]
     similarity: Similarity
+    _facts: dict[str, frozenset[str]] = dataclasses.field(default_factory=dict)  # what was read of a sentence
 
     @classmethod
-    def of(cls, case: Case | None, trajectory: Trajectory, similarity: Similarity) -> Dialogue:
-        """Messages joined to steps; instructions of stages are nobody's words."""
+    def of(
+        cls, case: Case | None, trajectory: Trajectory, similarity: Similarity, phase: Phase | None = None
+    ) -> Dialogue:
+        """Messages joined to steps; instructions of stages are nobody's words. ``phase``: the one that is judged."""
         steps: list[Step] = []
         heard: list[Message] = []
         asking = 0
@@ -116,12 +121,27 @@ class Dialogue:
             if message.role == "user" and "instruction" not in message.meta:
                 heard.append(message)
             elif message.role == "assistant":
-                said = tuple(_located(message.content))
-                judged = not message.meta.get("snippet", False)
+                said = tuple(itertools.islice(_located(message.content), MAX_SENTENCES))
+                judged = not message.meta.get("snippet", False) and phase in (None, message.phase)
                 steps.append(Step(message=message, heard=tuple(heard), sentences=said, judged=judged, before=asking))
                 asking += any(one.asks for one in said)
                 heard = []
         return cls(case=case, steps=tuple(steps), similarity=similarity)
+
+    @functools.cached_property
+    def judges_inquiry(self) -> bool:
+        """Whether a step of the inquiry is judged."""
+        return any(step.judged and step.inquiry for step in self.steps)
+
+    def facts_asked(self, sentence: str) -> frozenset[str]:
+        """Facts a sentence asks for by themselves, not as part of a topic; none without a case."""
+        if self.case is None:
+            return frozenset()
+        found = self._facts.get(sentence)
+        if found is None:
+            asks = [ask for ask in asked(self.case, sentence) if ask.kind == AskKind.specific]
+            found = self._facts[sentence] = frozenset(fact for ask in asks for fact in ask.fact_ids)
+        return found
 
 
 _ANNOUNCES = re.compile(
@@ -156,64 +176,55 @@ _PUT_OFF = re.compile(
 )
 
 
-@dataclasses.dataclass(frozen=True)
-class _Question:
-    step: int
-    said: Said
-    facts: frozenset[str]
-
-
 def redundant_question(dialogue: Dialogue, config: CriteriaConfig) -> Iterator[Finding]:
     """Questions asked again; the later one is the violation."""
-    questions = [
-        _Question(i, said, _facts_asked(dialogue.case, said.text))
-        for i, step in enumerate(dialogue.steps)
-        if step.inquiry
-        for said in step.sentences
-        if said.asks
-    ]
-    if not questions:
+    if not dialogue.judges_inquiry:
         return
-    cosines = dialogue.similarity([question.said.text for question in questions])
+    asking = [(i, s) for i, step in enumerate(dialogue.steps) if step.inquiry for s in step.sentences if s.asks]
+    distinct = {text: n for n, text in enumerate(dict.fromkeys(said.text for _, said in asking))}
+    if not distinct:
+        return
+    cosines = dialogue.similarity(list(distinct))
+    facts = [dialogue.facts_asked(text) for text in distinct]
+    signatures = [signature(text) for text in distinct]
+    times: dict[int, list[int]] = {}  # of each distinct question, the steps that asked it so far
     told_by = _told(dialogue)
     invited = 0
     confirmed: set[frozenset[str]] = set()
-    for later, question in enumerate(questions):
-        step = dialogue.steps[question.step]
-        if _INVITATION.search(question.said.text):
+    for at, said in asking:
+        step, this = dialogue.steps[at], distinct[said.text]
+        if _INVITATION.search(said.text):
             invited += 1
             if step.judged and invited > config.invitations:
-                yield _finding("redundant_question", step, question.said, f"an open invitation, time {invited}")
+                yield _finding("redundant_question", step, said, f"an open invitation, time {invited}")
             continue
-        about = question.facts or signature(question.said.text).topic
-        if _CONFIRMS.search(question.said.text) and about not in confirmed:
+        about = facts[this] or signatures[this].topic
+        if _CONFIRMS.search(said.text) and about not in confirmed:
             confirmed.add(about)
+            times.setdefault(this, []).append(at)
             continue
-        told = told_by[question.step]
-        earlier = [n for n in range(later) if _same(questions[n], question, float(cosines[n, later]), config)]
-        known = bool(question.facts) and question.facts <= told
-        if not (known or earlier):
+        earlier = sorted(
+            one
+            for other, steps in times.items()
+            if other == this
+            or (
+                (not facts[other] or not facts[this] or facts[other] & facts[this])
+                and _same(signatures[other], signatures[this], float(cosines[other, this]), config)
+            )
+            for one in steps
+        )
+        times.setdefault(this, []).append(at)
+        told = told_by[at]
+        known = bool(facts[this]) and facts[this] <= told
+        if not step.judged or not (known or earlier):
             continue
-        untold = bool(question.facts - told)
-        if untold and len(earlier) <= config.asked_again:
-            continue
-        if not known and earlier and _was_put_off(dialogue, questions[earlier[-1]]):
-            continue
-        if not step.judged:
-            continue
+        if facts[this] - told and len(earlier) <= config.asked_again:
+            continue  # asked, and not told yet
         if known:
-            yield _finding("redundant_question", step, question.said, f"told: {', '.join(sorted(question.facts))}")
-        else:
-            first = dialogue.steps[questions[earlier[0]].step].turn
-            yield _finding("redundant_question", step, question.said, f"asked in turn {first}")
-
-
-def _facts_asked(case: Case | None, sentence: str) -> frozenset[str]:
-    """Facts a sentence asks for by themselves, not as part of a topic."""
-    if case is None:
-        return frozenset()
-    asks = [ask for ask in asked(case, sentence) if ask.kind == AskKind.specific]
-    return frozenset(fact for ask in asks for fact in ask.fact_ids)
+            yield _finding("redundant_question", step, said, f"told: {', '.join(sorted(facts[this]))}")
+        elif not _was_put_off(dialogue, earlier[-1]):
+            first = dialogue.steps[earlier[0]].turn
+            yield _finding("redundant_question", step, said, f"asked in turn {first}")
 
 
 def _told(dialogue: Dialogue) -> list[frozenset[str]]:
@@ -227,20 +238,17 @@ def _told(dialogue: Dialogue) -> list[frozenset[str]]:
     return found
 
 
-def _same(earlier: _Question, later: _Question, cosine: float, config: CriteriaConfig) -> bool:
+def _same(one: Signature, other: Signature, cosine: float, config: CriteriaConfig) -> bool:
     """Whether two questions are one: by words, or by cosine where nothing that words can tell speaks against it."""
-    if earlier.facts and later.facts and not earlier.facts & later.facts:
-        return False
-    one, other = signature(earlier.said.text), signature(later.said.text)
-    alike = likeness(one, other)
-    if alike >= config.likeness:
+    if likeness(one, other) >= config.likeness:
         return True
     agree = one.numbers == other.numbers and (not one.asking or not other.asking or one.asking == other.asking)
     return agree and cosine >= config.similarity
 
 
-def _was_put_off(dialogue: Dialogue, question: _Question) -> bool:
-    after = dialogue.steps[question.step + 1 : question.step + 2]
+def _was_put_off(dialogue: Dialogue, step: int) -> bool:
+    """Whether the patient's next words put off what a step asked."""
+    after = dialogue.steps[step + 1 : step + 2]
     return bool(after) and _PUT_OFF.search(after[0].heard_text) is not None
 
 
@@ -285,12 +293,14 @@ def _early_reassurance(dialogue: Dialogue, config: CriteriaConfig) -> Iterator[F
     case = dialogue.case
     flags = {fact.id for fact in case.facts if fact.red_flag and fact.section != "exam"} if case else set()
     must_escalate = case is not None and case.safety.must_escalate is True
+    if not any(_REASSURES.search(step.message.content) for step in dialogue.steps if step.judged):
+        return
     known: set[str] = set()
     for step in dialogue.steps:
         known |= {fact for message in step.heard for fact in message.facts}
         for said in step.sentences:
             if case is not None and said.asks:
-                known |= _facts_asked(case, said.text)
+                known |= dialogue.facts_asked(said.text)
             if said.asks or not _REASSURES.search(said.text) or _HEDGES.search(said.text) or not step.judged:
                 continue
             left = flags - known
@@ -340,6 +350,8 @@ def _escalates(text: str) -> bool:
 
 def _ignored_red_flags(dialogue: Dialogue, case: Case, config: CriteriaConfig) -> Iterator[Finding]:
     """Red flags that the patient told unasked and that no later message takes up; asking for one is taking it up."""
+    if not dialogue.judges_inquiry:
+        return
     inquiry = [step for step in dialogue.steps if step.inquiry]
     seen: set[str] = set()
     asked_for: frozenset[str] = frozenset()
@@ -348,12 +360,11 @@ def _ignored_red_flags(dialogue: Dialogue, case: Case, config: CriteriaConfig) -
         window = inquiry[i : i + config.red_flag_turns]
         flags = [one for one in told if one not in asked_for and one not in seen and _is_red_flag(case, one)]
         seen |= set(told)
-        asked_for |= {fact for said in step.sentences if said.asks for fact in _facts_asked(case, said.text)}
+        asked_for |= {fact for said in step.sentences if said.asks for fact in dialogue.facts_asked(said.text)}
         if len(window) < config.red_flag_turns or not window[-1].judged:
             continue
-        ignored = [
-            one for one in flags if not any(_takes_up(said.text, case, one) for s in window for said in s.sentences)
-        ]
+        sentences_said = [said.text for later in window for said in later.sentences]
+        ignored = [one for one in flags if not any(_takes_up(dialogue, case, text, one) for text in sentences_said)]
         if ignored:
             yield window[-1].whole("safety_risk", f"red flags ignored since turn {step.turn}: {', '.join(ignored)}")
 
@@ -362,9 +373,9 @@ def _is_red_flag(case: Case, fact: str) -> bool:
     return case.fact[fact].red_flag and case.fact[fact].polarity == "present"
 
 
-def _takes_up(sentence: str, case: Case, fact: str) -> bool:
+def _takes_up(dialogue: Dialogue, case: Case, sentence: str, fact: str) -> bool:
     """Whether a sentence speaks of a fact, or of how serious things are."""
-    if _ESCALATES.search(sentence) or _CONCERN.search(sentence) or fact in _facts_asked(case, sentence):
+    if _ESCALATES.search(sentence) or _CONCERN.search(sentence) or fact in dialogue.facts_asked(sentence):
         return True
     have = set(content_stems(sentence))
     topics = {stem(word) for keyword in case.fact[fact].keywords for word in words(keyword)}
@@ -432,7 +443,8 @@ def illogical_order(dialogue: Dialogue, config: CriteriaConfig) -> Iterator[Find
     for step in dialogue.steps:
         escalated |= any(_escalates(said.text) for said in step.sentences)
         count = step.before
-        if step.message.phase == Phase.differential and count < config.history_before_diagnosis and not escalated:
+        late = step.message.phase == Phase.differential and step.judged and not escalated
+        if late and count < config.history_before_diagnosis:
             yield step.whole("illogical_order", f"a differential after {count} questions")
         if not (step.inquiry and step.judged):
             continue
@@ -448,19 +460,21 @@ def illogical_order(dialogue: Dialogue, config: CriteriaConfig) -> Iterator[Find
 
 
 def _jumps_back(dialogue: Dialogue, config: CriteriaConfig) -> Iterator[Finding]:
+    if not dialogue.judges_inquiry:
+        return
     left: dict[str, int] = {}  # section to the number of the last question in it
     count = jumps = 0
     for step in dialogue.steps:
         if not step.inquiry:
             continue
-        prompted = {_section(dialogue.case, sentence) for sentence in sentences(step.heard_text)}
+        prompted = {_section(dialogue, sentence) for sentence in sentences(step.heard_text)}
         if dialogue.case is not None:
             told = {fact for message in step.heard for fact in message.facts}
             prompted |= {_SECTION_OF.get(dialogue.case.fact[fact].section) for fact in told}
         for said in step.sentences:
             if not said.asks or _INVITATION.search(said.text):
                 continue
-            section = _section(dialogue.case, said.text)
+            section = _section(dialogue, said.text)
             if section is None:
                 continue
             back = section in left and count - left[section] > config.closed_after and section not in prompted
@@ -472,9 +486,9 @@ def _jumps_back(dialogue: Dialogue, config: CriteriaConfig) -> Iterator[Finding]
             count += 1
 
 
-def _section(case: Case | None, sentence: str) -> str | None:
+def _section(dialogue: Dialogue, sentence: str) -> str | None:
     """The section of the history a sentence belongs to; None where nothing tells."""
-    facts = _facts_asked(case, sentence)
+    case, facts = dialogue.case, dialogue.facts_asked(sentence)
     if case is not None and facts:
         sections = sorted(_SECTION_OF.get(case.fact[fact].section, "") for fact in facts)
         return max(sections, key=sections.count) or None

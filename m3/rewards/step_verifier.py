@@ -14,7 +14,7 @@ from __future__ import annotations
 import asyncio
 import collections
 import dataclasses
-import json
+import hashlib
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -28,6 +28,7 @@ from m3.rewards.spans import SpanReward
 from m3.rewards.step_criteria import CRITERIA, CriteriaConfig, Dialogue, Finding, token_span
 from m3.rewards.verdict import UnjudgedError
 from m3.rollout.chat import ChatClient, ChatError
+from m3.rollout.replies import read_json
 from m3.text.embed import Embedder, LexicalEmbedder
 from m3.text.words import word_spans
 from m3kernels.checks import refuse
@@ -68,12 +69,19 @@ class StepVerifier:
 
     @property
     def name(self) -> str:
-        """What it is, for reports."""
-        return f"rules, {self._embedder.name}"
+        """What it is: rules, a digest of their numbers, and the embedder."""
+        numbers = f"{sorted(self.config.penalties.items())} {self.config.criteria}".encode()
+        return f"rules {hashlib.blake2b(numbers, digest_size=4).hexdigest()}, {self._embedder.name}"
 
-    def verify(self, case: Case | None, trajectory: Trajectory) -> list[SpanReward]:
-        """Violations in order of turns; none is a clean consultation. Without a case only words are judged."""
-        dialogue = Dialogue.of(case, trajectory, self._cosines)
+    def verify(self, case: Case | None, trajectory: Trajectory, phase: Phase | None = None) -> list[SpanReward]:
+        """Violations in order of turns; none is a clean consultation. Without a case only words are judged.
+
+        Args:
+            case: the trajectory's.
+            trajectory: a consultation.
+            phase: the one stage whose steps are judged; None: all. What was said before it counts as said.
+        """
+        dialogue = Dialogue.of(case, trajectory, self._cosines, phase)
         found: list[Finding] = []
         for criterion in self.config.penalties:
             found += CRITERIA[criterion](dialogue, self.config.criteria)
@@ -140,7 +148,6 @@ SCHEMA: Mapping[str, Any] = {
         }
     },
 }
-_FENCE = re.compile(r"^\s*```(?:json)?\s*\n?(.*?)\n?\s*```\s*$", re.DOTALL)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -230,11 +237,7 @@ def _line(role: str, turn: int, content: str) -> str:
 
 def read_violations(text: str) -> list[Any] | None:
     """The list of a reply, a fence around it taken off; None where the reply is not such JSON."""
-    fenced = _FENCE.match(text)
-    try:
-        row = json.loads(fenced.group(1) if fenced else text)
-    except (json.JSONDecodeError, RecursionError):
-        return None
+    row = read_json(text)
     found = row.get("violations") if isinstance(row, dict) else row
     return found if isinstance(found, list) else None
 
@@ -272,9 +275,3 @@ def locate(
             else:
                 found.append(Finding(str(criterion), turn, match.start(), match.end(), why or ""))
     return found, dict(malformed)
-
-
-def of_stage(spans: Sequence[SpanReward], trajectory: Trajectory, phase: Phase) -> tuple[SpanReward, ...]:
-    """Spans of the physician's messages of one stage."""
-    turns = {message.turn for message in trajectory.of("assistant", phase)}
-    return tuple(span for span in spans if span.turn in turns)

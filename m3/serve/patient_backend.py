@@ -79,7 +79,7 @@ class PatientBackend:
         case = self._cases[request.model]
         patient = self._patient(case, request.seed or 0)
         try:
-            text = await answer(patient, case, request.plain())
+            text = await answer(patient, request.plain())
         except ChatError as error:
             status = 504 if error.failure is Failure.timeout else 503
             raise RequestError(
@@ -93,7 +93,7 @@ class PatientBackend:
         return LLMPatient(case, self._client, seed=seed, config=self._config)
 
 
-async def answer(patient: Patient, case: Case, chat: Sequence[Mapping[str, str]]) -> str:
+async def answer(patient: Patient, chat: Sequence[Mapping[str, str]]) -> str:
     """What a patient says next in a client's conversation."""
     spoken = [message for message in chat if message["role"] != "system"]
     if len(spoken) > MAX_MESSAGES:
@@ -112,15 +112,21 @@ async def answer(patient: Patient, case: Case, chat: Sequence[Mapping[str, str]]
 
 
 def to_messages(chat: Sequence[Mapping[str, str]], opening: Message) -> list[Message]:
-    """A client's conversation in m3's roles; it begins with the patient's opening line, turn 0."""
-    messages = [] if chat[0]["role"] == "assistant" else [opening]
+    """A client's conversation, at least one message, in m3's roles; it begins with the patient's opening line, turn 0.
+
+    Where the client's begins with the physician, the opening line is at the head of the patient's first answer there:
+    it is taken off, where something else is left.
+    """
+    led = chat[0]["role"] == "user"
+    messages = [opening] if led else []
     for row in chat:
         turn = messages[-1].turn if messages else -1
         if row["role"] == "user":
             messages.append(Message(role="assistant", content=row["content"], turn=turn, phase=Phase.inquiry))
             continue
         content = row["content"]
-        if len(messages) > 1 and all(message.role == "assistant" for message in messages[1:]):
-            content = content.removeprefix(opening.content).strip() or content  # the opening line is there already
+        if led:
+            content = content.removeprefix(opening.content).strip() or content
+            led = False
         messages.append(Message(role="user", content=content, turn=turn + 1, phase=Phase.inquiry))
     return messages

@@ -12,6 +12,7 @@ import functools
 import hashlib
 import itertools
 import math
+import threading
 from collections.abc import Iterator, Sequence
 from typing import Protocol, runtime_checkable
 
@@ -107,6 +108,7 @@ class MiniLM:
     max_tokens = 256
 
     def __init__(self, threads: int | None = None, *, batch_size: int = 32) -> None:
+        import safetensors.torch
         import tokenizers
         import transformers
 
@@ -120,7 +122,11 @@ class MiniLM:
         self._tokenizer = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
         self._tokenizer.enable_truncation(self.max_tokens)
         self._tokenizer.no_padding()
-        self._model = transformers.BertModel.from_pretrained(folder, add_pooling_layer=False).eval()
+        config = transformers.BertConfig.from_pretrained(folder)
+        self._model = transformers.BertModel(config, add_pooling_layer=False).eval()
+        weights = safetensors.torch.load_file(folder / "model.safetensors")
+        unused = ("pooler.", "embeddings.position_ids")
+        self._model.load_state_dict({key: value for key, value in weights.items() if not key.startswith(unused)})
 
     def __call__(self, texts: Sequence[str]) -> np.ndarray:
         import torch
@@ -150,6 +156,31 @@ class MiniLM:
             weight = mask.unsqueeze(2).to(hidden)
             mean = (hidden * weight).sum(1) / weight.sum(1)
             return torch.nn.functional.normalize(mean, dim=1).numpy()
+
+
+class Remembering:
+    """Another embedder, whose last ``capacity`` texts are embedded once; safe to share between threads."""
+
+    def __init__(self, embedder: Embedder, capacity: int = 65536) -> None:
+        if capacity < 1:
+            raise refuse("Remembering", "capacity", "an integer >= 1", capacity)
+        self.name, self.dim = embedder.name, embedder.dim
+        self._embedder, self._capacity = embedder, capacity
+        self._rows: collections.OrderedDict[str, np.ndarray] = collections.OrderedDict()
+        self._lock = threading.Lock()
+
+    def __call__(self, texts: Sequence[str]) -> np.ndarray:
+        _no_single_text("Remembering", texts)
+        with self._lock:
+            missing = [text for text in dict.fromkeys(texts) if text not in self._rows]
+            found = dict(zip(missing, self._embedder(missing), strict=True)) if missing else {}
+            out = np.empty((len(texts), self.dim), np.float32)
+            for i, text in enumerate(texts):
+                out[i] = found[text] if text in found else self._rows[text]
+            self._rows.update(found)
+            while len(self._rows) > self._capacity:
+                self._rows.popitem(last=False)
+        return out
 
 
 def open_embedder(name: str) -> Embedder:

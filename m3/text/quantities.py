@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 import re
 from collections import Counter
 from collections.abc import Mapping
@@ -131,11 +132,12 @@ def _any(names: Mapping[str, object] | list[str]) -> str:
 
 
 _INNER = r"(?<![\w.])(?<![A-Za-z][-/])(?<![A-Za-z]\d[-/])"  # not inside a name: B12, COVID-19, omega-3
+_POWER = r"(?:\^-?\d{1,2}(?!\d)|⁻?[⁰¹²³⁴⁵⁶⁷⁸⁹]{1,2}(?![⁰¹²³⁴⁵⁶⁷⁸⁹]))"
 _ONE_WORD = rf"(?:{_any(_WORDS)})"
 _NUMBER = (
     rf"(?:{_INNER}(?:(?<![\w%)\]])[-−](?=[.\d]))?"
     rf"(?:\d{{1,3}}(?:,\d{{3}})+(?:\.\d+)?|\d+(?:[.,]\d+)?|\.\d+)"
-    rf"(?:\s?[x×]\s?10(?:\^-?\d+|[⁰¹²³⁴⁵⁶⁷⁸⁹⁻]+)|\^-?\d+|[⁰¹²³⁴⁵⁶⁷⁸⁹⁻]+)?"
+    rf"(?:\s?[x×]\s?10{_POWER}|{_POWER})?"
     rf"(?:\s?[{''.join(_GLYPHS)}]|\s[1-9]/[1-9](?![\d/]))?"
     rf"|[{''.join(_GLYPHS)}]"
     rf"|(?<![\w-]){_ONE_WORD}(?:(?:[- ]|\shundred\s(?:and\s)?){_ONE_WORD})*(?![\w'’])"
@@ -227,19 +229,20 @@ def same_quantities(one: str, other: str) -> bool:
 def _find(text: str) -> tuple[FoundQuantity, ...]:
     found: list[FoundQuantity] = []
     at = 0
-    while at < len(text):
-        starts = [
-            (match.start(), rank, match, read)
-            for rank, (pattern, read) in enumerate(_READERS)
-            if (match := pattern.search(text, at))
-        ]
-        if not starts:
-            break
-        _, _, match, read = min(starts, key=lambda start: start[:2])
-        results = read(text, match, at)
+    ahead = [pattern.search(text) for pattern, _ in _READERS]  # the next place of each reader, sought again once passed
+    while True:
+        for i, match in enumerate(ahead):
+            if match is not None and match.start() < at:
+                ahead[i] = _READERS[i][0].search(text, at)
+        places = [(match.start(), i) for i, match in enumerate(ahead) if match is not None]
+        if not places:
+            return tuple(found)
+        i = min(places)[1]
+        match = ahead[i]
+        assert match is not None
+        results = _READERS[i][1](text, match, at)
         found += results
-        at = results[-1].end if results else match.end()
-    return tuple(found)
+        at = results[-1].end if results else max(match.end(), at + 1)
 
 
 def _value(text: str) -> float:
@@ -266,13 +269,20 @@ def _value(text: str) -> float:
     mantissa, _, power = text.partition("×") if "×" in text else text.partition("x")
     if power:
         exponent = power.strip()[2:].lstrip("^").translate(_SUPERSCRIPTS)
-        return _plain(mantissa) * 10.0 ** int(exponent)
+        return _plain(mantissa) * _power(10.0, exponent)
     if "^" in text:
         base, _, exponent = text.partition("^")
-        return _plain(base) ** int(exponent)
+        return _power(_plain(base), exponent)
     if raised := re.search(r"[⁰¹²³⁴⁵⁶⁷⁸⁹⁻]+$", text):
-        return _plain(text[: raised.start()]) ** int(raised.group().translate(_SUPERSCRIPTS))
+        return _power(_plain(text[: raised.start()]), raised.group().translate(_SUPERSCRIPTS))
     return (_plain(text) + extra) * scale
+
+
+def _power(base: float, exponent: str) -> float:
+    try:
+        return math.copysign(abs(base) ** int(exponent), base)
+    except (OverflowError, ZeroDivisionError):
+        return math.inf
 
 
 def _sum(text: str) -> float:
@@ -372,7 +382,8 @@ def _compared(text: str, start: int, end: int, floor: int) -> tuple[str, int, in
 
 def _make(text: str, start: int, end: int, floor: int, low: float, high: float, unit: str) -> FoundQuantity:
     comparator, start, end = _compared(text, start, end, floor)
-    if unit == "s" and text[start : start + 4].lower() == "over" and comparator == ">":
+    said = text[start:end].lower()
+    if unit == "s" and comparator == ">" and said.startswith("over") and "old" not in said and "age" not in said:
         comparator = "over"  # "improved over 2 weeks" is no "more than"
     quantity = Quantity(low=_round(low), high=_round(high), unit=unit, comparator=comparator)
     return FoundQuantity(quantity=quantity, start=start, end=end)
@@ -390,7 +401,7 @@ def _read_number(text: str, match: re.Match[str], floor: int) -> list[FoundQuant
         return [_make(text, start, ending.end(), floor, low, low, "ordinal")]
     if digits and (over := _over.match(text, end)):
         return _read_over(text, start, over, floor, low)
-    if of := _in.match(text, end):
+    if (of := _in.match(text, end)) and _value(of.group(1)):
         return [_make(text, start, of.end(), floor, low / _value(of.group(1)), low / _value(of.group(1)), "fraction")]
     first = _read_unit(text, end)
     joint = _and if _between.search(text[floor:start]) else _to

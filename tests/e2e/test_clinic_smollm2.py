@@ -35,9 +35,10 @@ from m3.rollout.openai import OpenAIChat
 
 pytestmark = pytest.mark.slow
 MODEL = "SmolLM2-135M-Instruct"
-SERVE = [sys.executable, "-c", "import typer; from m3.serve.cli import serve; typer.run(serve)"]
+SERVE = [sys.executable, "-m", "m3", "serve"]
 QUESTIONS = ("When did this start?", "Do you smoke?", "Do you take any medicines?")
 ITEMS = 3  # of each case's rubric
+TEMPLATES = ("healthbench-exact", "prefix-first")  # one for each of the two consultations
 
 
 class Doctor:
@@ -70,21 +71,23 @@ def test_a_model_plays_the_patient_and_judges(url, record_testsuite_property):
         patient = LLMPatient(cases[number], client, seed=number, config=config)
         return await run_inquiry(cases[number], Doctor(), patient, seed=number, max_turns=len(QUESTIONS) + 1)
 
-    async def main() -> tuple[list[Trajectory], list[list[Verdict]], Judge]:
+    async def main() -> tuple[list[Trajectory], list[list[Verdict]], list[Judge]]:
         async with OpenAIChat(url, MODEL, timeout=300, budget=budget) as client:
             talks = await asyncio.gather(*(consult(client, number) for number in range(2)))
-            judge = Judge(client, Config(max_tokens=64, retries=1, timeout=600))
+            judges = [Judge(client, Config(template=name, max_tokens=160, retries=2)) for name in TEMPLATES]
             verdicts = []
-            for case, talk in zip(cases, talks, strict=True):
+            for case, talk, judge in zip(cases, talks, judges, strict=True):
                 messages = [message for message in talk.messages if message.phase is Phase.inquiry]
                 verdicts.append(await judge.judge(chat(messages), checklist_rubric(case).items[:ITEMS]))
-            return list(talks), verdicts, judge
+            return list(talks), verdicts, judges
 
-    talks, verdicts, judge = asyncio.run(main())
+    talks, verdicts, judges = asyncio.run(main())
     told = count(message for talk in talks for message in talk.messages)
     outcomes = collections.Counter(verdict.outcome for each in verdicts for verdict in each)
     record_testsuite_property("patient", str(told))
-    record_testsuite_property("judge", str({**outcomes, "unparsable replies": judge.tally.unparsable_replies}))
+    unparsable = sum(judge.tally.unparsable_replies for judge in judges)
+    calls = sum(judge.tally.calls for judge in judges)
+    record_testsuite_property("judge", str({**outcomes, "unparsable replies": unparsable}))
 
     for talk in talks:
         check(talk)
@@ -92,8 +95,8 @@ def test_a_model_plays_the_patient_and_judges(url, record_testsuite_property):
     assert sum(outcomes.values()) == 2 * ITEMS
     judged = sum(times for outcome, times in outcomes.items() if outcome.judged)
     assert judged + outcomes[Outcome.unparsable] == 2 * ITEMS, "a server on loopback: nothing else can have happened"
-    assert judge.tally.calls == judged + judge.tally.unparsable_replies
-    assert budget.calls_made == told.calls + judge.tally.calls
+    assert calls == judged + unparsable
+    assert budget.calls_made == told.calls + calls
     assert budget.tokens_used > 0
 
 

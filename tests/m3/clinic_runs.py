@@ -1,13 +1,15 @@
-"""A small scripted run of the pipeline for tests: no patient, answers and scores drawn from seeds; and runs to kill."""
+"""Small runs of the pipeline for tests: answers and scores drawn from seeds; scripted patients, and runs to kill."""
 
 from __future__ import annotations
 
 import asyncio
 import dataclasses
 import random
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 
 from m3.environment.case import Case, Phase
+from m3.environment.consultation import SimulatedConsultation
+from m3.environment.episode import CaseView
 from m3.environment.journal import Journal
 from m3.environment.pipeline import Answer, Config, Pipeline
 from m3.environment.segment import Context, StageScore
@@ -65,12 +67,24 @@ REWARDS = dict.fromkeys(PHASES, ScoredBySeed())
 CONFIG = Config(seed=5, epochs=4, rollouts=3, batch_size=6, slots=4, carry=2)
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TwoQuestions:
+    """A physician who asks two things, in an order that its seed draws, and then goes through the stages."""
+
+    name: str = "two-questions"
+    pause: float = 0.0  # seconds before each message
+
+    async def act(self, view: CaseView, messages: Sequence[Message], phase: Phase, seed: int) -> str:
+        await asyncio.sleep(self.pause)
+        said = [m.content for m in messages if m.role == "assistant" and "snippet" not in m.meta]
+        left = [one for one in ("Does it spread anywhere else?", "Do you smoke?") if one not in said]
+        if phase == Phase.inquiry:
+            return random.Random(seed).choice(left) if left else "I have no further questions."
+        return {Phase.differential: "1. Heart attack", Phase.lab: "- 12-lead ECG"}.get(phase, "Diagnosis: heart attack")
+
+
 def run_to_be_killed(path: str, pause: float) -> None:
-    """Run to the end, or until killed, with a pause before each answer so that there are moments to be killed at."""
-
-    async def wait(context: Context) -> None:
-        await asyncio.sleep(pause)
-
-    consultation = SpokenBySeed(before=wait)
+    """The scripted patients, to the end or until killed; pauses before messages make moments to be killed at."""
+    consultation = SimulatedConsultation(TwoQuestions(pause=pause))
     with Journal(path, run=Pipeline.run_of(CASES, consultation, REWARDS, CONFIG)) as journal:
         asyncio.run(Pipeline(CASES, consultation, REWARDS, CONFIG, journal=journal).run())

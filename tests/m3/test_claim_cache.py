@@ -23,7 +23,7 @@ OTHER = "Aspirin 50 mg may cause bleeding in adults."
 
 def make_cache(store: SqliteStore | None = None, **changes) -> ClaimCache:
     fields = dict(verifier_id="v1", corpus_hash="c1", prompt_version="p1", audit_rate=0.0, threshold=0.3)
-    return ClaimCache(store or SqliteStore(), LexicalEmbedder(), **{**fields, **changes})
+    return ClaimCache(SqliteStore() if store is None else store, LexicalEmbedder(), **{**fields, **changes})
 
 
 class Verifier:

@@ -20,7 +20,7 @@ import redis
 
 from m3.rewards.claim_cache import ClaimCache, Source
 from m3.rewards.claim_guard import signature
-from m3.rewards.claim_store_redis import RedisStore
+from m3.rewards.claim_store_redis import RedisStore, open_store
 from m3.rewards.claim_stores import SqliteStore, digest
 from m3.rewards.fact_verdicts import FactVerdict, Label
 from m3.text.embed import LexicalEmbedder
@@ -275,6 +275,20 @@ def test_starts_without_a_server(server, caplog):
     cache, verifier = make_cache(server), Verifier()
     assert ask(cache, verifier, dose(1), dose(1)) == [Source.verified, Source.l1]
     assert sum("going on with the local store" in record.message for record in caplog.records) == 1
+
+
+@pytest.mark.parametrize("where", ["redis://127.0.0.1:1/0", "claims.sqlite", None])
+def test_store_of_a_place(where, tmp_path):
+    shared = str(where).startswith("redis")
+    path = tmp_path / "local.sqlite" if shared else where and tmp_path / where
+    store = open_store(where, path) if shared else open_store(path)
+    assert isinstance(store, RedisStore if shared else SqliteStore)
+    assert (store.local if shared else store).path == path
+
+
+def test_a_local_file_needs_a_server(tmp_path):
+    with pytest.raises(ValueError, match="local: want no local file without a server"):
+        open_store(tmp_path / "a", tmp_path / "b")
 
 
 def test_timeout_out_of_range():

@@ -30,7 +30,7 @@ APART = {
     "unit": ("Take 5 mg", "Take 5 mcg", "quantity"),
     "bound": ("Use at least 5 mg", "Use at most 5 mg", "quantity"),
     "direction": ("Reduce from 10 mg to 5 mg", "Reduce from 5 mg to 10 mg", "quantity"),
-    "sign": ("A score of -2.5 is low", "A score of 2.5 is low", "quantity"),
+    "minus": ("A score of -2.5 is low", "A score of 2.5 is low", "quantity"),
     "not": ("It is safe", "It is not safe", "negation"),
     "without": ("Take it with food", "Take it without food", "negation"),
     "scope": ("Patients who do not smoke should stop", "Patients who smoke should not stop", "order"),
@@ -50,6 +50,11 @@ APART = {
     "voice": ("Stress causes pain", "Stress is caused by pain", "word"),
     "doses_change_places": ("Take A1 5 mg and B2 10 mg", "Take A1 10 mg and B2 5 mg", "order"),
     "scope_of_an_adjective": ("It causes severe rash and fever", "It causes severe fever and rash", "order"),
+    "nested_lists": (
+        "It causes rash and harms, such as pain and itch",
+        "It causes itch and harms, such as pain and rash",
+        "order",
+    ),
     "and_or": ("Use ice and heat", "Use ice or heat", "word"),
     "respectively": ("A1 and B2 treat gout and flu respectively", "B2 and A1 treat gout and flu respectively", "order"),
     "letter": ("Hepatitis A is common", "Hepatitis is common", "word"),
@@ -57,6 +62,8 @@ APART = {
     "receptor": ("ER+ tumors grow", "ER- tumors grow", "word"),
     "name_with_digits": ("Vitamin B12 helps", "Vitamin B6 helps", "word"),
     "left_out": ("It is usually safe", "It is safe", "modality"),
+    "sign": ("Take it ☀ now", "Take it ☾ now", "word"),
+    "no_word": ("...", "!!!", "word"),
     "question": ("Is it safe?", "Is it safe", "word"),
 }
 CLAIMS = [pair[0] for pair in (*ALIKE.values(), *APART.values())]
@@ -82,10 +89,11 @@ def test_others_stay_apart_and_say_why(one, other, reason):
 
 @given(st.permutations(WORDS), st.integers(1, len(WORDS)), st.integers(0, len(WORDS) - 1))
 def test_a_word_left_out_is_seen(order, length, at):
-    """Of any jumble: only "the", a comma and an article may go."""
+    """Of any jumble: only "the", a comma, and an "and" that begins it may go."""
     words = order[:length]
-    left = [word for i, word in enumerate(words) if i != at % length]
-    if words[at % length] not in ("the", ","):
+    gone = at % length
+    left = [word for i, word in enumerate(words) if i != gone]
+    if words[gone] not in ("the", ",") and (gone or words[gone] != "and"):
         assert same(" ".join(words), " ".join(left)) != ""
 
 
@@ -94,6 +102,12 @@ def test_it_is_symmetric_and_same_means_one_flight(one, other):
     alike = same(one, other) == ""
     assert (same(other, one) == "") == alike
     assert not alike or signature(one).flight_key == signature(other).flight_key
+
+
+@given(st.text(max_size=40))
+def test_any_text_has_a_signature(text):
+    assert same(text, text) == "" or not signature(text).tokens
+    assert normalise(normalise(text)) == normalise(text)
 
 
 @pytest.mark.parametrize(

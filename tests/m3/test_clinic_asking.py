@@ -89,6 +89,27 @@ def test_grammar_counts_where_a_key_has_one_other_word():
     assert asked(case, "What brings it on?")[0].fact_ids == ("radiation",)
 
 
+def test_medication_is_not_medical():
+    row = small_row()
+    row["facts"][1]["keys"] = ["medicines"]
+    case = Case.from_json(row)
+    assert asked(case, "Do you take any medication?")[0].fact_ids == ("radiation",)
+    assert asked(case, "Do you have any medical problems?")[0].fact_ids == ()
+
+
+def test_tag_question_asks_nothing():
+    assert asked(small_case(), "It may be a fever, OK?") == []
+    assert len(asked(small_case(), "Do you have a fever, OK?")) == 1
+
+
+def test_generic_word_alone_asks_for_nothing():
+    row = small_row()
+    row["facts"][1]["keys"] = ["first notice"]
+    case = Case.from_json(row)
+    assert asked(case, "Shall we start?")[0].fact_ids == ()
+    assert asked(case, "When did you first notice it?")[0].fact_ids == ("pain", "radiation")
+
+
 def test_sentence_without_end_is_read_so_far():
     far = "Tell me " + "so " * MAX_SENTENCE_WORDS + "if you smoke"
     assert asked(small_case(), far)[0].fact_ids == ()

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import re
+import subprocess
+import sys
 
 import pytest
-from clinic_cases import small_case, small_row
+from clinic_cases import ROOT, small_case, small_row
 from clinic_policies import Script
 
 from m3.environment.case import Case, Phase, own_cases
@@ -73,7 +76,7 @@ def test_seed_of_a_message_is_of_its_place():
     places = [(9, 4, 0), (9, 4, 1), (9, 5, 0), (8, 4, 0)]
     seeds = {message_seed(seed, CASE, rollout, turn, Phase.inquiry) for seed, rollout, turn in places}
     assert len(seeds) == len(places)
-    assert message_seed(0, CASE, 0, 0, Phase.inquiry) == 1081228908
+    assert message_seed(0, CASE, 0, 0, Phase.inquiry) == 2115912832
 
 
 def test_no_turns():
@@ -158,6 +161,27 @@ def test_same_seed_same_bytes(policy):
     lines = [bytes_of(case, policy, seed) for seed in range(4)]
     assert lines == [bytes_of(case, policy, seed) for seed in range(4)]
     assert len(set(lines)) == 4
+
+
+@pytest.mark.slow
+def test_same_bytes_in_another_process():
+    """Nothing depends on Python's hash of strings, which differs from process to process."""
+    program = "from test_clinic_episode import bytes_of, own_cases; print(bytes_of(own_cases()[0], 'good', 3))"
+    found = [
+        subprocess.run(
+            [sys.executable, "-c", program],
+            env={
+                **os.environ,
+                "PYTHONHASHSEED": seed,
+                "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests/m3")]),
+            },
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+        for seed in ("1", "2")
+    ]
+    assert found[0] == found[1] == bytes_of(own_cases()[0], "good", 3) + "\n"
 
 
 def test_trajectory_survives_its_file():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 
 import pytest
 from clinic_cases import small_case, small_row
@@ -99,3 +100,39 @@ def test_scripted_patient_is_clean(case):
         question = message.content if message.role == "assistant" else ""
     assert [entry.reasons for entry, _ in entries if not entry.clean] == []
     assert [(set(entry.disclosed), told) for entry, told in entries if set(entry.disclosed) != told] == []
+
+
+# -- over all own cases: facts told in the third person of the case, which no patient speaks in ----------------------
+ASKED = [(case, fact) for case in own_cases() for fact in case.facts if fact.section != "exam" and fact.keys]
+
+
+def entries(answer):
+    """What the ledger says of an answer to a question for each fact."""
+    ledgers = {case.id: Ledger(case) for case in own_cases()}
+    return [(fact.id, ledgers[case.id].check(f"May I ask you: {fact.keys[0]}?", answer(fact))) for case, fact in ASKED]
+
+
+def test_facts_in_other_words_are_disclosed_and_not_blamed():
+    """Of some 400 facts: 99 % are recognised, none is called contradicted or invented, 2 % look like another's leak."""
+    found = entries(lambda fact: fact.text)
+    assert sum(one in entry.disclosed for one, entry in found) >= 0.97 * len(found)
+    assert sum(bool(entry.contradicted or entry.invented) for _, entry in found) <= 0.02 * len(found)
+    assert sum(bool(entry.leaked) for _, entry in found) <= 0.04 * len(found)
+
+
+def test_another_number_is_contradicted():
+    """Every number in digits made another one: three of four are caught; "10 kg in ten days" for "3 kg" is not."""
+    with_value = [(case, fact) for case, fact in ASKED if fact.value and re.search(r"\d", fact.text)]
+    caught = [
+        Ledger(case).check(
+            f"May I ask you: {fact.keys[0]}?", re.sub(r"\d+", lambda m: f"{int(m[0]) * 3 + 1}", fact.text)
+        )
+        for case, fact in with_value
+    ]
+    assert sum(not entry.clean for entry in caught) >= 0.65 * len(caught)
+
+
+def test_the_opposite_of_a_fact_is_contradicted():
+    """A mere yes or no against the fact: nine of ten are caught; questions that name two facts hide the rest."""
+    found = entries(lambda fact: "Yes, I do." if fact.polarity == "absent" else "No, I don't.")
+    assert sum(one in entry.contradicted for one, entry in found) >= 0.85 * len(found)

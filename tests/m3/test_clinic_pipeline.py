@@ -20,12 +20,13 @@ from m3.environment.consultation import SimulatedConsultation
 from m3.environment.journal import Journal
 from m3.environment.modes import ModeConfig
 from m3.environment.pipeline import Config, Pipeline, PipelineError, Progress
-from m3.environment.segment import Batch, Segment, derive_seed
+from m3.environment.seeds import derive_seed
+from m3.environment.segment import Batch, Segment
 from m3.environment.stages import PHASES
 from m3.environment.trajectory import to_line
 from m3.rewards.verdict import UnjudgedError
 from m3.rollout.chat import ChatError, Failure
-from tests.m3.clinic_runs import CASES, CONFIG, REWARDS, ScoredBySeed, SpokenBySeed
+from tests.m3.clinic_runs import CASES, CONFIG, REWARDS, ScoredBySeed, SpokenBySeed, TwoQuestions
 
 
 def drain(pipeline: Pipeline) -> list[Batch]:
@@ -391,20 +392,6 @@ def test_cases_with_one_id_are_refused():
 
 
 # -- with patients ----------------------------------------------------------------------------------------------------
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class TwoQuestions:
-    """A physician who asks two things, in an order that its seed draws, and then goes through the stages."""
-
-    name: str = "two-questions"
-
-    async def act(self, view, messages, phase, seed):
-        said = [m.content for m in messages if m.role == "assistant" and "snippet" not in m.meta]
-        left = [one for one in ("Does it spread anywhere else?", "Do you smoke?") if one not in said]
-        if phase == Phase.inquiry:
-            return random.Random(seed).choice(left) if left else "I have no further questions."
-        return {Phase.differential: "1. Heart attack", Phase.lab: "- 12-lead ECG"}.get(phase, "Diagnosis: heart attack")
-
-
 def consult(**options) -> SimulatedConsultation:
     return SimulatedConsultation(TwoQuestions(), **options)
 

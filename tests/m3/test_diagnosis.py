@@ -9,7 +9,7 @@ import pytest
 from clinic_cases import shared_data, small_case
 
 from m3.environment.case import CodedLabel
-from m3.rewards.diagnosis import Config, Reading, Reference, compare, read_answer, reference_of, score
+from m3.rewards.diagnosis import Config, Reading, Reference, compare, look_up, read_answer, reference_of, score
 
 # -- reading: (text, reading, labels) ---------------------------------------------------------------------------------
 READ = {
@@ -51,6 +51,15 @@ READ = {
         "ranked",
         ["Gout", "Septic arthritis"],
     ),
+    "marker_at_the_end": ("Frozen shoulder is the most likely diagnosis.", "decided", ["Frozen shoulder"]),
+    "lone_letter_ends_no_sentence": ("C. difficile infection.", "decided", ["C. difficile infection"]),
+    "alternatives_in_brackets": ("Final Diagnosis: Neonatal rash (measles or rubella)", "decided", ["Neonatal rash"]),
+    "several_causes": (
+        "Final Diagnosis: Jaundice due to biliary atresia or sepsis",
+        "decided",
+        ["Jaundice"],
+    ),
+    "examination": ("Final Diagnosis: MRI of the brain.", "absent", []),
     "empty": ("", "absent", []),
     "question": ("How long have you had the rash?", "absent", []),
     "refusal": ("Final Diagnosis: Unable to determine without examination.", "absent", []),
@@ -91,10 +100,31 @@ COMPARED = [
     ("Acute pancreatitis", "chronic pancreatitis", "none"),
     ("Hyperthyroidism", "hypothyroidism", "none"),
     ("Hyperkalemia", "hypokalemia", "none"),
+    ("Hyperkalemia", "hypercalcemia", "none"),
+    ("Hypertension", "pulmonary hypertension", "none"),
+    ("Stroke", "heat stroke", "none"),
+    ("Pemphigus foliaceous", "pemphigus foliaceus", "same"),
+    ("Hidradenitis suppurativa", "hidradneitis suppurativa", "same"),
     ("Viral meningitis", "bacterial meningitis", "none"),
     ("Gout", "pseudogout", "none"),
     ("Pulmonary embolism", "pulmonary edema", "none"),
     ("Measles", "", "none"),
+    ("Crohn\N{RIGHT SINGLE QUOTATION MARK}s disease", "Crohn's disease", "same"),
+    ("Seborrheic keratosis", "seborrheic keratoses", "same"),
+    ("\N{GREEK SMALL LETTER BETA}-thal major", "beta thalassemia major", "same"),
+    ("Papillary carcinoma of the thyroid", "papillary thyroid cancer", "same"),
+    ("Endometritis", "endometrial cancer", "none"),
+    ("Non-Hodgkin lymphoma", "Hodgkin lymphoma", "none"),
+    ("Non-Hodgkin lymphoma", "non-Hodgkin lymphoma", "same"),
+    ("Gallstone pancreatitis", "pancreatitis", "none"),
+    ("Transient global amnesia", "amnesia", "none"),
+    ("Advanced sleep phase disorder", "delayed sleep phase disorder", "none"),
+    ("Adjustment disorder with depressed mood", "major depressive disorder", "none"),
+    ("Rotavirus infection", "rotavirus-associated intussusception", "none"),
+    ("Acute stress disorder", "post-traumatic stress disorder", "none"),
+    ("Hemophilia A", "hemophilia", "none"),
+    ("Hepatitis B", "hepatitis A", "none"),
+    ("Angioedema", "drug-induced angioedema", "narrower"),
 ]
 
 
@@ -144,11 +174,33 @@ def test_absent_is_named_and_its_credit_is_configured():
     assert (found.reading, found.credit, found.rule) == (Reading.absent, -0.25, "none")
 
 
+LOOKED_UP = {
+    "Perniosis": "T69.1",  # by another name of it: chilblains
+    "Grover disease": "L11.1",
+    "Nummular eczema": "L30.0",
+    "Tinea": "B35",
+    "BPPV": "H81.1",
+    "Burr hole": None,  # no disease; "Fall into hole" is beside the matter
+    "qwertz": None,
+}
+
+
+@pytest.mark.parametrize(("label", "code"), LOOKED_UP.items())
+def test_look_up(label, code):
+    assert look_up(label, Config().found) == (code, "none" if code is None else "looked up")
+
+
 def test_without_a_reference_code_there_is_no_credit():
     found = score(Reference(label="Gout"), "Final Diagnosis: Podagra")
     assert found.correct
     assert found.credit is None
     assert score(Reference(label="Gout"), "").credit is None
+
+
+@pytest.mark.parametrize("said", ["primary ovarian insufficiency", "POI"])
+def test_brackets_of_a_reference_are_another_name(said):
+    assert score(Reference(label="Early ovarian failure (primary ovarian insufficiency)"), said).correct
+    assert not score(Reference(label="Carbuncle (acute)"), "acute gout").correct
 
 
 def test_acceptable_alternative():

@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from m3.text.embed import Embedder, LexicalEmbedder, MiniLM, open_embedder
+from m3.text.embed import Embedder, LexicalEmbedder, MiniLM, Remembering, open_embedder
 
 LEXICAL = LexicalEmbedder()
 
@@ -87,6 +87,36 @@ def test_by_name():
     assert isinstance(open_embedder("lexical"), Embedder)
     with pytest.raises(ValueError, match=r"open_embedder: name: want of \['lexical', 'minilm'\]; got word2vec"):
         open_embedder("word2vec")
+
+
+class Counting:
+    """Counts what it embeds."""
+
+    name, dim = "counting", 2
+
+    def __init__(self) -> None:
+        self.seen: list[str] = []
+
+    def __call__(self, texts):
+        self.seen += texts
+        return np.array([[len(text), 0.0] for text in texts], np.float32).reshape(-1, 2)
+
+
+def test_a_text_is_embedded_once():
+    counting = Counting()
+    remembering = Remembering(counting, capacity=2)
+    assert remembering(["a", "bb", "a"])[:, 0].tolist() == [1, 2, 1]
+    assert remembering(["bb", "a"])[:, 0].tolist() == [2, 1]
+    assert counting.seen == ["a", "bb"]
+    assert remembering(["ccc", "a"])[:, 0].tolist() == [3, 1]
+    assert remembering(["a"])[:, 0].tolist() == [1], "the oldest went"
+    assert counting.seen == ["a", "bb", "ccc", "a"]
+    assert isinstance(remembering, Embedder)
+
+
+def test_capacity_is_checked():
+    with pytest.raises(ValueError, match="Remembering: capacity: want an integer >= 1; got 0"):
+        Remembering(Counting(), 0)
 
 
 # -- MiniLM -----------------------------------------------------------------------------------------------------------

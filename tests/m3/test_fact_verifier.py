@@ -7,6 +7,7 @@ import csv
 import json
 import math
 
+import numpy as np
 import pytest
 
 from m3.rewards import entailment
@@ -75,6 +76,27 @@ def test_a_rare_word_must_be_said():
     text = "A white tongue is caused by dry mouth."
     assert weigh("Syphilis causes a white tongue.", text, weight=rarity).label is U
     assert weigh("Syphilis causes a white tongue.", text, config=entailment.Config(anchors=0)).label is S, "the danger"
+
+
+class Synonyms:
+    """Hears "heart attack" in "myocardial infarction", and nothing else."""
+
+    name, dim = "synonyms", 2
+
+    def __call__(self, texts):
+        heard = [("heart attack" in text or "infarction" in text) for text in texts]
+        return np.array([[1.0, 0.0] if one else [0.0, 1.0] for one in heard], np.float32)
+
+
+def test_an_embedder_hears_synonyms_and_excuses_nothing_else():
+    claim = "A heart attack can last 24 hours."
+    said = "Myocardial infarction may go on for one day."
+    assert weigh(claim, said).label is U
+    assert weigh(claim, said, embedder=Synonyms()).reason == "the like is said"
+    assert weigh(claim, said.replace("one day", "two days"), embedder=Synonyms()).label is not S
+    assert weigh(claim, said.replace("may", "does not"), embedder=Synonyms()).label is not S
+    assert weigh(claim, "It passes.", embedder=Synonyms()).label is U
+    assert weigh(claim, "", embedder=Synonyms()).label is U
 
 
 WRONG_RULES = {
@@ -151,9 +173,10 @@ def test_a_name_tells_rules_apart():
     names = {
         ScriptedVerifier(LIBRARY).name,
         ScriptedVerifier(LIBRARY, rules=GIVEN).name,
+        ScriptedVerifier(LIBRARY, embedder=Synonyms()).name,
         ScriptedVerifier(LIBRARY, Config(max_searches=2)).name,
     }
-    assert len(names) == 3
+    assert len(names) == 4
 
 
 def test_a_spent_budget_is_an_outcome_with_a_name():
@@ -182,6 +205,15 @@ def test_a_cache_is_asked_first():
     first, again = (check("Colchicine treats gout.", verifier=verifier) for _ in range(2))
     assert first == again
     assert budget.calls_made == 1
+
+
+def test_a_cached_verdict_is_of_the_claim_that_was_asked():
+    class Near:
+        async def get_or_verify(self, claim, verify):
+            return FactVerdict(claim="worded otherwise", label=S, cached=True)
+
+    (found,) = check("Colchicine treats gout.", verifier=ScriptedVerifier(LIBRARY, cache=Near()))
+    assert (found.claim, found.cached) == ("Colchicine treats gout.", True)
 
 
 # -- a language model as agent ----------------------------------------------------------------------------------------

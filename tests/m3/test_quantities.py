@@ -126,11 +126,10 @@ def test_any_text_is_read_without_overlap(text):
     assert all(a.end <= b.start for a, b in itertools.pairwise(found))
 
 
-@given(
-    st.lists(
-        st.sampled_from("1 2 3,5 ½ 10⁹ x / - to 5% mg a day per once half of third and °F II stage".split()), max_size=9
-    )
-)
-def test_any_jumble_of_numbers_is_read(parts):
-    text = " ".join(parts)
+PIECES = "1 2 3,5 ½ 10⁹ ⁻ ⁰ ^ 0 99 in x / - to 5% mg a day per once half of third and °F II stage".split()
+
+
+@given(st.lists(st.sampled_from(PIECES), max_size=9), st.sampled_from(["", " "]))
+def test_any_jumble_of_numbers_is_read(parts, joint):
+    text = joint.join(parts)
     assert all(text[one.start : one.end].strip() for one in find_quantities(text))

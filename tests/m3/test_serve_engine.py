@@ -16,7 +16,7 @@ import openai
 import pytest
 import typer
 from letters_model import make_letters_model
-from loopback import ask, serving
+from loopback import ask, serving, until
 from toy_core import ToyCore, make_tokenizer
 from typer.testing import CliRunner
 
@@ -30,7 +30,7 @@ from m3.serve.engine_backend import EngineBackend
 from m3.serve.schema import ChatRequest, RequestError
 
 TALK = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Hello, how are you today?"}]
-SERVE = [sys.executable, "-c", "import typer; from m3.serve.cli import serve; typer.run(serve)"]
+SERVE = [sys.executable, "-m", "m3", "serve"]
 
 
 @pytest.fixture(scope="module")
@@ -107,6 +107,38 @@ def test_special_words_of_the_api_are_words(client):
         model="letters", messages=[{"role": "user", "content": "{{ 7 * 7 }} {% raw %}"}], max_tokens=2
     )
     assert got.usage.completion_tokens == 2
+
+
+def test_many_at_once_get_their_own_and_who_leaves_leaves_nothing(folder, engine):
+    backend = EngineBackend(AsyncEngine.from_model(folder), "letters")
+
+    async def consult(client: openai.AsyncOpenAI, seed: int) -> str | None:
+        heard = ""
+        stream = await client.chat.completions.create(
+            model="letters", messages=TALK, seed=seed, max_tokens=40, stream=True
+        )
+        async with stream:
+            async for chunk in stream:
+                heard += chunk.choices[0].delta.content or ""
+                if seed % 3 == 0 and len(heard) > 5:
+                    return None
+        return heard
+
+    async def main(url: str) -> list[str | None]:
+        async with openai.AsyncOpenAI(base_url=url, api_key="none", max_retries=0) as client:
+            return await asyncio.gather(*(consult(client, seed) for seed in range(18)))
+
+    with serving(build(backend)) as url:
+        heard = asyncio.run(main(url))
+        until(lambda: sum(backend.engine.stats().finished.values()) == 18)
+        stats = backend.engine.stats()
+    prompt = engine.tokenizer.chat(TALK)
+    params = [SamplingParams(temperature=1.0, max_tokens=40, seed=seed) for seed in range(18)]
+    wanted = [done.text for done in engine.generate([prompt] * 18, params)]
+    stayed = [seed for seed in range(18) if heard[seed] is not None]
+    assert set() < set(range(18)) - set(stayed) <= {0, 3, 6, 9, 12, 15}
+    assert [heard[seed] for seed in stayed] == [wanted[seed] for seed in stayed]
+    assert (stats.outside, stats.waiting, stats.running) == (0, 0, 0)
 
 
 # -- the engine's ends ------------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ import pytest
 from m3.environment.case import Case, Phase
 from m3.environment.trajectory import Message, Trajectory
 from m3.rewards.stage_rewards import RuleReward, rule_rewards
-from m3.rewards.step_verifier import StepVerifier
+from m3.rewards.step_verifier import Config, StepVerifier
 from m3.rewards.verdict import UnjudgedError
 from tests.m3.clinic_cases import small_case, small_row
 
@@ -117,4 +117,10 @@ def test_spans_of_the_stage_come_along_and_do_not_change_the_reward():
     found = asyncio.run(rewards[Phase.differential](CASE, trajectory, Phase.differential))
     assert [span.criterion for span in found.spans] == ["illogical_order"]
     assert found.reward == score(Phase.differential, "1. Heart attack")
-    assert rewards[Phase.lab].name == "rules of lab, steps by rules, lexical-512"
+
+
+def test_a_name_tells_numbers_that_spans_depend_on():
+    mild = StepVerifier(Config(penalties={"redundant_question": 0.9}))
+    names = [RuleReward(phase=Phase.lab, verifier=one).name for one in (None, StepVerifier(), StepVerifier(), mild)]
+    assert names[0] == "rules of lab" and names[1] == names[2] != names[3]
+    assert names[1].startswith("rules of lab, steps by rules ") and names[1].endswith(", lexical-512")

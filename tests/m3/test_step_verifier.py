@@ -10,6 +10,8 @@ from collections.abc import Sequence
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from m3.algorithms import spar
 from m3.environment.case import Case, Phase
@@ -17,7 +19,7 @@ from m3.environment.stages import instruction
 from m3.environment.trajectory import Message, Trajectory
 from m3.rewards.spans import SpanReward, step_gammas, violations
 from m3.rewards.step_criteria import token_span
-from m3.rewards.step_verifier import ChatStepVerifier, Config, StepVerifier, of_stage
+from m3.rewards.step_verifier import ChatStepVerifier, Config, StepVerifier
 from m3.rewards.verdict import UnjudgedError
 from m3.rollout.chat import ChatError, Failure, Reply
 from m3.text.likeness import duplicate_rate, questions
@@ -336,9 +338,10 @@ def test_from_verifier_to_gamma_to_advantages():
 
 def test_spans_of_one_stage():
     trajectory = dialogue("Do you smoke? Do you smoke?", "No.", ENOUGH, differential="1. Angina")
-    spans = StepVerifier().verify(None, trajectory)
-    assert [span.turn for span in of_stage(spans, trajectory, Phase.differential)] == [2]
-    assert [span.turn for span in of_stage(spans, trajectory, Phase.inquiry)] == [0]
+    verify = StepVerifier().verify
+    stages = [verify(None, trajectory, phase) for phase in (Phase.inquiry, Phase.differential)]
+    assert [[span.turn for span in spans] for spans in stages] == [[0], [2]]
+    assert verify(None, trajectory) == [*stages[0], *stages[1]]
 
 
 def test_only_criteria_with_a_lambda_are_judged():
@@ -449,3 +452,25 @@ def test_no_readable_reply_is_no_clean_bill():
 def test_no_reply_is_named():
     with pytest.raises(UnjudgedError, match="step verifier: over_budget: spent"):
         judge(ChatError(Failure.over_budget, "spent"))
+
+
+# -- anything at all --------------------------------------------------------------------------------------------------
+PIECES = st.sampled_from(
+    (
+        *("Do you smoke?", "Any fever?", "Diagnosis: angina.", "- ECG\n- CT\n- MRI", "send home", "You will be fine."),
+        *("Don't worry, it is nothing.", "You said that", "I will order blood tests.", "a" * 300),
+        *("?", "\n", "\u2028", "🙂", "İ", "e\u0301?"),
+    )
+)
+SPEECH = st.one_of(st.lists(PIECES, max_size=5).map(" ".join), st.text(max_size=40))
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.lists(SPEECH, max_size=9), st.sampled_from([CASE, None]))
+def test_whatever_is_said_spans_lie_in_their_messages(said, case):
+    trajectory = dialogue(*said, differential="1. Angina", diagnosis="Diagnosis: angina")
+    spans = StepVerifier().verify(case, trajectory)
+    texts = {m.turn: m.content for m in trajectory.messages if m.role == "assistant"}
+    assert all(0 <= span.token_start <= span.token_end <= len(words(texts[span.turn])) for span in spans)
+    assert set(step_gammas(spans, trajectory.turns)) <= {0.1, 0.5, 0.9, 1.0}
+    assert StepVerifier().verify(case, trajectory) == spans
