@@ -90,7 +90,7 @@ def test_trajectories_of_cases(tmp_path):
     ("line", "message"),
     [
         ("{", "r.jsonl:2: want JSON"),
-        ("{}", "missing field 'case_id'"),
+        ("{}", "missing field 'turns'"),
         ("[]", "r.jsonl:2: want a JSON object; got list"),
     ],
 )
