@@ -1,9 +1,11 @@
 """A case's checklist judged by rules: which items a consultation met, where, and Eq 1 over them. No language model.
 
 - must_ask: the patient *told* one of the item's facts as an answer to a question that asks for it. Of one message of
-  the physician the first few asks earn credit, and every thing asked for beyond so many takes one back: a dumped list
-  earns nothing, whether of questions or in one question. One that recites a criterion or a fact of the case is none. Statements never earn. A fact that the patient adds to such an answer counts too, one a message. Items whose facts all stand in the opening line or are
-  volunteered are *given*: they cost and earn nothing. Without facts, an item is met by a question with its keys.
+  the physician the first few things asked for earn credit, and each beyond so many takes one back: a dumped list earns
+  nothing, whether of questions or in one question. One that recites a criterion or a fact of the case is none, and
+  statements never earn. A fact that the patient adds to such an answer counts too, one a message. Items whose facts all
+  stand in the opening line or are volunteered are *given*: they cost and earn nothing. Without facts, an item is met by
+  a question with its keys.
 - must_do: a sentence of the physician in the item's stage has all words of one of its keys and no negation just before
   them. Reciting the checklist's own criterion is not doing it, and after the inquiry asking is not doing.
 - must_not, veto: likewise, statements only where the stage is not the inquiry; a recited criterion counts here.

@@ -10,7 +10,8 @@ How words decide, in this order: ``same``: equal sets of words; ``narrower``: th
 reference within a short window ("oral lichen planus" for "lichen planus"); ``broader``: the answer's words are part of
 the reference's and one of them names a disease by itself ("melanoma" for "acral lentiginous melanoma", never
 "dermatitis" for "contact dermatitis"). An answer that leaves open which of several diseases it is ("A or B") is correct
-only if each of them would be.
+only if each of them would be. A list is no diagnosis: beyond so many labels an answer is not correct, its credit is
+shared among all it names, and a label of many words that no comma parts is not narrower.
 """
 
 from __future__ import annotations
@@ -87,6 +88,9 @@ class Config:
 
     credits: icd10.Credits = dataclasses.field(default_factory=icd10.Credits)
     listed: int = 3  # labels of an answer that count, ranked or claimed together; more buy nothing
+    claimed: int = 8  # labels from which an answer is a list of diseases, not one with its complications
+    asides: int = 2  # names in brackets that count, as other names of the first label
+    further: int = 8  # words that a narrower label may have beyond the reference's
     accept_broader: bool = True
     spelling: int = 7  # letters from which a word may be misspelt by one letter, or two changed places
     window: int = 3  # words that may stand between those of the reference in an answer
@@ -169,6 +173,7 @@ _CAUSE = re.compile(
 _CAUSE_OF_REFERENCE = re.compile(
     r"\b(?:due to|secondary to|caused by|associated with|in the setting of)", re.IGNORECASE
 )
+_CAUSES = 6  # ours: alternatives from which an answer leaves open the disease, not only its cause
 _EXAMPLE = re.compile(r"\b(?:such as|including|for example|e\.g)", re.IGNORECASE)
 _HEDGE = re.compile(
     r"\b(?:possible|possibly|potential|potentially|suspected|suspicious|suspicion of|may(?:be)?|might|could be|can be"
@@ -212,6 +217,8 @@ def read_answer(text: str) -> Answer:
     kept = " or ".join(dict.fromkeys(one for one in statements if one))
     main = _before(_CAUSE, _BRACKETS.sub(" ", kept)) if _name_before(_CAUSE, kept) else _BRACKETS.sub(" ", kept)
     alternatives = [part for part in _ALTERNATIVE.split(main) if part.strip(" ,.;")]
+    if len(_ALTERNATIVE.split(kept)) > _CAUSES:
+        alternatives = _ALTERNATIVE.split(kept)
     if len(alternatives) > 1:
         labels = [Label(text=" ".join(_HEDGE.sub(" ", part).split()).strip(" ,.;")) for part in alternatives]
         return Answer(reading=Reading.undecided, statement=kept, labels=tuple(labels)) if labels else _nothing()
@@ -333,7 +340,7 @@ def compare(reference: str, label: str, config: Config | None = None) -> str:
             return "same"
         met = set(pairs.values())
         at = [i for i, word in enumerate(got_words) if word in met]
-        if _least_span(at, got_words, met) <= len(met) + config.window:
+        if len(got) <= len(want) + config.further and _least_span(at, got_words, met) <= len(met) + config.window:
             return "narrower"
     elif config.accept_broader:
         head = core(want_words[: want_words.index("with")]) if "with" in want_words[1:] else want
@@ -393,16 +400,25 @@ def _lexical(reference: Reference, answer: Answer, config: Config) -> tuple[str,
     if answer.reading is Reading.undecided:
         each = [_met(reference, (label,), "", config) for label in answer.labels]
         return each[0] if all(rule in _RULES for rule, _ in each) else ("none", "")
+    due = _due(reference, config)
+    if answer.reading is Reading.decided and len(answer.labels) >= max(config.claimed, due + 1):
+        return "none", ""
     labels = answer.labels[: 1 if answer.reading is Reading.ranked else config.listed]
-    whole = answer.reading is Reading.decided and len(answer.labels) <= config.listed
+    asides = max((len(label.aside) for label in answer.labels), default=0)
+    whole = answer.reading is Reading.decided and len(answer.labels) <= due and asides <= config.asides
     return _met(reference, labels, answer.statement if whole else "", config)
+
+
+def _due(reference: Reference, config: Config) -> int:
+    """Labels that an answer may claim together: as many as count, or as the reference's own name has."""
+    return max(config.listed, len(_labels(reference.label)))
 
 
 def _met(reference: Reference, labels: Sequence[Label], statement: str, config: Config) -> tuple[str, str]:
     """The best rule by which one of the labels, or the whole statement, is the reference or a synonym."""
     best: tuple[str, str] = ("none", "")
     for name in _names_of(reference):
-        said = [text for label in labels for text in (label.text, *label.aside)]
+        said = [text for label in labels for text in (label.text, *label.aside[: config.asides])]
         rules = {compare(name, text, config) for text in said}
         if statement and compare(name, statement, config) in ("same", "narrower"):
             rules.add("narrower")
@@ -457,6 +473,9 @@ def _hierarchical(found: DiagnosisScore, reference: Reference, answer: Answer, c
     credit, code, source, levels = best
     if answer.reading is Reading.undecided and credit > 0:
         credit /= len(answer.labels)  # as the chance of drawing the best of the alternatives
+    elif not ranked and credit > 0:
+        due = _due(reference, config)
+        credit *= due / max(due, len(answer.labels))  # a long list names the disease by chance
     return dataclasses.replace(found, code=code, source=source, levels=levels, credit=credit)
 
 

@@ -159,10 +159,24 @@ def test_things_that_nobody_has_take_as_much_back():
     case = many(1)
     plain = inquiry("Any thing0, cough, rash or fever?", case=case)
     assert coverage(case, plain).met == ("c0",)
-    stuffed = inquiry("Any thing0, " + ", ".join(["cough", "rash", "fever", "cramp", "itch", "sweat"] * 3) + "?", case=case)
+    stuffed = inquiry(
+        "Any thing0, " + ", ".join(["cough", "rash", "fever", "cramp", "itch", "sweat"] * 3) + "?", case=case
+    )
     assert coverage(case, stuffed).met == ()
     spaced = inquiry("Do you have thing0 " + "cough rash fever cramp itch sweat " * 5 + "?", case=case)
     assert coverage(case, spaced).met == ()
+
+
+@pytest.mark.parametrize(
+    ("text", "met"),
+    [("Do you smoke?", ["c-smoking"]), ("Asks about smoking?", []), ("Please: asks about smoking?", []),
+     ("May I ask about smoking?", ["c-smoking"])],
+)  # fmt: skip
+def test_a_criterion_with_a_question_mark_is_no_question(text, met):
+    row = small_row()
+    row["checklist"][1]["criterion"] = "Asks about smoking."
+    case = Case.from_json(row)
+    assert [one for one in coverage(case, inquiry(text, case=case)).met if one == "c-smoking"] == met
 
 
 def test_one_fact_beside_an_answer_counts():

@@ -265,6 +265,11 @@ def test_craft_md_one_case_for_all_trials_and_the_grader_kept(tmp_path: Path) ->
     assert case.opening_line == "He has a painful rash."
 
 
+def test_craft_md_doctor_without_an_answer_is_kept(tmp_path: Path) -> None:
+    found = convert("craft_md", write(tmp_path, changed(CRAFT_MD, "frq", None)), strict=True)
+    assert found.trajectories[0].meta["answer"] == ""
+
+
 def test_craft_md_case_that_changes_its_answer_is_malformed(tmp_path: Path) -> None:
     other = changed(changed(CRAFT_MD, "trial", 1), "answer", "Psoriasis")
     report = convert("craft_md", write(tmp_path, CRAFT_MD, other)).report

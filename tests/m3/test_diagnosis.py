@@ -236,6 +236,33 @@ def test_claiming_many_diseases_at_once_does_not_pay():
     assert score(STEMI, claimed).credit == pytest.approx(-0.1)
 
 
+COMMON = "gout; asthma; sepsis; stroke; measles; malaria; migraine; eczema; cholera; epilepsy; scabies; mumps".split(
+    "; "
+)
+LISTS = {
+    "right_one_first": "Diagnosis: " + ", ".join(["heart attack", *COMMON]),
+    "joined": "Diagnosis: " + " with ".join(["heart attack", *COMMON]),
+    "in_brackets": "Diagnosis: illness (" + ") (".join([*COMMON, "heart attack"]) + ")",
+    "without_marks": "Diagnosis: " + " ".join([*COMMON, "heart attack"]),
+    "alternatives_after_a_cause": "Diagnosis: heart attack due to stress or " + " or ".join(COMMON),
+}
+
+
+@pytest.mark.parametrize("text", LISTS.values(), ids=LISTS)
+def test_a_list_is_no_diagnosis(text):
+    found = score(STEMI, text)
+    assert not found.correct
+    assert found.credit < 0.25
+
+
+@pytest.mark.parametrize(("others", "share"), [(0, 1.0), (2, 1.0), (3, 3 / 4), (5, 3 / 6)])
+def test_credit_is_shared_among_all_that_is_claimed(others, share):
+    one = score(STEMI, "Diagnosis: " + ", ".join(["heart attack", *COMMON[:others]]))
+    alone = score(STEMI, "Diagnosis: heart attack")
+    assert one.correct
+    assert one.credit == pytest.approx(alone.credit * share)
+
+
 def test_levels_are_reported():
     levels = score(STEMI, "Diagnosis: Unstable angina").levels
     assert (levels.chapter, levels.block, levels.category, levels.exact) == (True, True, False, False)

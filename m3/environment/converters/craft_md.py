@@ -24,9 +24,11 @@ _KEPT = ("case_id", "doctor", "trial", "question", "answer", "facts", "frq", "fr
 
 def trajectory_of(row: Mapping[str, Any], tally: Tally) -> Trajectory:
     """A row's trajectory; ValueError names the field, SkippedRow the reason."""
-    for name in ("case_id", "doctor", "answer", "frq", "question"):
+    for name in ("case_id", "doctor", "answer", "question"):
         field(row, name, str)
     field(row, "trial", int)
+    if row.get("frq", 0) is not None:  # null: the doctor gave no answer
+        field(row, "frq", str)
     for i, turn in enumerate(field(row, "turns", list)):
         for name in ("role", "text"):
             if not isinstance(turn, Mapping) or not isinstance(turn.get(name), str):

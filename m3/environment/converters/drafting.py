@@ -1,12 +1,12 @@
 """From a source's sentences to a case: facts, what asks for them, age and sex, the code of a label, the split.
 
-Nothing here invents: a fact is a sentence of the source (a list of denied symptoms is taken apart), the code of a diagnosis is
-one whose description or inclusion term has the same words, or none, and what a source does not say is "unknown", null
-or absent. The rules, all ours:
+Nothing here invents: a fact is a sentence of the source (a list of denied symptoms is taken apart), the code of a
+diagnosis is one whose description or inclusion term has the same words, or none, and what a source does not say is
+"unknown", null or absent. The rules, all ours:
 
 - *keys* (what asks for a fact): each content word that no other fact of the case has; then pairs of the words that it
-  shares, where at most one other fact has both; where it has neither, all its words together. A fact with a duration has
-  "how long" as well, the demographic one "how old".
+  shares, where at most one other fact has both; where it has neither, all its words together. A fact with a duration
+  has "how long" as well, the demographic one "how old".
 - *topics*: by section ("medical history", "medicines", "family", ...), for open questions.
 - *polarity*: absent where an odd number of negations stands in the sentence, or "nor"; what follows "without" or
   "with no" after something else is not counted.
@@ -60,9 +60,10 @@ _DENIALS = re.compile(
 _JOINT = re.compile(r",\s*(?:and|or|nor)\s+|,\s*|\s+(?:or|nor)\s+")
 _STANDS_ALONE = re.compile(  # a symptom that means the same outside its list; not "skin" of "no skin or nail changes"
     r"(?:and |or )?(?!(?:recent|new|prior|previous|significant|other)\b)(?:any )?(?:[a-z]+ )?(?:fevers?|chills|cough|"
-    r"nausea|vomiting|diarrh(?:o)?ea|constipation|headaches?|dizziness|rash(?:es)?|itching|dysuria|h(?:a)?ematuria|fatigue|"
-    r"dyspn(?:o)?ea|palpitations|pain|sweats|weight loss|weight gain|swelling|bleeding|discharge|shortness of breath|"
-    r"trauma|seizures?|numbness|tingling|weakness|wheezing|hemoptysis|syncope|travel|alcohol(?: use)?|drug use|smoking)",
+    r"nausea|vomiting|diarrh(?:o)?ea|constipation|headaches?|dizziness|rash(?:es)?|itching|dysuria|h(?:a)?ematuria|"
+    r"fatigue|dyspn(?:o)?ea|palpitations|pain|sweats|weight loss|weight gain|swelling|bleeding|discharge|"
+    r"shortness of breath|trauma|seizures?|numbness|tingling|weakness|wheezing|hemoptysis|syncope|travel|"
+    r"alcohol(?: use)?|drug use|smoking)",
     re.IGNORECASE,
 )
 _DURATION = re.compile(
@@ -93,8 +94,8 @@ _GENERIC = frozenset(
         "physician doctor clinic hospital department emergency brought comes came come visit evaluation mother's "
         "father's began begin begins started start starts developed develop felt feel feels feeling measured "
         "located caused cause noticed notice became become using used use uses taking take takes took even much "
-        "usual usually resulting otherwise made make makes seen see yes no either related especially presence mg ml mm cm "
-        "kg lb hg min bpm c f l dl g"
+        "usual usually resulting otherwise made make makes seen see yes no either related especially presence mg ml "
+        "mm cm kg lb hg min bpm c f l dl g"
     ).split()
 )
 _SECTIONS = (
@@ -282,7 +283,7 @@ def keys_of(texts: Sequence[str]) -> list[list[str]]:
         for one in found:
             holders[one].add(i)
     keys: list[list[str]] = []
-    for i, found in enumerate(every):
+    for found in every:
         own = [word for one, word in found.items() if len(holders[one]) == 1]
         shared = [one for one in found if len(holders[one]) > 1][:6]
         pairs = [(len(holders[a] & holders[b]), f"{found[a]} {found[b]}") for a, b in itertools.combinations(shared, 2)]
