@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,6 +18,7 @@ from m3.environment.case import Case, Phase
 from m3.environment.modes import PASSIVE_MODE
 from m3.environment.trajectory import Message, Trajectory, to_line
 from m3.rewards.spans import SpanReward, violations
+from m3kernels.checks import refuse
 
 
 def derive_seed(run_seed: int, *parts: str | int) -> int:
@@ -51,6 +53,12 @@ class StageScore:
     quality: float | None = None
     spans: tuple[SpanReward, ...] = ()
     outcomes: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name in ("reward", "quality"):
+            value = getattr(self, name)
+            if value is not None and not math.isfinite(value):  # nan is on neither side of the gate
+                raise refuse("StageScore", name, "a finite number", value)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

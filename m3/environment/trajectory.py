@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from m3.environment.case import Phase
+from m3kernels.checks import refuse
 
 SCHEMA = "m3.trajectory/v1"
 
@@ -66,10 +67,15 @@ class Message:
     @classmethod
     def from_json(cls, row: Mapping[str, Any]) -> Message:
         side = row.get("m3", {})
+        role, content, turn = row["role"], row["content"], side.get("turn", 0)
+        if not (isinstance(role, str) and isinstance(content, str)):
+            raise refuse("message", "role, content", "text", (role, content))
+        if type(turn) is not int or turn < 0:
+            raise refuse("message", "turn", "an integer >= 0", turn)
         return cls(
-            role=row["role"],
-            content=row["content"],
-            turn=side.get("turn", 0),
+            role=role,
+            content=content,
+            turn=turn,
             phase=Phase(side.get("phase", Phase.inquiry)),
             action=Action(side["action"]) if "action" in side else None,
             facts=tuple(side.get("facts", ())),
@@ -125,8 +131,9 @@ class Trajectory:
     @classmethod
     def from_json(cls, row: Mapping[str, Any]) -> Trajectory:
         """Raises ValueError: not of this schema, or a field is missing; the message says which."""
-        if row.get("schema") != SCHEMA:
-            raise ValueError(f"trajectory: schema: want {SCHEMA!r}; got {row.get('schema')!r}")
+        schema = row.get("schema") if isinstance(row, Mapping) else None
+        if schema != SCHEMA:
+            raise ValueError(f"trajectory: schema: want {SCHEMA!r}; got {schema!r}")
         try:
             return cls(
                 case=row["case"],
@@ -148,6 +155,25 @@ def to_line(row: Mapping[str, Any]) -> str:
     return json.dumps(row, ensure_ascii=False, sort_keys=True, separators=(",", ":"))
 
 
+def read_lines(path: str | Path) -> Iterator[tuple[int, Any]]:
+    """(line, from 1; its JSON value) of each line that is not empty.
+
+    Raises:
+        ValueError: names file and line; bytes that are no UTF-8, and half characters ("\\ud83d"), are no JSON.
+    """
+    with Path(path).open("rb") as file:
+        for line, data in enumerate(file, 1):
+            if not data.strip():
+                continue
+            try:
+                row = json.loads(data.decode())
+                to_line({"row": row}).encode()
+            except (ValueError, RecursionError) as error:
+                said = error.msg if isinstance(error, json.JSONDecodeError) else error
+                raise ValueError(f"{path}:{line}: want JSON; {said}") from error
+            yield line, row
+
+
 def write_trajectories(path: str | Path, trajectories: Iterable[Trajectory]) -> int:
     """Write one a line; how many."""
     count = 0
@@ -160,15 +186,12 @@ def write_trajectories(path: str | Path, trajectories: Iterable[Trajectory]) -> 
 
 def read_trajectories(path: str | Path) -> Iterator[Trajectory]:
     """Raises ValueError: names file and line."""
-    path = Path(path)
-    with path.open(encoding="utf-8") as file:
-        for line, text in enumerate(file, 1):
-            if not text.strip():
-                continue
-            try:
-                yield Trajectory.from_json(json.loads(text))
-            except ValueError as error:
-                raise ValueError(f"{path}:{line}: {error}") from error
+    for line, row in read_lines(path):
+        try:
+            found = Trajectory.from_json(row)
+        except ValueError as error:
+            raise ValueError(f"{path}:{line}: {error}") from error
+        yield found
 
 
 def chat(messages: Sequence[Message]) -> list[dict[str, str]]:

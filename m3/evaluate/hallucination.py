@@ -27,6 +27,7 @@ from typing import Any
 
 import numpy as np
 
+from m3.environment.trajectory import read_lines
 from m3.rewards.claims import Claim, Extraction, Extractor
 from m3.rewards.fact_verdicts import FactVerdict, Label, count_labels
 from m3.rewards.fact_verifier import FactVerifier
@@ -174,9 +175,13 @@ async def run(
     Args:
         concurrency: responses at once.
     Raises:
-        ValueError: the folder holds a run of something else.
+        ValueError: the folder holds a run of something else, an id occurs twice, or concurrency < 1.
         UnjudgedError: too many failures; files stay, and the same call tries the failed ones again.
     """
+    if concurrency < 1:
+        raise refuse("hallucination.run", "concurrency", "an integer >= 1", concurrency)
+    if len({one.id for one in responses}) < len(responses):
+        raise refuse("hallucination.run", "responses", "ids used once", f"{len(responses)} responses with fewer ids")
     folder = Path(out)
     folder.mkdir(parents=True, exist_ok=True)
     _check_card(folder, responses, extractor, verifier)
@@ -294,16 +299,10 @@ def _latest(path: Path) -> dict[str, dict[str, Any]]:
 
 
 def _rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    with path.open(encoding="utf-8") as file:
-        for line, text in enumerate(file, 1):
-            if text.strip():
-                try:
-                    row = json.loads(text)
-                except json.JSONDecodeError as error:
-                    raise ValueError(f"{path}:{line}: want JSON; {error.msg}") from error
-                if not isinstance(row, dict):
-                    raise ValueError(f"{path}:{line}: want a JSON object; got {type(row).__name__}")
-                yield line, row
+    for line, row in read_lines(path):
+        if not isinstance(row, dict):
+            raise ValueError(f"{path}:{line}: want a JSON object; got {type(row).__name__}")
+        yield line, row
 
 
 def _replace(path: Path, text: str) -> None:

@@ -307,12 +307,13 @@ def read_object(reply: str) -> dict[str, Any] | None:
     decoder = json.JSONDecoder()
     found: list[dict[str, Any]] = []
     at = reply.find("{")
-    while at >= 0:
+    while at >= 0 and len(found) < 2:
         try:
             value, end = decoder.raw_decode(reply, at)
+            json.dumps(value, ensure_ascii=False).encode()  # half a character ("\ud83d") cannot be written down
         except json.JSONDecodeError:
             end = at + 1
-        except RecursionError:
+        except (ValueError, RecursionError):  # digits or brackets beyond what the reader takes
             return None
         else:
             if value not in found:

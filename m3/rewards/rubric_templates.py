@@ -22,7 +22,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import re
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any
@@ -194,7 +193,10 @@ def read_verdict(text: str) -> Reading | None:
 
 def read_json(text: str) -> Any:
     """The JSON value that a reply is, ``` fences at its ends aside; None where it is none."""
+    inside = text.strip().removeprefix("```json").removeprefix("```").removesuffix("```").strip()
     try:
-        return json.loads(re.sub(r"^```(?:json)?\s*|\s*```$", "", text.strip()))
+        value = json.loads(inside)
+        json.dumps(value, ensure_ascii=False).encode()  # half a character ("\ud83d") cannot be written down
     except (ValueError, RecursionError):  # not JSON; digits or brackets beyond what the reader takes
         return None
+    return value

@@ -253,6 +253,8 @@ REPLIES = {
     "a_list": ("[1, 2]", None),
     "nothing": ("", None),
     "deep": ('{"a":' * 100_000, None),
+    "many_digits": ('{"a": ' + "1" * 5000 + "}", None),
+    "half_a_character": ('{"a": "\\ud83d"}', None),
 }
 
 
