@@ -318,7 +318,8 @@ def test_cancelled_it_stops_its_slots_and_goes_on_from_its_journal(tmp_path: Pat
             task = asyncio.create_task(
                 Pipeline(CASES, SpokenBySeed(before=wait), REWARDS, CONFIG, journal=journal).run()
             )
-            await asyncio.sleep(0.03)
+            while sum(1 for _ in journal.records("segment")) < 20:
+                await asyncio.sleep(0.001)
             task.cancel()
             with pytest.raises(asyncio.CancelledError):
                 await task
