@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +62,7 @@ class PolicyModel(nn.Module):
 
     def __init__(
         self,
-        causal: nn.Module,
+        causal: Any,
         *,
         source: str | Path | None = None,
         gradient_checkpointing: bool = False,
@@ -187,17 +187,16 @@ class PolicyModel(nn.Module):
 
     @torch.no_grad()
     def _merged(self) -> dict[str, Tensor]:
-        """The state of ``causal`` as if it had no adapters."""
-        deltas: dict[str, Callable[[], Tensor]] = {}
-        for name, module in self.causal.named_modules():
-            if hasattr(module, "get_delta_weight"):
-                deltas[f"{name}.weight"] = lambda module=module: module.get_delta_weight("default")
+        """The state of ``causal`` as if it had no adapters; tied weights once."""
+        modules = dict(self.causal.named_modules())
+        once = {name for name, _ in (*self.causal.named_parameters(), *self.causal.named_buffers())}
         found = {}
         for name, tensor in self.causal.state_dict().items():
-            if ".lora_" in name:
+            if name not in once or ".lora_" in name:
                 continue
-            plain = name.replace(".base_layer.", ".")
-            found[plain] = tensor + deltas[plain]().to(tensor) if plain in deltas else tensor
+            layer = modules[name.rpartition(".")[0].removesuffix(".base_layer")]
+            adapted = name.endswith(".base_layer.weight")
+            found[name.replace(".base_layer.", ".")] = tensor + layer.get_delta_weight("default") if adapted else tensor
         return found
 
     @torch.no_grad()
@@ -227,13 +226,12 @@ def moved(packed: Packed, device: torch.device) -> Packed:
 
 def _without_dropout(model: nn.Module) -> None:
     for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-        if isinstance(getattr(module, "attention_dropout", None), float):
-            module.attention_dropout = 0.0
+        name = "p" if isinstance(module, nn.Dropout) else "attention_dropout"
+        if hasattr(module, name):
+            setattr(module, name, 0.0)
 
 
-def _adapted(causal: nn.Module, lora: LoraConfig) -> nn.Module:
+def _adapted(causal: Any, lora: LoraConfig) -> Any:
     import peft
 
     target = lora.target if isinstance(lora.target, str) else list(lora.target)
