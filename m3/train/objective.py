@@ -27,6 +27,10 @@ from m3kernels.policy_loss.types import COUNTS
 OP = "train"
 
 
+class NonFiniteError(RuntimeError):
+    """A stream, a loss or a gradient is nan or inf; the message says which."""
+
+
 def needed(objective: Objective, samples: Sequence[Sample], updates: int = 1) -> tuple[str, ...]:
     """Streams that all samples of a batch must have, ``updates`` optimiser updates being taken on it.
 
@@ -47,15 +51,22 @@ def needed(objective: Objective, samples: Sequence[Sample], updates: int = 1) ->
 
 
 def check_streams(objective: Objective, samples: Sequence[Sample], updates: int = 1) -> None:
-    """Raises ValueError: a sample lacks a stream that the objective needs; names both."""
+    """Look at what the objective needs of each sample, where its mask is not 0.
+
+    Raises:
+        ValueError: a sample lacks a stream. NonFiniteError: nan or inf in one (-inf is a log-probability).
+    """
     for name in needed(objective, samples, updates):
         for sample in samples:
-            if getattr(sample, name) is None:
+            stream = getattr(sample, name)
+            if stream is None:
                 want = f"a stream of every sample, for {_named(objective.spec)}"
                 raise refuse(OP, name, want, f"none of sample {sample.id!r}")
-            stream = getattr(sample, name)
-            if not bool(torch.isfinite(stream[sample.mask > 0]).all()):
-                raise refuse(OP, name, "finite numbers where mask > 0", f"others in sample {sample.id!r}")
+            values = stream[sample.mask > 0]
+            if bool((values.isnan() | (values == torch.inf)).any()) or (
+                name == "advantages" and bool(values.isinf().any())
+            ):
+                raise NonFiniteError(f"{OP}: {name}: want finite numbers where mask > 0; got others, {sample.id!r}")
 
 
 def normaliser(objective: Objective, samples: Sequence[Sample]) -> float:

@@ -13,16 +13,13 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from m3.train.objective import NonFiniteError
 from m3.train.policy_model import PolicyModel
 from m3kernels.checks import refuse
 from m3kernels.policy_loss.types import check_choice
 
 SCHEDULES = ("constant", "cosine", "linear")
 SEPARATOR = "|"  # between a parameter's name and its moment's, in a checkpoint; no parameter's name has one
-
-
-class NonFiniteError(RuntimeError):
-    """A loss or a gradient is nan or inf; the message says where, and where the batch was saved."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -8,7 +8,6 @@ ratio of the new policy to the old one would be noise.
 from __future__ import annotations
 
 import dataclasses
-import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -164,26 +163,13 @@ class PolicyModel(nn.Module):
         return dict(revert_weight_conversion(self.causal, self._merged()))
 
     def save(self, folder: str | Path) -> None:
-        """A Hugging Face checkpoint, adapters merged, tokenizer beside it. Appears under its name when complete.
-
-        What stood there before is replaced; a process killed in that moment leaves it as ``<name>.old``.
-        """
+        """Write a Hugging Face checkpoint, adapters merged, tokenizer beside it; ``checkpoint.export`` does it whole."""
         folder = Path(folder)
-        part, old = folder.with_name(folder.name + ".part"), folder.with_name(folder.name + ".old")
-        shutil.rmtree(part, ignore_errors=True)
-        self.causal.save_pretrained(part, state_dict=self._merged())
+        self.causal.save_pretrained(folder, state_dict=self._merged())
         for pattern in TOKENIZER_FILES if self.source is not None else ():
             for path in self.source.glob(pattern):  # type: ignore[union-attr]
                 if path.is_file():
-                    shutil.copy(path, part / path.name)
-        for path in part.iterdir():
-            _to_disk(path)
-        if folder.exists():
-            shutil.rmtree(old, ignore_errors=True)
-            folder.rename(old)
-        part.rename(folder)
-        _to_disk(folder.parent)
-        shutil.rmtree(old, ignore_errors=True)
+                    shutil.copy(path, folder / path.name)
 
     @torch.no_grad()
     def _merged(self) -> dict[str, Tensor]:
@@ -196,7 +182,8 @@ class PolicyModel(nn.Module):
                 continue
             layer = modules[name.rpartition(".")[0].removesuffix(".base_layer")]
             adapted = name.endswith(".base_layer.weight")
-            found[name.replace(".base_layer.", ".")] = tensor + layer.get_delta_weight("default") if adapted else tensor
+            delta = layer.get_delta_weight("default").to(tensor.dtype) if adapted else None
+            found[name.replace(".base_layer.", ".")] = tensor if delta is None else tensor + delta
         return found
 
     @torch.no_grad()
@@ -239,12 +226,3 @@ def _adapted(causal: Any, lora: LoraConfig) -> Any:
         r=lora.rank, lora_alpha=lora.alpha, target_modules=target, lora_dropout=0.0, task_type="CAUSAL_LM"
     )
     return peft.get_peft_model(causal, config).get_base_model()
-
-
-def _to_disk(path: Path) -> None:
-    """Wait until a file, or a folder's list of names, is on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
