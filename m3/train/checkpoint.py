@@ -46,52 +46,60 @@ class DamagedCheckpointWarning(UserWarning):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Moment:
+    """What must be taken between two steps, before the source begins its next batch; everything else waits till then.
+
+    Args:
+        step: steps done.
+        source: ``Source.state()``: JSON.
+        rng: of torch's generators, by device ("cpu", "cuda:0"); python_rng: of ``random``.
+    """
+
+    step: int
+    source: Mapping[str, Any]
+    rng: Mapping[str, Tensor]
+    python_rng: tuple[Any, ...]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class State:
     """Everything that the rest of a run follows from.
 
     Args:
-        step: steps done. updates: of the optimiser, done.
+        updates: of the optimiser, done.
         model, optimizer: as ``PolicyModel.trained`` and ``Optimizer.tensors`` give them.
-        source: ``Source.state()``: JSON.
-        rng: of torch's generators, by device ("cpu", "cuda:0"); python_rng: of ``random``.
         run: settings of the run: JSON. machine: what may move the last bits (threads, torch): JSON.
     """
 
-    step: int
+    moment: Moment
     updates: int
     model: Mapping[str, Tensor]
     optimizer: Mapping[str, Tensor]
-    source: Mapping[str, Any]
-    rng: Mapping[str, Tensor]
-    python_rng: tuple[Any, ...]
     run: Mapping[str, Any]
     machine: Mapping[str, Any]
 
 
 def machine() -> dict[str, Any]:
     """What the last bits of a number depend on, beside the run's settings."""
-    return {
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "cpu": torch.backends.cpu.get_cpu_capability(),
-    }
+    cpu = torch.backends.cpu.get_cpu_capability()
+    return {"threads": torch.get_num_threads(), "torch": torch.__version__, "cpu": cpu}
 
 
-def state_of(
-    model: PolicyModel, optimizer: Optimizer, *, step: int, source: Mapping[str, Any], run: Mapping[str, Any]
-) -> State:
-    """The state of one process; its tensors share memory with model and optimizer."""
+def moment(step: int, source: Mapping[str, Any]) -> Moment:
+    """This one."""
     rng = {"cpu": torch.get_rng_state()}
     if torch.cuda.is_initialized():
         rng |= {f"cuda:{index}": value for index, value in enumerate(torch.cuda.get_rng_state_all())}
+    return Moment(step=step, source=json.loads(json.dumps(source)), rng=rng, python_rng=random.getstate())
+
+
+def state_of(model: PolicyModel, optimizer: Optimizer, moment: Moment, run: Mapping[str, Any]) -> State:
+    """The state of one process; its tensors share memory with model and optimizer."""
     return State(
-        step=step,
+        moment=moment,
         updates=optimizer.updates,
         model={name: one.detach() for name, one in model.trained()},
         optimizer=optimizer.tensors(),
-        source=source,
-        rng=rng,
-        python_rng=random.getstate(),
         run=run,
         machine=machine(),
     )
@@ -114,11 +122,11 @@ def restore(state: State, model: PolicyModel, optimizer: Optimizer) -> None:
     with torch.no_grad():
         for name, parameter in found.items():
             parameter.copy_(state.model[name])
-    torch.set_rng_state(state.rng["cpu"])
-    for device, value in state.rng.items():
+    torch.set_rng_state(state.moment.rng["cpu"])
+    for device, value in state.moment.rng.items():
         if device != "cpu" and torch.cuda.is_available():
             torch.cuda.set_rng_state(value, device)
-    version, words, gauss = state.python_rng
+    version, words, gauss = state.moment.python_rng
     random.setstate((version, tuple(words), gauss))
 
 
@@ -134,20 +142,25 @@ def write(folder: str | Path, state: State, *, keep: int = 2) -> Path:
     if keep < 1:
         raise refuse(OP, "keep", "at least 1", keep)
     folder = Path(folder)
-    name = f"step-{state.step:06d}"
+    moment = state.moment
+    name = f"step-{moment.step:06d}"
     part, path = folder / f".writing-{name}", folder / name
     folder.mkdir(parents=True, exist_ok=True)
     sweep(folder)
     try:
         part.mkdir()
-        for file, tensors in ((MODEL, state.model), (OPTIMIZER, state.optimizer), (RNG, state.rng)):
+        for file, tensors in ((MODEL, state.model), (OPTIMIZER, state.optimizer), (RNG, moment.rng)):
             save_file({key: value.detach().cpu().contiguous() for key, value in tensors.items()}, part / file)
         plain = {
-            field.name: getattr(state, field.name)
-            for field in dataclasses.fields(state)
-            if field.name not in ("model", "optimizer", "rng")
+            "format": FORMAT,
+            "step": moment.step,
+            "updates": state.updates,
+            "source": moment.source,
+            "python_rng": moment.python_rng,
+            "run": state.run,
+            "machine": state.machine,
         }
-        _write_json(part / STATE, {"format": FORMAT, **plain})
+        _write_json(part / STATE, plain)
         for file in FILES:
             to_disk(part / file)
         _write_json(part / MANIFEST, {file: _described(part / file) for file in FILES})
@@ -160,7 +173,7 @@ def write(folder: str | Path, state: State, *, keep: int = 2) -> Path:
     except BaseException:
         shutil.rmtree(part, ignore_errors=True)
         raise
-    for _, old in [one for one in _all(folder) if one[0] < state.step][keep - 1 :]:
+    for _, old in [one for one in _all(folder) if one[0] < moment.step][keep - 1 :]:
         _remove(old)
     return path
 
@@ -176,11 +189,14 @@ def load(path: str | Path) -> State:
     path = Path(path)
     verify(path)
     plain = json.loads((path / STATE).read_bytes())
-    if plain.pop("format") != FORMAT:
+    if plain["format"] != FORMAT:
         raise refuse(OP, f"{path / STATE}: format", f"{FORMAT}, of this version", "another")
-    plain["python_rng"] = tuple(plain["python_rng"])
     model, optimizer, rng = (load_file(path / file) for file in (MODEL, OPTIMIZER, RNG))
-    return State(model=model, optimizer=optimizer, rng=rng, **plain)
+    place = Moment(step=plain["step"], source=plain["source"], rng=rng, python_rng=tuple(plain["python_rng"]))
+    return State(
+        moment=place, updates=plain["updates"], model=model, optimizer=optimizer, run=plain["run"],
+        machine=plain["machine"],
+    )  # fmt: skip
 
 
 def verify(path: Path) -> None:

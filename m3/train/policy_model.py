@@ -163,7 +163,7 @@ class PolicyModel(nn.Module):
         return dict(revert_weight_conversion(self.causal, self._merged()))
 
     def save(self, folder: str | Path) -> None:
-        """Write a Hugging Face checkpoint, adapters merged, tokenizer beside it; ``checkpoint.export`` does it whole."""
+        """A Hugging Face checkpoint, adapters merged, tokenizer beside it. ``checkpoint.export`` leaves no torn one."""
         folder = Path(folder)
         self.causal.save_pretrained(folder, state_dict=self._merged())
         for pattern in TOKENIZER_FILES if self.source is not None else ():
