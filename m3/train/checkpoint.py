@@ -137,6 +137,7 @@ def write(folder: str | Path, state: State, *, keep: int = 2) -> Path:
     Raises:
         OSError: the disk is full, or worse; the older checkpoints are as they were, and no new one is there.
     """
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     if keep < 1:
@@ -170,8 +171,10 @@ def write(folder: str | Path, state: State, *, keep: int = 2) -> Path:
             _remove(path)
         part.rename(path)
         to_disk(folder)
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(part, ignore_errors=True)
+        if isinstance(error, SafetensorError):
+            raise OSError(f"{OP}: {path}: {error}") from error
         raise
     for _, old in [one for one in _all(folder) if one[0] < moment.step][keep - 1 :]:
         _remove(old)

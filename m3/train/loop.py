@@ -20,6 +20,7 @@ import dataclasses
 import functools
 import json
 import math
+import random
 import resource
 import signal
 import sys
@@ -224,6 +225,7 @@ class Run:
         path = checkpoint.latest(out / CHECKPOINTS)
         if path is None:
             torch.manual_seed(config.seed)
+            random.seed(config.seed)
             self.resumed = False
         else:
             self._resume(path)
