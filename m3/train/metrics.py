@@ -140,12 +140,14 @@ def load_batch(path: str | Path) -> tuple[list[Sample], str]:
 def told_by(samples: Sequence[Sample]) -> dict[str, float]:
     """What the samples of a step say of themselves: counts, and means of what all of them have.
 
+    ``tokens_packed`` are all tokens, ``tokens_drawn`` those that count (the loss's own ``tokens`` counts them anew in
+    each epoch).
     ``advantage`` and ``sampler_gap`` (nats by which a token was likelier to its sampler than to the trainer) are means
     over the tokens that count.
     """
     drawn = sum(sample.drawn for sample in samples)
     tokens = sum(sample.tokens for sample in samples)
-    found: dict[str, float] = {"samples": len(samples), "tokens": tokens, "tokens_drawn": drawn}
+    found: dict[str, float] = {"samples": len(samples), "tokens_packed": tokens, "tokens_drawn": drawn}
     rewards = [sample.reward for sample in samples if sample.reward is not None]
     if rewards:
         found["reward"] = math.fsum(rewards) / len(rewards)

@@ -6,6 +6,7 @@ import asyncio
 import dataclasses
 import json
 import multiprocessing
+import os
 import resource
 import signal
 from pathlib import Path
@@ -64,7 +65,9 @@ def unbroken(tmp_path_factory, processes, llama):
 
 
 # -- interrupted ------------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize(("name", "at"), [("spar", 3), ("spar", 5), ("clip-forward-kl", 4), ("mopd", 4)])
+@pytest.mark.parametrize(
+    ("name", "at"), [("spar", 5), ("clip-forward-kl", 3), pytest.param("mopd", 4, marks=pytest.mark.slow)]
+)
 def test_six_steps_are_three_kill_three(processes, unbroken, llama, tmp_path, name, at):
     assert apart(processes, llama[0], tmp_path, name, {at: signal.SIGKILL}, **UPDATES[name]) == -9
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-000003"]
@@ -81,11 +84,11 @@ def test_the_weights_moved_and_every_step_has_its_line(unbroken, llama):
 
 
 def test_sigterm_gives_the_batch_up_checkpoints_and_ends_with_143(processes, unbroken, llama, tmp_path):
-    assert apart(processes, llama[0], tmp_path, "mopd", {4: signal.SIGTERM}) == 143
+    assert apart(processes, llama[0], tmp_path, "clip-forward-kl", {4: signal.SIGTERM}) == 143
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["step-000003", "step-000004"]
     assert not (tmp_path / MODEL).exists()
-    assert apart(processes, llama[0], tmp_path, "mopd") == 0
-    assert left(tmp_path) == unbroken("mopd")
+    assert apart(processes, llama[0], tmp_path, "clip-forward-kl") == 0
+    assert left(tmp_path) == unbroken("clip-forward-kl")
 
 
 def test_sigint_is_heard_and_the_handlers_are_given_back(llama, tmp_path):
@@ -98,15 +101,17 @@ def test_sigint_is_heard_and_the_handlers_are_given_back(llama, tmp_path):
 
 def test_a_signal_during_an_update_lets_the_step_end(llama, tmp_path):
     model = PolicyModel.load(llama[0])
+    source = DrawnSource(OBJECTIVES["mopd"], model)
 
-    class Told(DrawnSource):
-        async def updated(self, step: int, version: int) -> None:
-            await super().updated(step, version)
-            if step == 1:
-                signal.raise_signal(signal.SIGTERM)
+    def heard_in_the_second_step(*call: object) -> None:
+        if source.versions[-1] == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+            source.versions.append(-1)
 
-    ended = asyncio.run(train(Told(OBJECTIVES["mopd"], model), model, config(), tmp_path))
+    model.register_forward_hook(heard_in_the_second_step)
+    ended = asyncio.run(train(source, model, config(), tmp_path))
     assert (ended.step, ended.signal) == (2, signal.SIGTERM)
+    assert checkpoint.load(tmp_path / "checkpoints" / "step-000002").updates == 2
 
 
 def test_another_number_of_threads_is_told(llama, tmp_path):
@@ -124,7 +129,7 @@ def test_a_run_with_other_settings_is_refused(llama, tmp_path):
     run(llama[0], tmp_path, "mopd", steps=1)
     with pytest.raises(ValueError, match=r"settings of this one; it has .*steps = 1"):
         run(llama[0], tmp_path, "mopd", steps=2)
-    with pytest.raises(ValueError, match="objective = 'policy"):
+    with pytest.raises(ValueError, match=r"objective = .policy ratio_level=.token. clip=.none."):
         run(llama[0], tmp_path, "spar", steps=1)
 
 
@@ -208,11 +213,11 @@ def test_a_loss_that_is_not_finite_stops_the_run_before_its_update(llama, tmp_pa
 
 # -- what a step is made of -------------------------------------------------------------------------------------------
 def one_step(folder: Path, out: Path, spec: Objective, streams: tuple[str, ...], **more) -> tuple[PolicyModel, dict]:
-    """(model, metrics) after one step at a rate at which the order of sums does not show."""
+    """(model, metrics) after one step; with such an eps an update does not magnify the rounding of small gradients."""
     model = PolicyModel.load(folder)
     source = DrawnSource(spec, model, streams=streams)
     changes = {name: more.pop(name) for name in ("minibatches", "epochs", "max_tokens") if name in more}
-    optim = OptimConfig(lr=1e-3)
+    optim = OptimConfig(lr=1e-3, eps=1e-3)
     asyncio.run(train(source, model, config(steps=1, optim=optim, **changes), out, **more))
     return model, read_metrics(out / "metrics.jsonl")[0]
 
@@ -243,7 +248,7 @@ def test_old_logprobs_of_the_trainer_are_those_that_a_sample_would_bring(llama, 
 
     model = PolicyModel.load(llama[0])
     source = Filled(spec, model, streams=without("old_logprobs"))
-    small = config(steps=1, minibatches=2, optim=OptimConfig(lr=1e-3))
+    small = config(steps=1, minibatches=2, optim=OptimConfig(lr=1e-3, eps=1e-3))
     asyncio.run(train(source, model, small, tmp_path / "told"))
     other, _ = one_step(llama[0], tmp_path / "own", spec, without("old_logprobs"), minibatches=2)
     for (name, a), (_, b) in zip(model.trained(), other.trained(), strict=True):
@@ -300,7 +305,8 @@ def test_the_files_of_a_run(llama, tmp_path):
     assert text.count("==== ") == 4 and "-- policy: step 0" in text and "advantage" in text
     metrics, timings = (read_metrics(tmp_path / name)[1] for name in ("metrics.jsonl", "timings.jsonl"))
     assert "draw_seconds" in timings and "draw_seconds" not in metrics
-    assert timings["tokens_per_second"] > 0 and metrics["samples"] == 5 and metrics["tokens"] == 28
+    assert timings["tokens_per_second"] > 0 and metrics["samples"] == 5 and metrics["tokens_packed"] == 48
+    assert metrics["tokens"] == metrics["tokens_drawn"] < 48
 
 
 def test_a_batch_of_too_few_samples_for_its_minibatches(llama, tmp_path):

@@ -145,5 +145,3 @@ def write_until_killed(folder: str, size: int) -> None:
     while True:
         step += 1
         checkpoint.write(folder, state(step, size))
-
-
