@@ -221,6 +221,7 @@ class Run:
         self.optimizer = Optimizer(model, config.optim)
         spec = self.objective.spec.to_text()
         self.settings = {**config.deciding(), "objective": f"{spec} {self.objective.aggregation}"}
+        self.settings["frozen"] = model.frozen()
         self.step, self.written = 0, -1
         path = checkpoint.latest(out / CHECKPOINTS)
         if path is None:

@@ -8,6 +8,7 @@ ratio of the new policy to the old one would be noise.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,6 +24,7 @@ from m3kernels.policy_loss import linear_logprobs
 TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "chat_template*", "vocab.json", "merges.txt", "*.model")
 HEAD_ERROR = 1e-3  # nats, in fp32: what the head read as linear may differ from the model's own logits
 WIDEST_CHECKED = 8  # tokens of that comparison
+FINGERPRINT = 64  # first values of each frozen parameter
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -73,9 +75,9 @@ class PolicyModel(nn.Module):
         self.source = None if source is None else Path(source)
         self.train(gradient_checkpointing)  # the only thing that the mode decides here
         if gradient_checkpointing:
-            self.causal.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-            if lora is not None:
-                self.causal.enable_input_require_grads()
+            later = getattr(self.causal, "activation_checkpointing_enable", None)  # its name in newer transformers
+            enable = later or self.causal.gradient_checkpointing_enable
+            enable({"use_reentrant": False})
         if not next(self.causal.parameters()).is_meta:
             self._check_head()
 
@@ -152,6 +154,17 @@ class PolicyModel(nn.Module):
     def trained(self) -> Iterator[tuple[str, nn.Parameter]]:
         """The parameters that learn, by the name that they have in ``causal``; a tied one once."""
         return ((name, one) for name, one in self.causal.named_parameters() if one.requires_grad)
+
+    def frozen(self) -> str:
+        """Fingerprint of the parameters that do not learn (names, shapes, first values); "" where all of them do."""
+        digest, count = hashlib.sha256(), 0
+        for name, one in self.causal.named_parameters():
+            if not one.requires_grad:
+                count += 1
+                digest.update(f"{name} {tuple(one.shape)}".encode())
+                if not hasattr(one, "full_tensor"):
+                    digest.update(one.detach().flatten()[:FINGERPRINT].double().cpu().numpy().tobytes())
+        return digest.hexdigest() if count else ""
 
     def tensors(self) -> dict[str, Tensor]:
         """Weights by their names in a Hugging Face checkpoint, adapters merged: for an engine's update_weights.

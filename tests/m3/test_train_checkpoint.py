@@ -54,15 +54,19 @@ def test_killed_at_ten_moments_of_writing_there_is_always_one_to_load(processes,
     assert steps == sorted(set(steps)) and torn >= 5
 
 
-@pytest.mark.parametrize("limit", [100, 10_000, 40_500, 81_000], ids=["model", "state", "optimizer", "a-few-bytes"])
-def test_a_full_disk_leaves_the_older_one_and_nothing_else(tmp_path, limit):
-    """A file may have so many bytes: the write fails at another file each time."""
+@pytest.mark.parametrize(
+    "sizes",
+    [dict(size=9_000), dict(size=10, moments=9_000), dict(size=10, text=40_000)],
+    ids=["model", "optimizer", "state"],
+)
+def test_a_full_disk_leaves_the_older_one_and_nothing_else(tmp_path, sizes):
+    """No file may have more than 30 kB: the write fails at another file each time."""
     checkpoint.write(tmp_path, state(1, 100))
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, hard))
     try:
         with pytest.raises(OSError, match="too large"):
-            checkpoint.write(tmp_path, state(2, 20_500))
+            checkpoint.write(tmp_path, state(2, **sizes))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert [path.name for path in tmp_path.iterdir()] == ["step-000001"]

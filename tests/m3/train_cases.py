@@ -124,14 +124,14 @@ def run_apart(folder: str, out: str, objective: str, at: dict[int, int], changes
     sys.exit(0 if ended.signal is None else 128 + ended.signal)
 
 
-def state(step: int, size: int) -> checkpoint.State:
-    """All of its numbers are ``step``."""
-    filled = torch.full((size,), float(step))
-    moment = checkpoint.moment(step, {"step": step, "text": "x" * size})
+def state(step: int, size: int, *, moments: int | None = None, text: int = 0) -> checkpoint.State:
+    """All of its numbers are ``step``: ``size`` weights, as many moments unless told otherwise, and a text."""
+    moment = checkpoint.moment(step, {"step": step, "text": "x" * text})
+    filled = torch.full((size if moments is None else moments,), float(step))
     return checkpoint.State(
         moment=moment,
         updates=step,
-        model={"weight": filled},
+        model={"weight": torch.full((size,), float(step))},
         optimizer={"weight|exp_avg": filled, "weight|step": torch.tensor(float(step))},
         run={"step": step},
         machine=checkpoint.machine(),
