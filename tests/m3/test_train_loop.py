@@ -154,6 +154,21 @@ def test_the_end_of_the_source_is_the_end(llama, tmp_path):
     assert all(torch.equal(value, loaded.tensors()[name]) for name, value in model.tensors().items())
 
 
+def test_what_a_source_raises_ends_the_run_with_a_checkpoint(llama, tmp_path):
+    model = PolicyModel.load(llama[0])
+
+    class Failing(DrawnSource):
+        async def batch(self, step: int) -> StepBatch | None:
+            if step == 2:
+                raise ConnectionError("the judge is gone")
+            return await super().batch(step)
+
+    with pytest.raises(ConnectionError, match="the judge is gone"):
+        asyncio.run(train(Failing(OBJECTIVES["mopd"], model), model, config(), tmp_path))
+    assert checkpoint.latest(tmp_path / "checkpoints").name == "step-000002"
+    assert run(llama[0], tmp_path, "mopd").step == 6
+
+
 def test_a_full_disk_ends_the_run_and_leaves_the_last_checkpoint(llama, tmp_path):
     run(llama[0], tmp_path, "mopd", steps=3, optim=OptimConfig())
     before = {path.name: path.read_bytes() for path in (tmp_path / "checkpoints" / "step-000003").iterdir()}
@@ -299,7 +314,7 @@ def test_microbatches_of_a_step_add_up(llama, tmp_path):
 
 def test_the_files_of_a_run(llama, tmp_path):
     run(llama[0], tmp_path, "spar", steps=2)
-    names = ["checkpoints", "metrics.jsonl", "model", "samples", "timings.jsonl"]
+    names = ["checkpoints", "metrics.jsonl", "model", "run.lock", "samples", "timings.jsonl"]
     assert sorted(path.name for path in tmp_path.iterdir()) == names
     text = (tmp_path / "samples" / "step-000002.txt").read_text()
     assert text.count("==== ") == 4 and "-- policy: step 0" in text and "advantage" in text
