@@ -231,8 +231,9 @@ class Run:
             random.seed(config.seed)
         else:
             self._resume(path)
-        self.log = RunLog(out, step=self.step, decode=decode, tensorboard=config.tensorboard) if self._first else None
         self.moment = checkpoint.moment(self.step, source.state())
+        board = config.tensorboard
+        self.log = RunLog(out, step=self.step, decode=decode, tensorboard=board) if self._first else None
 
     @property
     def _first(self) -> bool:
