@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from train_cases import OBJECTIVES, PRELOADED, STREAMS, DrawnSource, config, run, run_apart
+from train_cases import OBJECTIVES, PRELOADED, STREAMS, DrawnSource, config, run, run_apart, with_one_thread
 
 from m3.train import checkpoint, objective
 from m3.train.loop import MODEL, train
@@ -23,6 +23,8 @@ from m3.train.optim import OptimConfig
 from m3.train.policy_model import PolicyModel
 from m3.train.stage import Objective, StepBatch
 from m3kernels.policy_loss import LossSpec
+
+one_thread = pytest.fixture(autouse=True, scope="module")(with_one_thread)
 
 UPDATES = {"spar": {"minibatches": 2, "epochs": 2}, "mopd": {}, "clip-forward-kl": {}}
 
