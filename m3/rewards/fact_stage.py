@@ -28,7 +28,7 @@ class FactAwareReward:
     """The ``StageReward`` of a task's reward and the facts of the policy's messages in that stage.
 
     V_k of the gate stays the task's. A reward below 0 is held at 0 (ours: SPAR would raise a negative one by a penalty;
-    Eq 14 reaches -0.053, at a task reward of 0.93 with every claim refuted).
+    Eq 14 reaches -0.052, at a task reward of 0.927 with every claim refuted).
 
     Args:
         task: R_task.

@@ -60,6 +60,9 @@ class TaskRLConfig:
     def __post_init__(self) -> None:
         if self.pipeline.rollouts < 2:
             raise refuse("TaskRLConfig", "pipeline.rollouts", "at least 2: advantages are relative to a group", 1)
+        if self.pipeline.pool < self.groups * self.pipeline.carry:
+            want = f"at least {self.groups * self.pipeline.carry}: all that a step may carry to one stage"
+            raise refuse("TaskRLConfig", "pipeline.pool", want, self.pipeline.pool)
         if self.resample < 0:
             raise refuse("TaskRLConfig", "resample", "an integer >= 0", self.resample)
 
