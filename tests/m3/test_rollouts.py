@@ -21,6 +21,7 @@ from m3.environment.episode import Said, open_stage, run_inquiry, run_stage, vie
 from m3.environment.patient import ScriptedPatient
 from m3.environment.segment import Segment
 from m3.environment.trajectory import Message, Trajectory
+from m3.models.hub import resolve
 from m3.models.tokenizer import Tokenizer
 from m3.rewards.spans import SpanReward
 from m3.rollout.chat import ChatError, Failure
@@ -89,6 +90,21 @@ def test_where_the_tokenizer_is_stable_the_stream_is_one_rendering(letters):
         messages += [drawn(asked, given, [*letters.encode(asked), END], turn=turn), user(told, turn + 1)]
     stream, given = prompt_ids(letters, messages)
     assert [*stream, *given] == letters.chat([{"role": m.role, "content": m.content} for m in messages])
+
+
+def test_a_template_may_change_what_was_said_before(folder, letters):
+    """Some trim, and leave the thoughts of earlier messages out: what was drawn stays what it was."""
+    tokenizer = Tokenizer(folder)
+    tokenizer.template = (
+        "{% for m in messages %}<s>{{ m['role'][0] }}:"
+        "{{ (m['content'] if loop.last else m['content'].split('|')[-1]) | trim }}</s>{% endfor %}"
+        "{% if add_generation_prompt %}<s>a:{% endif %}"
+    )
+    _, first = prompt_ids(tokenizer, [user(" Hi ")])
+    said = drawn("well|Pain?", first, [*letters.encode(" well|Pain? "), END])
+    stream, given = prompt_ids(tokenizer, [user(" Hi "), said, user("Yes ", 1)])
+    assert spelled(letters, stream) == "<s>u:Hi</s><s>a: well|Pain? </s>"
+    assert spelled(letters, given) == "<s>u:Yes</s><s>a:"
 
 
 def test_messages_without_tokens_are_given(letters):
@@ -320,3 +336,30 @@ def test_a_segment_without_tokens_is_no_sample():
     trajectory = Trajectory(case="c", case_version=1, policy="p", seed=0, messages=(user("Hi"), plain))
     with pytest.raises(ValueError, match="token ids of each message"):
         sample_of(segment_of(trajectory), temperature=1.0)
+
+
+@pytest.mark.slow
+def test_a_consultation_of_smollm2_is_one_stream_that_the_trainer_reads_alike():
+    folder = resolve("SmolLM2-135M-Instruct")
+
+    async def main() -> tuple[Message, ...]:
+        async with AsyncEngine.from_model(folder) as engine:
+            physician = EnginePhysician(engine, "smollm2", max_tokens=60)
+            messages = (user("My chest hurts. Please ask me one short question."),)
+            for turn in range(4):
+                said = await physician.act(view_of(CASE), messages, Phase.inquiry, turn)
+                message = said.message(turn=turn, phase=Phase.inquiry, action=None)
+                messages = (*messages, message, user("Yes, since this morning. Ask me another.", turn + 1))
+            return messages
+
+    messages = asyncio.run(main())
+    trajectory = Trajectory(case="c", case_version=1, policy="p", seed=0, messages=messages)
+    sample = sample_of(segment_of(trajectory), temperature=1.0)
+    tokenizer = Tokenizer(folder)
+    rows = [{"role": m.role, "content": m.content} for m in messages[:-1]]
+    text = tokenizer.fast.decode(sample.ids.tolist(), skip_special_tokens=False)
+    assert tokenizer.render(rows, add_generation_prompt=False).startswith(text)
+    found = PolicyModel.load(folder).logprobs(pack([sample]))
+    torch.testing.assert_close(found, sample.sampler_logprobs, atol=1e-3, rtol=0)
+    finished = {Said.of(message).finish for message in messages[1::2]}
+    assert finished == {"stop"}  # it draws the template's own end of a message

@@ -505,8 +505,9 @@ def learn(folder: Path, out: Path, steps: int) -> dict[str, torch.Tensor]:
             rewards = dict.fromkeys(Phase, LowerCase())
             source = TaskRL(CASES, consultation, rewards, physician, model.tensors, config)
             plan = TrainConfig(
-                steps=steps, optim=OptimConfig(lr=1e-2), checkpoint_every=2, samples_every=1, tensorboard=False
-            )
+                steps=steps, max_tokens=700, optim=OptimConfig(lr=1e-2), checkpoint_every=2, samples_every=1,
+                tensorboard=False,
+            )  # fmt: skip
             await train(source, model, plan, out, decode=engine.tokenizer.decode)
             await source.close()
         return {name: tensor.clone() for name, tensor in model.tensors().items()}
