@@ -21,6 +21,7 @@ from m3.rollout.chat import ChatError, Failure
 from m3.train.policy_model import PolicyModel
 from m3.train.rollouts import EnginePhysician
 from m3.train.streams import Sample, microbatches, pack
+from m3.train.together import together
 from m3kernels.checks import refuse
 
 MAX_TOKENS = 4096  # of a packed batch; ours: as the trainer's
@@ -75,7 +76,7 @@ class EngineTeacher:
         self._engine = engine
 
     async def logprobs(self, samples: Sequence[Sample]) -> list[Tensor]:
-        return await _together([self._of(sample) for sample in samples])
+        return await together([self._of(sample) for sample in samples])
 
     async def _of(self, sample: Sample) -> Tensor:
         _check_temperature("EngineTeacher", sample)
@@ -118,7 +119,7 @@ class ServedTeacher:
         self._client = openai.AsyncOpenAI(base_url=base_url, api_key=key, timeout=timeout, max_retries=max_retries)
 
     async def logprobs(self, samples: Sequence[Sample]) -> list[Tensor]:
-        return await _together([self._of(sample) for sample in samples])
+        return await together([self._of(sample) for sample in samples])
 
     async def close(self) -> None:
         """Close its connections."""
@@ -190,17 +191,8 @@ class SamplingTeacher:
 async def judged(stream: str, samples: Sequence[Sample], teacher: Teacher) -> list[Sample]:
     """The samples with the teacher's log-probabilities as their ``stream``."""
     found = await teacher.logprobs(samples)
-    return [dataclasses.replace(one, **{stream: told}) for one, told in zip(samples, found, strict=True)]
-
-
-async def _together(work: Sequence[Any]) -> list[Tensor]:
-    """What all of them give, in order; the first to fail ends the others."""
-    try:
-        async with asyncio.TaskGroup() as tasks:
-            done = [tasks.create_task(one) for one in work]
-    except BaseExceptionGroup as errors:
-        raise errors.exceptions[0] from None
-    return [task.result() for task in done]
+    changes: list[dict[str, Any]] = [{stream: told} for told in found]
+    return [dataclasses.replace(one, **change) for one, change in zip(samples, changes, strict=True)]
 
 
 def _check_temperature(op: str, sample: Sample) -> None:
