@@ -159,7 +159,7 @@ def test_who_drew_knows_what_it_drew(folder, model):
 def test_a_temperature_that_prompts_do_not_have_is_refused(folder, samples):
     hot = dataclasses.replace(samples[0], temperature=0.7)
     teacher = EngineTeacher(AsyncEngine.from_model(folder), "letters")
-    with pytest.raises(ValueError, match="temperature: want 1: .*; got 0.7 of sample"):
+    with pytest.raises(ValueError, match=r"temperature: want 1: .*; got 0.7 of sample"):
         asyncio.run(teacher.logprobs([hot]))
 
 
