@@ -161,7 +161,7 @@ def test_the_gradient_is_that_of_the_formula(folder):
     drawn = draw_samples("m", (9, 17, 12), streams=("advantages",))
     mixed = [
         dataclasses.replace(one, mask=(one.mask > 0).float(), domain="general",
-                            sampler_logprobs=model.logprobs(pack([one])) + 0.8 * torch.arange(-1, one.tokens - 1).sin())
+                            sampler_logprobs=model.logprobs(pack([one])) + 0.6 * torch.arange(-1, one.tokens - 1).sin())
         for one in drawn
     ]  # fmt: skip
     config = mopd.Config(alpha=0.5, weight_low=0.6, weight_high=1.5)
