@@ -143,7 +143,7 @@ class TrajectoryStore:
         Raises:
             ValueError: no sample, or one without log-probabilities of its teacher; another teacher than the domain's;
                 another process writes to the store.
-            OSError: the disk is full, or worse; the store is as it was.
+            OSError: the disk is full, or worse; the store on the disk is as it was. Open it anew.
         """
         from safetensors.torch import save
 
@@ -171,8 +171,12 @@ class TrajectoryStore:
             raise
         part.rename(self.folder / shard.file)
         self._sync_folder()
-        self._lines.append(dataclasses.asdict(shard))
-        self._lines.sync()
+        try:
+            self._lines.append(dataclasses.asdict(shard))
+            self._lines.sync()
+        except BaseException:
+            self._lines.close()  # half a line may be there: whoever opens the store anew cuts it off
+            raise
         self.shards.append(shard)
         return shard
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import resource
 import signal
 from pathlib import Path
 
@@ -156,6 +157,26 @@ def test_another_version_is_refused(tmp_path):
     file.close()
     with pytest.raises(ValueError, match="m3 trajectories 1"):
         TrajectoryStore(tmp_path)
+
+
+@pytest.mark.parametrize(("limit", "text"), [(300, 0), (6000, 9000)], ids=["shard", "manifest"])
+def test_a_full_disk_leaves_the_store_as_it_was(tmp_path, limit, text):
+    with TrajectoryStore(tmp_path) as store:
+        store.append("inquiry", drawn("x"), teacher="a", state={})
+    store = TrajectoryStore(tmp_path)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+    try:
+        with pytest.raises(OSError, match="too large"):
+            store.append("general", drawn("y"), teacher="b", state={"text": "x" * text})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    store.close()
+    with TrajectoryStore(tmp_path) as again:
+        assert [shard.file for shard in again.shards] == ["inquiry-000000.safetensors"]
+        again.append("general", drawn("y"), teacher="b", state={})
+    TrajectoryStore(tmp_path).verify()
+    assert not list(tmp_path.glob(".writing-*"))
 
 
 # -- kills ------------------------------------------------------------------------------------------------------------
