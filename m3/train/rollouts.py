@@ -82,6 +82,11 @@ class EnginePhysician:
         """All that decides a draw beside weights, prompt and seed."""
         return ", ".join(f"{name} {value}" for name, value in self._sampling.items() if name != "deadline")
 
+    @property
+    def filtered(self) -> bool:
+        """Whether it draws from less than the whole vocabulary."""
+        return (self._sampling["top_k"], self._sampling["top_p"], self._sampling["min_p"]) != (0, 1.0, 0.0)
+
     async def act(self, view: CaseView, messages: Sequence[Message], phase: Phase, seed: int) -> Said:
         """The next message. It sees instructions and the dialogue, nothing of the case.
 
