@@ -264,7 +264,7 @@ class Run:
     async def _go(self, signals: Signals, work: _Worker) -> Outcome:
         if self.resumed:
             await self.source.updated(self.step - 1, self.step)
-        while self.step < self.config.steps and not self.ranks.any(signals.first is not None):
+        while self.step < self.config.steps and not await self._stopped(signals, work):
             begun = time.monotonic()
             try:
                 batch = await self._batch(signals)
@@ -288,11 +288,15 @@ class Run:
                 await self._checkpoint(work)
             self.progress(self.step, self.config.steps, values)
         await self._checkpoint(work)
-        if self.ranks.any(signals.first is not None):
-            return Outcome(step=self.step, signal=signals.first, model=None)
+        if await self._stopped(signals, work):
+            return Outcome(step=self.step, signal=signals.first or signal.SIGTERM, model=None)
         folder = self.out / MODEL
         await work(functools.partial(self.ranks.export, self.model, folder))
         return Outcome(step=self.step, signal=None, model=folder)
+
+    async def _stopped(self, signals: Signals, work: _Worker) -> bool:
+        """Whether some rank has had a signal; the event loop goes on while they wait for one another."""
+        return await work(functools.partial(self.ranks.any, signals.first is not None))
 
     async def _batch(self, signals: Signals) -> StepBatch | None:
         """The next batch; None where there is no more, or a signal came first."""
@@ -376,10 +380,22 @@ class Run:
             total = objective.normaliser(self.objective, part)
             mine = self.ranks.microbatches(part, self.config.max_tokens)
             plan.append((total, [self._filled(one, lacking) for one in mine]))
-        for _, parts in plan:
-            for one in parts:
-                objective.check_streams(self.objective, one, self.config.updates_per_batch)
+        with self._together() as failures:
+            try:
+                for _, parts in plan:
+                    for one in parts:
+                        objective.check_streams(self.objective, one, self.config.updates_per_batch)
+            except (NonFiniteError, ValueError) as error:
+                failures.append(error)
         return plan
+
+    @contextlib.contextmanager
+    def _together(self) -> Iterator[list[Exception]]:
+        """Raises on all ranks after the block if some rank put an exception into the list: none waits for another."""
+        failures: list[Exception] = []
+        yield failures
+        if self.ranks.any(bool(failures)):
+            raise failures[0] if failures else NonFiniteError("another rank has stopped, and says why")
 
     def _filled(self, samples: list[Sample], lacking: Sequence[str]) -> list[Sample]:
         """A microbatch with the log-probabilities that some model here can give it."""
@@ -415,9 +431,11 @@ class Run:
                         self.objective, self.model, pack(part), total, workspace_bytes=self.config.workspace_bytes
                     )
                     value = float(loss.detach())
-                    if not math.isfinite(value):
-                        names = ", ".join(repr(sample.id) for sample in part[:3])
-                        raise NonFiniteError(f"loss: want a finite number; got {value} in microbatch {index} ({names})")
+                    with self._together() as failures:
+                        if not math.isfinite(value):
+                            names = ", ".join(repr(sample.id) for sample in part[:3])
+                            why = f"loss: want a finite number; got {value} in microbatch {index} ({names})"
+                            failures.append(NonFiniteError(why))
                     loss.backward()
                     sums.add(value, metrics)
                 rate = self.config.optim.rate(self.optimizer.updates, updates)
