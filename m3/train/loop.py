@@ -380,22 +380,20 @@ class Run:
             total = objective.normaliser(self.objective, part)
             mine = self.ranks.microbatches(part, self.config.max_tokens)
             plan.append((total, [self._filled(one, lacking) for one in mine]))
-        with self._together() as failures:
-            try:
-                for _, parts in plan:
-                    for one in parts:
-                        objective.check_streams(self.objective, one, self.config.updates_per_batch)
-            except (NonFiniteError, ValueError) as error:
-                failures.append(error)
+        failure: Exception | None = None
+        try:
+            for _, parts in plan:
+                for one in parts:
+                    objective.check_streams(self.objective, one, self.config.updates_per_batch)
+        except (NonFiniteError, ValueError) as error:
+            failure = error
+        self._stop_together(failure)
         return plan
 
-    @contextlib.contextmanager
-    def _together(self) -> Iterator[list[Exception]]:
-        """Raises on all ranks after the block if some rank put an exception into the list: none waits for another."""
-        failures: list[Exception] = []
-        yield failures
-        if self.ranks.any(bool(failures)):
-            raise failures[0] if failures else NonFiniteError("another rank has stopped, and says why")
+    def _stop_together(self, failure: Exception | None) -> None:
+        """Raises on all ranks what one of them has met, so that none waits for it."""
+        if self.ranks.any(failure is not None):
+            raise failure or NonFiniteError("another rank has stopped, and says why")
 
     def _filled(self, samples: list[Sample], lacking: Sequence[str]) -> list[Sample]:
         """A microbatch with the log-probabilities that some model here can give it."""
@@ -431,11 +429,9 @@ class Run:
                         self.objective, self.model, pack(part), total, workspace_bytes=self.config.workspace_bytes
                     )
                     value = float(loss.detach())
-                    with self._together() as failures:
-                        if not math.isfinite(value):
-                            names = ", ".join(repr(sample.id) for sample in part[:3])
-                            why = f"loss: want a finite number; got {value} in microbatch {index} ({names})"
-                            failures.append(NonFiniteError(why))
+                    names = ", ".join(repr(sample.id) for sample in part[:3])
+                    why = f"loss: want a finite number; got {value} in microbatch {index} ({names})"
+                    self._stop_together(None if math.isfinite(value) else NonFiniteError(why))
                     loss.backward()
                     sums.add(value, metrics)
                 rate = self.config.optim.rate(self.optimizer.updates, updates)
