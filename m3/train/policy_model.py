@@ -125,13 +125,12 @@ class PolicyModel(nn.Module):
         return LinearHead(weight=layer.weight, bias=getattr(layer, "bias", None), softcap=float(softcap))
 
     def forward(self, ids: Tensor, position_ids: Tensor) -> Tensor:
-        """(T, D) hidden states, normed, of packed ids (T,)."""
-        found = self.body(input_ids=ids[None], position_ids=position_ids[None], use_cache=False)
-        return found.last_hidden_state[0]
+        """(1, T, D) hidden states, normed, of packed ids (T,)."""
+        return self.body(input_ids=ids[None], position_ids=position_ids[None], use_cache=False).last_hidden_state
 
     def hidden(self, packed: Packed) -> Tensor:
         """(T, D) normed hidden states; those of a sequence are independent of its neighbours, but for rounding."""
-        return self(packed.ids.to(self.device), packed.position_ids.to(self.device))
+        return self(packed.ids.to(self.device), packed.position_ids.to(self.device))[0]
 
     @torch.no_grad()
     def logprobs(self, packed: Packed) -> Tensor:
@@ -205,7 +204,7 @@ class PolicyModel(nn.Module):
     def _check_head(self) -> None:
         head = self.head
         ids = torch.arange(min(WIDEST_CHECKED, len(head.weight)), device=self.device)
-        hidden = self(ids, torch.arange(len(ids), device=self.device))
+        hidden = self(ids, torch.arange(len(ids), device=self.device))[0]
         logits = self.causal(input_ids=ids[None], use_cache=False).logits[0].float()
         own = logits.log_softmax(-1).gather(1, ids[:, None])[:, 0]
         read = linear_logprobs(hidden, head.weight, ids, bias=head.bias, softcap=head.softcap).logprobs

@@ -94,28 +94,30 @@ def one_run(folder: Path, out: Path, ranks: Alone | Together, job: Mapping[str, 
     return asyncio.run(train(source, model, config(**job.get("changes", {})), out, ranks=ranks))
 
 
-def work(folder: str, out: str, job: Mapping[str, Any]) -> None:
-    """A job of this process: passes by name, or a run. What it found lies in ``out``, one file a rank."""
+def work(folder: str, out: str, jobs: Mapping[str, Mapping[str, Any]]) -> None:
+    """Jobs of this process by name, passes or runs, one after the other; each leaves a file of each rank in ``out``."""
     torch.set_num_threads(1)
     with joined() as ranks:
-        place = Path(out)
-        place.mkdir(parents=True, exist_ok=True)
-        for name in job.get("passes", ()):
-            torch.save(one_pass(Path(folder), ranks, name), place / f"{name}-{ranks.rank}.pt")
-        if "source" in job:
+        for name, job in jobs.items():
+            place = Path(out) / job.get("folder", name)
+            place.mkdir(parents=True, exist_ok=True)
+            if "source" not in job:
+                torch.save(one_pass(Path(folder), ranks, name), place / f"{ranks.rank}.pt")
+                continue
             try:
                 ended: dict[str, Any] = dataclasses.asdict(one_run(Path(folder), place, ranks, job))
             except NonFiniteError as error:
                 ended = {"error": str(error)}
-            (place / f"ended-{ranks.rank}.json").write_text(json.dumps(ended, default=str))
+            (Path(out) / name).mkdir(exist_ok=True)
+            (Path(out) / name / f"ended-{ranks.rank}.json").write_text(json.dumps(ended, default=str))
 
 
-def rank(number: int, size: int, port: int, folder: str, out: str, job: Mapping[str, Any]) -> None:
+def rank(number: int, size: int, port: int, folder: str, out: str, jobs: Mapping[str, Mapping[str, Any]]) -> None:
     """``work`` as torchrun starts it."""
     place = {"RANK": number, "LOCAL_RANK": number, "WORLD_SIZE": size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     os.environ |= {name: str(value) for name, value in place.items()}
-    work(folder, out, job)
+    work(folder, out, jobs)
 
 
-if __name__ == "__main__":  # folder, out, job
+if __name__ == "__main__":  # folder, out, jobs
     work(sys.argv[1], sys.argv[2], json.loads(sys.argv[3]))
