@@ -23,6 +23,7 @@ import asyncio
 import contextlib
 import dataclasses
 import datetime
+import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -159,6 +160,11 @@ class Together:
 
     def any(self, flag: bool) -> bool:
         return any(self._told(flag))
+
+    def mean(self, value: float | None, weight: float) -> float | None:
+        known = [(one, count) for one, count in self._told((value, weight)) if one is not None]
+        total = math.fsum(count for _, count in known)
+        return math.fsum(one * count for one, count in known) / total if total else None
 
     def _told(self, value: Any) -> list[Any]:
         """What each rank says."""

@@ -126,6 +126,10 @@ class Ranks(Protocol):
         """Whether it is true on some rank."""
         ...
 
+    def mean(self, value: float | None, weight: float) -> float | None:
+        """Of the values of all ranks by their weights; None where no rank has one."""
+        ...
+
     def state_of(
         self, model: PolicyModel, optimizer: Optimizer, moment: checkpoint.Moment, run: Mapping[str, Any]
     ) -> checkpoint.State:
@@ -154,6 +158,9 @@ class Alone:
 
     def any(self, flag: bool) -> bool:
         return flag
+
+    def mean(self, value: float | None, weight: float) -> float | None:
+        return value
 
     def state_of(
         self, model: PolicyModel, optimizer: Optimizer, moment: checkpoint.Moment, run: Mapping[str, Any]
@@ -346,14 +353,17 @@ class Run:
             save_batch(place, batch.samples, str(error))
             raise NonFiniteError(f"step {self.step + 1}: {error}; its batch is in {place}") from error
         done = time.monotonic()
+        own = told_by([sample for _, parts in plan for part in parts for sample in part])
+        told = own if self.ranks.size == 1 else told_by(batch.samples)
+        gap = self.ranks.mean(own.get("sampler_gap"), own["tokens_drawn"])  # old_logprobs are with each rank's own
         values = {
             "loss": sums.loss / self.config.updates_per_batch,
             "grad_norm": math.fsum(norms) / len(norms),
             "lr": rate,
-            **told_by([sample for _, parts in plan for part in parts for sample in part] if self.ranks.size == 1
-                      else batch.samples),
+            **told,
+            **({} if gap is None else {"sampler_gap": gap}),
             **sums.values(),
-        }  # fmt: skip
+        }
         double = sorted(values.keys() & batch.metrics.keys())
         if double:
             raise refuse("train", "metrics", "of the source, other names than the loop's own", f"{double}")
