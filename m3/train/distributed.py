@@ -11,6 +11,7 @@ weights    each parameter, its gradient and its moments are cut along their firs
            gathered where it is used; embedding, last norm and head once a pass, for the losses read the head's weight
 gradients  of the ranks are summed, not averaged: the normaliser of a loss is that of the whole batch (objective.py)
 batches    all ranks are given the same batch; the samples of an update are dealt to them by a fixed rule
+           (``Relayed``: rank 0 makes it). A model that judges samples may be sharded too
 files      rank 0 writes: metrics, the same checkpoints as those of one process, the exported weights. A run goes on
            with another number of ranks; its numbers differ by rounding alone. Ranks read one file system
 
@@ -171,6 +172,56 @@ class Together:
         found: list[Any] = [None] * self.size
         dist.all_gather_object(found, value, group=self.words)
         return found
+
+
+class Relayed:
+    """Rank 0's source for all ranks: it makes the batches (with an engine, say), the others are sent them.
+
+    Args:
+        source: of rank 0; None on the others.
+        model: whose ``tensors()`` the source reads, once in each ``updated``: the other ranks gather them with it.
+            None: the source does not read weights of a sharded model.
+    """
+
+    def __init__(
+        self, ranks: Together, objective: Objective, source: Source | None, *, model: PolicyModel | None = None
+    ) -> None:
+        if (source is None) != (ranks.rank > 0):
+            raise refuse(OP, "source", "a source on rank 0, None on the others", f"{source} on rank {ranks.rank}")
+        self.ranks, self.objective, self.source, self.model = ranks, objective, source, model
+
+    async def batch(self, step: int) -> StepBatch | None:
+        """Raises: what rank 0's source raises; on the other ranks a RuntimeError that tells it."""
+        batch, failure = None, None
+        if self.source is not None:
+            try:
+                batch = await self.source.batch(step)
+            except Exception as error:  # the others wait: told first, raised below
+                failure = error
+        told: list[Any] = [batch, None if failure is None else repr(failure)]
+        await asyncio.to_thread(dist.broadcast_object_list, told, src=0, group=self.ranks.words)
+        if failure is not None:
+            raise failure
+        if told[1] is not None:
+            raise RuntimeError(f"{OP}: the source of rank 0: {told[1]}")
+        return told[0]
+
+    async def updated(self, step: int, version: int) -> None:
+        if self.source is not None:
+            await self.source.updated(step, version)
+        elif self.model is not None:
+            await asyncio.to_thread(self.model.tensors)
+
+    def state(self) -> Mapping[str, Any]:
+        return {} if self.source is None else self.source.state()
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        if self.source is not None:
+            self.source.load_state(state)
+
+    async def close(self) -> None:
+        if self.source is not None:
+            await self.source.close()
 
 
 def dealt(samples: Sequence[Sample], max_tokens: int, ranks: int) -> list[list[list[Sample]]]:

@@ -419,12 +419,14 @@ class Run:
     def _judged(self, name: str, samples: list[Sample]) -> list[Sample]:
         """Each sample with the log-probabilities of the teacher of its domain; in the same order."""
         found = list(samples)
-        for domain in sorted({sample.domain for sample in samples}):
-            if domain in self.teachers:
-                places = [index for index, sample in enumerate(samples) if sample.domain == domain]
+        for domain in sorted(self.teachers):
+            places = [index for index, sample in enumerate(samples) if sample.domain == domain]
+            if places:
                 told = objective.with_logprobs(name, [samples[index] for index in places], self.teachers[domain])
                 for index, sample in zip(places, told, strict=True):
                     found[index] = sample
+            elif self.ranks.size > 1:  # a teacher that is sharded computes on all ranks together
+                self.teachers[domain].hidden(pack([min(samples, key=lambda sample: sample.tokens)]))
         return found
 
     def _update(self, plan: Sequence[tuple[float, list[list[Sample]]]]) -> tuple[MetricSum, list[float], float]:

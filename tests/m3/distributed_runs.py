@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 
 from m3.train import objective
-from m3.train.distributed import Together, joined
+from m3.train.distributed import Relayed, Together, joined
 from m3.train.loop import Alone, Outcome, train
-from m3.train.objective import MetricSum, NonFiniteError
+from m3.train.objective import MetricSum
 from m3.train.policy_model import LoraConfig, PolicyModel, whole
-from m3.train.stage import StepBatch
+from m3.train.stage import Source, StepBatch
 from m3.train.streams import pack
 from tests.m3.train_cases import OBJECTIVES, STREAMS, DrawnSource, config, draw_samples
 
@@ -65,7 +65,8 @@ class SteadySource(DrawnSource):
     """Batches that do not follow from the weights' last bits."""
 
     async def updated(self, step: int, version: int) -> None:
-        self.versions.append(version)
+        await super().updated(step, version)
+        self.seen = 0.0
 
 
 class SpoiltSource(SteadySource):
@@ -78,7 +79,16 @@ class SpoiltSource(SteadySource):
         return batch
 
 
-SOURCES = {"drawn": DrawnSource, "steady": SteadySource, "spoilt": SpoiltSource}
+class FailingSource(SteadySource):
+    """Has no third batch."""
+
+    async def batch(self, step: int) -> StepBatch | None:
+        if step == 2:
+            raise ValueError("the patient has left")
+        return await super().batch(step)
+
+
+SOURCES = {"drawn": DrawnSource, "steady": SteadySource, "spoilt": SpoiltSource, "failing": FailingSource}
 
 
 def one_run(folder: Path, out: Path, ranks: Alone | Together, job: Mapping[str, Any]) -> Outcome:
@@ -89,9 +99,21 @@ def one_run(folder: Path, out: Path, ranks: Alone | Together, job: Mapping[str, 
         ranks.shard(model)
     at = {job["at"]: 15} if "at" in job and ranks.rank == 0 else {}
     aim = OBJECTIVES[job["objective"]]
-    streams = tuple(name for name in STREAMS if name != "old_logprobs") if job.get("old") else STREAMS
-    source = SOURCES[job["source"]](aim, model, at=at, streams=streams)
-    return asyncio.run(train(source, model, config(**job.get("changes", {})), out, ranks=ranks))
+    streams = tuple(name for name in STREAMS if name not in job.get("lacking", ()))
+    own = SOURCES[job["source"]](aim, model, at=at, streams=streams)
+    source: Source = own
+    if job.get("relayed") and isinstance(ranks, Together):
+        source = Relayed(ranks, aim, own if ranks.rank == 0 else None, model=model)
+    teachers = {}
+    for seed, domain in enumerate(job.get("teachers", ()), 1):
+        teachers[domain] = PolicyModel.load(folder)
+        torch.manual_seed(seed)
+        torch.nn.init.normal_(teachers[domain].head.weight, std=0.2)
+        if isinstance(ranks, Together):
+            ranks.shard(teachers[domain])
+    return asyncio.run(
+        train(source, model, config(**job.get("changes", {})), out, ranks=ranks, teachers=teachers)
+    )
 
 
 def work(folder: str, out: str, jobs: Mapping[str, Mapping[str, Any]]) -> None:
@@ -106,7 +128,7 @@ def work(folder: str, out: str, jobs: Mapping[str, Mapping[str, Any]]) -> None:
                 continue
             try:
                 ended: dict[str, Any] = dataclasses.asdict(one_run(Path(folder), place, ranks, job))
-            except NonFiniteError as error:
+            except (RuntimeError, ValueError) as error:
                 ended = {"error": str(error)}
             (Path(out) / name).mkdir(exist_ok=True)
             (Path(out) / name / f"ended-{ranks.rank}.json").write_text(json.dumps(ended, default=str))

@@ -26,10 +26,16 @@ from tests.m3.distributed_runs import PASSES, one_pass, one_run, rank
 one_thread = pytest.fixture(autouse=True, scope="module")(with_one_thread)
 
 TWICE = {"minibatches": 2, "epochs": 2}
-RUN = {"objective": "spar", "source": "steady", "old": True, "changes": TWICE}
+RUN = {"objective": "spar", "source": "steady", "lacking": ["old_logprobs"], "changes": TWICE}
+TAUGHT = {
+    "objective": "mopd", "source": "steady", "lacking": ["teacher_logprobs", "ref_logprobs"],
+    "teachers": ["general", "inquiry"], "changes": {"steps": 2, "max_tokens": 12},
+}  # fmt: skip
 JOBS: dict[str, dict[str, Any]] = {
     "begun-by-two": {**RUN, "at": 2},
-    "begun-by-one": RUN,
+    "begun-by-one": {**RUN, "relayed": True},
+    "failing": {**RUN, "source": "failing", "relayed": True},
+    "taught": TAUGHT,
     "spoilt": {"objective": "spar", "source": "spoilt"},
 }
 EXACT = {"objective": "mopd", "source": "drawn"}
@@ -54,6 +60,7 @@ def one(llama, tmp_path_factory) -> Path:
     """The runs of one process."""
     out = tmp_path_factory.mktemp("one")
     one_run(llama[0], out / "whole", Alone(), RUN)
+    one_run(llama[0], out / "taught", Alone(), TAUGHT)
     return out
 
 
@@ -91,8 +98,9 @@ def ended(out: Path, name: str) -> list[dict[str, Any]]:
     return [json.loads((out / name / f"ended-{number}.json").read_text()) for number in (0, 1)]
 
 
-def state(out: Path, step: int = 6) -> dict[str, torch.Tensor]:
-    place = out / "checkpoints" / f"step-{step:06d}"
+def state(out: Path) -> dict[str, torch.Tensor]:
+    """Weights and moments of the last checkpoint."""
+    place = max((out / "checkpoints").iterdir())
     return load_file(place / "model.safetensors") | load_file(place / "optimizer.safetensors")
 
 
@@ -158,6 +166,18 @@ def test_what_one_rank_meets_stops_all(two):
     told = [end["error"] for end in ended(two, "spoilt")]
     assert sorted("advantages: want finite numbers" in text for text in told) == [False, True]
     assert sorted("another rank has stopped" in text for text in told) == [False, True]
+
+
+def test_teachers_that_are_sharded_judge_as_whole_ones(one, two):
+    assert [end["step"] for end in ended(two, "taught")] == [2, 2]
+    assert_same_run(two / "taught", one / "taught")
+
+
+def test_a_source_that_fails_on_rank_0_leaves_a_checkpoint(two):
+    told = [end["error"] for end in ended(two, "failing")]
+    again = "distributed: the source of rank 0: ValueError('the patient has left')"
+    assert told == ["the patient has left", again]
+    assert [path.name for path in (two / "failing" / "checkpoints").iterdir()] == ["step-000002"]
 
 
 @pytest.mark.slow
