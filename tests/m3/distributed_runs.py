@@ -111,9 +111,7 @@ def one_run(folder: Path, out: Path, ranks: Alone | Together, job: Mapping[str, 
         torch.nn.init.normal_(teachers[domain].head.weight, std=0.2)
         if isinstance(ranks, Together):
             ranks.shard(teachers[domain])
-    return asyncio.run(
-        train(source, model, config(**job.get("changes", {})), out, ranks=ranks, teachers=teachers)
-    )
+    return asyncio.run(train(source, model, config(**job.get("changes", {})), out, ranks=ranks, teachers=teachers))
 
 
 def work(folder: str, out: str, jobs: Mapping[str, Mapping[str, Any]]) -> None:
