@@ -37,7 +37,7 @@ from torch import Tensor
 from m3.train import checkpoint
 from m3.train.loop import Alone
 from m3.train.objective import MetricSum
-from m3.train.optim import Optimizer
+from m3.train.optim import SEPARATOR, Optimizer
 from m3.train.policy_model import PolicyModel, whole
 from m3.train.stage import Objective, Source, StepBatch
 from m3.train.streams import Sample, microbatches
@@ -126,7 +126,7 @@ class Together:
         _resharded(model)
         named = dict(model.trained())
         moments = {
-            key: self._cut(value, named.get(key.rpartition("|")[0]) if value.ndim else None)
+            key: self._cut(value, named.get(key.rpartition(SEPARATOR)[0]) if value.ndim else None)
             for key, value in state.optimizer.items()
         }
         weights = {name: self._cut(value, named.get(name)) for name, value in state.model.items()}
