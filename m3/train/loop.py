@@ -126,6 +126,10 @@ class Ranks(Protocol):
         """Whether it is true on some rank."""
         ...
 
+    def mean(self, value: float | None, weight: float) -> float | None:
+        """Of the values of all ranks by their weights; None where no rank has one."""
+        ...
+
     def state_of(
         self, model: PolicyModel, optimizer: Optimizer, moment: checkpoint.Moment, run: Mapping[str, Any]
     ) -> checkpoint.State:
@@ -154,6 +158,9 @@ class Alone:
 
     def any(self, flag: bool) -> bool:
         return flag
+
+    def mean(self, value: float | None, weight: float) -> float | None:
+        return value
 
     def state_of(
         self, model: PolicyModel, optimizer: Optimizer, moment: checkpoint.Moment, run: Mapping[str, Any]
@@ -264,7 +271,7 @@ class Run:
     async def _go(self, signals: Signals, work: _Worker) -> Outcome:
         if self.resumed:
             await self.source.updated(self.step - 1, self.step)
-        while self.step < self.config.steps and not self.ranks.any(signals.first is not None):
+        while self.step < self.config.steps and not await self._stopped(signals, work):
             begun = time.monotonic()
             try:
                 batch = await self._batch(signals)
@@ -288,11 +295,15 @@ class Run:
                 await self._checkpoint(work)
             self.progress(self.step, self.config.steps, values)
         await self._checkpoint(work)
-        if self.ranks.any(signals.first is not None):
-            return Outcome(step=self.step, signal=signals.first, model=None)
+        if await self._stopped(signals, work):
+            return Outcome(step=self.step, signal=signals.first or signal.SIGTERM, model=None)
         folder = self.out / MODEL
         await work(functools.partial(self.ranks.export, self.model, folder))
         return Outcome(step=self.step, signal=None, model=folder)
+
+    async def _stopped(self, signals: Signals, work: _Worker) -> bool:
+        """Whether some rank has had a signal; the event loop goes on while they wait for one another."""
+        return await work(functools.partial(self.ranks.any, signals.first is not None))
 
     async def _batch(self, signals: Signals) -> StepBatch | None:
         """The next batch; None where there is no more, or a signal came first."""
@@ -342,14 +353,17 @@ class Run:
             save_batch(place, batch.samples, str(error))
             raise NonFiniteError(f"step {self.step + 1}: {error}; its batch is in {place}") from error
         done = time.monotonic()
+        own = told_by([sample for _, parts in plan for part in parts for sample in part])
+        told = own if self.ranks.size == 1 else told_by(batch.samples)
+        gap = self.ranks.mean(own.get("sampler_gap"), own["tokens_drawn"])  # old_logprobs are with each rank's own
         values = {
             "loss": sums.loss / self.config.updates_per_batch,
             "grad_norm": math.fsum(norms) / len(norms),
             "lr": rate,
-            **told_by([sample for _, parts in plan for part in parts for sample in part] if self.ranks.size == 1
-                      else batch.samples),
+            **told,
+            **({} if gap is None else {"sampler_gap": gap}),
             **sums.values(),
-        }  # fmt: skip
+        }
         double = sorted(values.keys() & batch.metrics.keys())
         if double:
             raise refuse("train", "metrics", "of the source, other names than the loop's own", f"{double}")
@@ -376,10 +390,20 @@ class Run:
             total = objective.normaliser(self.objective, part)
             mine = self.ranks.microbatches(part, self.config.max_tokens)
             plan.append((total, [self._filled(one, lacking) for one in mine]))
-        for _, parts in plan:
-            for one in parts:
-                objective.check_streams(self.objective, one, self.config.updates_per_batch)
+        failure: Exception | None = None
+        try:
+            for _, parts in plan:
+                for one in parts:
+                    objective.check_streams(self.objective, one, self.config.updates_per_batch)
+        except (NonFiniteError, ValueError) as error:
+            failure = error
+        self._stop_together(failure)
         return plan
+
+    def _stop_together(self, failure: Exception | None) -> None:
+        """Raises on all ranks what one of them has met, so that none waits for it."""
+        if self.ranks.any(failure is not None):
+            raise failure or NonFiniteError("another rank has stopped, and says why")
 
     def _filled(self, samples: list[Sample], lacking: Sequence[str]) -> list[Sample]:
         """A microbatch with the log-probabilities that some model here can give it."""
@@ -395,12 +419,14 @@ class Run:
     def _judged(self, name: str, samples: list[Sample]) -> list[Sample]:
         """Each sample with the log-probabilities of the teacher of its domain; in the same order."""
         found = list(samples)
-        for domain in sorted({sample.domain for sample in samples}):
-            if domain in self.teachers:
-                places = [index for index, sample in enumerate(samples) if sample.domain == domain]
+        for domain in sorted(self.teachers):
+            places = [index for index, sample in enumerate(samples) if sample.domain == domain]
+            if places:
                 told = objective.with_logprobs(name, [samples[index] for index in places], self.teachers[domain])
                 for index, sample in zip(places, told, strict=True):
                     found[index] = sample
+            elif self.ranks.size > 1:  # a teacher that is sharded computes on all ranks together
+                self.teachers[domain].hidden(pack([min(samples, key=lambda sample: sample.tokens)]))
         return found
 
     def _update(self, plan: Sequence[tuple[float, list[list[Sample]]]]) -> tuple[MetricSum, list[float], float]:
@@ -415,9 +441,9 @@ class Run:
                         self.objective, self.model, pack(part), total, workspace_bytes=self.config.workspace_bytes
                     )
                     value = float(loss.detach())
-                    if not math.isfinite(value):
-                        names = ", ".join(repr(sample.id) for sample in part[:3])
-                        raise NonFiniteError(f"loss: want a finite number; got {value} in microbatch {index} ({names})")
+                    names = ", ".join(repr(sample.id) for sample in part[:3])
+                    why = f"loss: want a finite number; got {value} in microbatch {index} ({names})"
+                    self._stop_together(None if math.isfinite(value) else NonFiniteError(why))
                     loss.backward()
                     sums.add(value, metrics)
                 rate = self.config.optim.rate(self.optimizer.updates, updates)

@@ -101,8 +101,9 @@ def loss(
     Raises:
         ValueError: a stream is missing; or as those functions.
     """
-    spec, head = objective.spec, model.head
+    spec = objective.spec
     hidden = model.hidden(packed)[:-1]
+    head = model.head  # where the model is sharded, the pass has gathered it
     batch = moved(packed, hidden.device)
     bounds = packed.cu_seqlens.clone()
     bounds[1:] -= 1
@@ -165,6 +166,14 @@ class MetricSum:
                 self._sums[name] = max(before, here)
             else:
                 self._sums[name] = before + (here if name in COUNTS else here * tokens)
+
+    def merge(self, other: MetricSum) -> None:
+        """Add the pieces of another sum."""
+        self.loss += other.loss
+        self.tokens += other.tokens
+        for name, value in other._sums.items():
+            before = self._sums.get(name, 0.0)
+            self._sums[name] = max(before, value) if name == "ratio_max" else before + value
 
     def values(self) -> dict[str, float]:
         """By name, in the order of METRICS."""

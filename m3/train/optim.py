@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from m3.train.objective import NonFiniteError
-from m3.train.policy_model import PolicyModel
+from m3.train.policy_model import PolicyModel, whole
 from m3kernels.checks import refuse
 from m3kernels.policy_loss.types import check_choice
 
@@ -103,7 +103,7 @@ class Optimizer:
     def _norm(self) -> float:
         """Of the whole gradient, over all ranks where it is sharded."""
         norm = nn.utils.get_total_norm([one.grad for one in self.named.values() if one.grad is not None])
-        return float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
+        return float(whole(norm))
 
     # -- in a checkpoint ----------------------------------------------------------------------------------------------
     def tensors(self) -> dict[str, Tensor]:
@@ -139,4 +139,4 @@ class Optimizer:
 
 
 def _finite(gradient: Tensor) -> bool:
-    return bool(torch.isfinite(gradient).all())
+    return bool(torch.isfinite(whole(gradient)).all())

@@ -125,13 +125,12 @@ class PolicyModel(nn.Module):
         return LinearHead(weight=layer.weight, bias=getattr(layer, "bias", None), softcap=float(softcap))
 
     def forward(self, ids: Tensor, position_ids: Tensor) -> Tensor:
-        """(T, D) hidden states, normed, of packed ids (T,)."""
-        found = self.body(input_ids=ids[None], position_ids=position_ids[None], use_cache=False)
-        return found.last_hidden_state[0]
+        """(1, T, D) hidden states, normed, of packed ids (T,)."""
+        return self.body(input_ids=ids[None], position_ids=position_ids[None], use_cache=False).last_hidden_state
 
     def hidden(self, packed: Packed) -> Tensor:
         """(T, D) normed hidden states; those of a sequence are independent of its neighbours, but for rounding."""
-        return self(packed.ids.to(self.device), packed.position_ids.to(self.device))
+        return self(packed.ids.to(self.device), packed.position_ids.to(self.device))[0]
 
     @torch.no_grad()
     def logprobs(self, packed: Packed) -> Tensor:
@@ -139,9 +138,10 @@ class PolicyModel(nn.Module):
 
         Without gradient, and without logits of tokens that have no mask.
         """
-        device, head = self.device, self.head
+        device = self.device
         rows = (packed.mask[1:] > 0).nonzero()[:, 0]
         hidden = self.hidden(packed)[rows.to(device)]
+        head = self.head  # where the model is sharded, the pass has gathered it
         chosen = linear_logprobs(
             hidden, head.weight, packed.ids[rows + 1].to(device), bias=head.bias, softcap=head.softcap,
             temperature=packed.temperature[rows + 1].to(device),
@@ -162,12 +162,13 @@ class PolicyModel(nn.Module):
             if not one.requires_grad:
                 count += 1
                 digest.update(f"{name} {tuple(one.shape)}".encode())
-                if not hasattr(one, "full_tensor"):
-                    digest.update(one.detach().flatten()[:FINGERPRINT].double().cpu().numpy().tobytes())
+                digest.update(whole(one.detach()).flatten()[:FINGERPRINT].double().cpu().numpy().tobytes())
         return digest.hexdigest() if count else ""
 
     def tensors(self) -> dict[str, Tensor]:
         """Weights by their names in a Hugging Face checkpoint, adapters merged: for an engine's update_weights.
+
+        Whole ones: where the model is sharded, all ranks call this together.
 
         They share memory with the model where nothing was merged: copy what must outlive the next update.
         """
@@ -196,14 +197,14 @@ class PolicyModel(nn.Module):
             layer = modules[name.rpartition(".")[0].removesuffix(".base_layer")]
             adapted = name.endswith(".base_layer.weight")
             delta = layer.get_delta_weight("default").to(tensor.dtype) if adapted else None
-            found[name.replace(".base_layer.", ".")] = tensor if delta is None else tensor + delta
+            found[name.replace(".base_layer.", ".")] = whole(tensor if delta is None else tensor + delta)
         return found
 
     @torch.no_grad()
     def _check_head(self) -> None:
         head = self.head
         ids = torch.arange(min(WIDEST_CHECKED, len(head.weight)), device=self.device)
-        hidden = self(ids, torch.arange(len(ids), device=self.device))
+        hidden = self(ids, torch.arange(len(ids), device=self.device))[0]
         logits = self.causal(input_ids=ids[None], use_cache=False).logits[0].float()
         own = logits.log_softmax(-1).gather(1, ids[:, None])[:, 0]
         read = linear_logprobs(hidden, head.weight, ids, bias=head.bias, softcap=head.softcap).logprobs
@@ -212,6 +213,11 @@ class PolicyModel(nn.Module):
         if not error <= bound * max(1.0, float(own.abs().max())):
             want = f"logits that are a linear head of the hidden states (softcap {head.softcap:g})"
             raise refuse("PolicyModel", "causal", want, f"log-probabilities {error:.3g} nats off")
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A tensor that is sharded over ranks, gathered, by all of them; another one as it is."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
 def moved(packed: Packed, device: torch.device) -> Packed:
