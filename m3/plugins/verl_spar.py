@@ -52,9 +52,9 @@ def token_rewards(reward: float, factors: Sequence[float], mask: Tensor) -> Tens
     steps = spar.step_ids(mask[None])[0]
     count = int(steps.max()) + 1 if len(mask) else 0
     if not count or mask[0] == 0 or mask[-1] != 0:
-        raise refuse(op, "mask", "(L,) that begins with a step and ends outside any", mask.tolist())
+        raise refuse(op, "mask", "(L,) that begins with a step and ends outside any", f"{mask.tolist()}")
     if len(factors) != count or not all(0 < factor <= 1 for factor in factors):
-        raise refuse(op, "factors", f"{count} numbers in (0, 1], one a step", list(factors))
+        raise refuse(op, "factors", f"{count} numbers in (0, 1], one a step", f"{list(factors)}")
     if not 0 <= reward <= 1:
         raise refuse(op, "reward", "a number in [0, 1]", reward)
     least = 1 if reward > 0 else 0  # a penalised return of more than 0 stays so
