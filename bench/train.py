@@ -1,8 +1,8 @@
 """One SPAR update of SmolLM2-135M, ours against TRL's GRPOTrainer on the same batch: tokens a second, peak memory.
 
 Work of every arm: forward, backward, clip of the gradient's norm, AdamW, on one batch of consultations whose tokens
-have advantages by step; on-policy, so every ratio is 1 and TRL's token ratio has SPAR's gradient. A tokens is one of a
-consultation, whatever an arm pads. Gate: gradients of all parameters agree with those of ``trl`` to 1e-3.
+have advantages by step; on-policy, so every ratio is 1 and TRL's token ratio has SPAR's gradient. A token counted is one
+of a consultation, whatever an arm pads. Gate: gradients of all parameters agree with those of ``trl`` to 1e-3.
 
     m3           m3.train: packed microbatches of ``micro_tokens``, gradients of the head formed in the forward pass
     trl, trl_1   TRL 1.16 as it comes: all sequences padded at once; one sequence at a time, gradients accumulated
@@ -42,7 +42,6 @@ CONSULTATIONS = {  # tokens of each consultation, the first PROMPT of them its c
     "even": (256, 256, 256, 256),
 }
 PROMPT, ASSISTANT, PATIENT = 64, 24, 40  # tokens: of the context, of a step, of the patient between steps
-SMALL = (24, 20)
 TOLERANCE = 1e-3
 ARMS = ("m3", "trl", "trl_1", "spar_trl")
 
@@ -284,7 +283,7 @@ def peak(name: str, folder: str, lengths: Sequence[int], threads: int, micro_tok
     facts = dict(name=name, folder=folder, lengths=list(lengths), threads=threads, micro_tokens=micro_tokens)
     path = os.pathsep.join([str(record.ROOT), os.environ.get("PYTHONPATH", "")])
     done = subprocess.run(
-        [sys.executable, "-m", "bench.train", "--peak", json.dumps(facts)],
+        [sys.executable, "-m", "bench.train", json.dumps(facts)],
         env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, check=False,
     )  # fmt: skip
     if done.returncode:
@@ -387,21 +386,19 @@ def run(plan: Plan, say: Callable[[str], None], *, out: Path = RESULTS) -> list[
     return rows
 
 
-def main() -> int:
-    """``python -m bench.train``; 1 where a gate failed."""
-    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def add_options(options: argparse.ArgumentParser) -> None:
+    """Those of ``python -m bench train``."""
     options.add_argument("--batches", nargs="+", default=list(Plan.batches), choices=list(CONSULTATIONS))
     options.add_argument("--arms", nargs="+", default=list(ARMS), choices=ARMS)
     options.add_argument("--threads", type=int, default=Plan.threads)
     options.add_argument("--rounds", type=int, default=Plan.rounds)
     options.add_argument("--micro-tokens", type=int, default=Plan.micro_tokens)
-    options.add_argument("--no-memory", action="store_true")
-    options.add_argument("--out", type=Path, default=RESULTS)
-    options.add_argument("--peak", help=argparse.SUPPRESS)  # of the process that measures one arm's memory
-    given = options.parse_args()
-    if given.peak:
-        print(json.dumps(peak_here(**json.loads(given.peak))))
-        return 0
+    options.add_argument("--no-memory", action="store_true", help="do not measure the peak of each arm")
+    options.add_argument("--out", type=Path, default=RESULTS, help=f"JSON lines to add to (default: {RESULTS.name})")
+
+
+def carry_out(given: argparse.Namespace) -> int:
+    """Measure and print what the options ask for; 1 where a gate failed."""
     plan = Plan(
         batches=tuple(given.batches), arms=tuple(given.arms), threads=given.threads, rounds=given.rounds,
         micro_tokens=given.micro_tokens, memory=not given.no_memory,
@@ -411,5 +408,5 @@ def main() -> int:
     return int(any(row.gate != "passed" for row in rows))
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+if __name__ == "__main__":  # the process in which the memory of one arm is measured
+    print(json.dumps(peak_here(**json.loads(sys.argv[1]))))

@@ -328,3 +328,38 @@ LINES = {
 @pytest.mark.parametrize(("method", "line"), LINES.values(), ids=LINES)
 def test_trl_is_written_as_taken_to_be(method, line):
     assert line in inspect.getsource(getattr(trl.GRPOTrainer, method))
+
+
+# -- a real model -----------------------------------------------------------------------------------------------------
+def spoken(prompts: list[str], trainer: Any) -> dict[str, list[Any]]:
+    """Consultations that the model draws itself, step by step, POLICY tokens each."""
+    out = consultations(prompts, trainer)
+    patient = trainer.processing_class(" It hurts.", add_special_tokens=False)["input_ids"][:PATIENT]
+    for row, prompt in enumerate(out["prompt_ids"]):
+        ids: list[int] = []
+        for step in range(len(VIOLATIONS[row % 4])):
+            context = torch.tensor([[*prompt, *ids, *(patient if step else [])]])
+            drawn = trainer.model.generate(
+                context, attention_mask=torch.ones_like(context), do_sample=True,
+                min_new_tokens=POLICY, max_new_tokens=POLICY,
+            )  # fmt: skip
+            ids = drawn[0, len(prompt) :].tolist()
+        out["completion_ids"][row] = ids
+    return out
+
+
+@pytest.mark.slow
+def test_two_steps_of_smollm2(tmp_path):
+    from m3.models.hub import resolve
+
+    prompts = Dataset.from_dict({"prompt": ["I have a headache.", "My chest hurts.", "I cough.", "I feel dizzy."]})
+    chosen = settings(tmp_path, per_device_train_batch_size=4, learning_rate=1e-5)
+    trainer = Watched(str(resolve("SmolLM2-135M-Instruct")), reward, chosen, train_dataset=prompts, rollout_func=spoken)
+    before = trainer.model.model.norm.weight.detach().clone()
+    trainer.train()
+    assert len(trainer.seen) == 2
+    for batch in trainer.seen:
+        width = batch["advantages"].shape[1]
+        wanted = sorted(written_out(row, width) for row in range(4))
+        torch.testing.assert_close(torch.tensor(sorted(batch["advantages"].tolist())), torch.tensor(wanted))
+    assert not trainer.model.model.norm.weight.equal(before)

@@ -1,12 +1,13 @@
 """One node of Ray, verl's own processes on it: consultations through its agent loop worker, its queue, its advantages.
 
 Real: Ray, TransferQueue, the worker, the client and its load balancer, the trainer's ``_compute_advantage``, the whole
-configuration. Ours: the server at the end, which draws bytes at random, for verl serves models on GPUs alone.
+configuration. Ours: the server at the end, which asks at random, for verl serves models on GPUs alone.
 """
 
 from __future__ import annotations
 
 import os
+import random
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -38,15 +39,17 @@ ROLLOUTS, ROOM = 3, 700
 
 @ray.remote
 class Server:
-    """Draws letters at random, three to twelve a message; the last token ends the message."""
+    """Draws one of a few questions, the bytes of it and the end; asks again what it has asked."""
+
+    def __init__(self) -> None:
+        self.random, self.tokenizer = random.Random(2), byte_tokenizer()
 
     async def generate(
         self, request_id: str, *, prompt_ids: list[int], sampling_params: dict[str, Any], **_: Any
     ) -> Any:
-        generator = torch.Generator().manual_seed(len(prompt_ids))
-        length = min(int(torch.randint(3, 12, (1,), generator=generator)), sampling_params["max_tokens"])
-        ids = [*torch.randint(60, 90, (length - 1,), generator=generator).tolist(), 2]
-        return TokenOutput(token_ids=ids, log_probs=[-1.0] * length, stop_reason="completed", extra_fields={})
+        text = self.random.choice(["Do you have a fever?", "Do you have a cough?", "Have you had a fever?"])
+        ids = [*self.tokenizer.encode(text), self.tokenizer.eos_token_id][: sampling_params["max_tokens"]]
+        return TokenOutput(token_ids=ids, log_probs=[-1.0] * len(ids), stop_reason="completed", extra_fields={})
 
 
 @pytest.fixture(scope="module")
