@@ -1,8 +1,8 @@
 """One SPAR update of SmolLM2-135M, ours against TRL's GRPOTrainer on the same batch: tokens a second, peak memory.
 
 Work of every arm: forward, backward, clip of the gradient's norm, AdamW, on one batch of consultations whose tokens
-have advantages by step; on-policy, so every ratio is 1 and TRL's token ratio has SPAR's gradient. A token counted is one
-of a consultation, whatever an arm pads. Gate: gradients of all parameters agree with those of ``trl`` to 1e-3.
+have advantages by step; on-policy, so every ratio is 1 and TRL's token ratio has SPAR's gradient. Tokens counted are
+those of consultations, whatever an arm pads. Gate: gradients of all parameters agree with those of ``trl`` to 1e-3.
 
     m3           m3.train: packed microbatches of ``micro_tokens``, gradients of the head formed in the forward pass
     trl, trl_1   TRL 1.16 as it comes: all sequences padded at once; one sequence at a time, gradients accumulated

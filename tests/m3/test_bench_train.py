@@ -82,6 +82,7 @@ def test_missing_gradient_is_no_number():
     assert math.isnan(train.error_of(Empty(), {"weight": torch.ones(1)}))
 
 
+@pytest.mark.slow
 def test_peak_is_of_a_process_of_its_own(folder, tmp_path: Path):
     whole, update = train.peak("m3", folder, LENGTHS, 1, 512)
     assert whole > update > 0

@@ -119,7 +119,7 @@ def test_consultations_through_verls_worker_queue_and_advantages(node, config):
     deadline = time.monotonic() + 120
     known: dict[str, Any] = {}
     while time.monotonic() < deadline:
-        known = tq.kv_list(partition_id="train")["train"]
+        known = tq.kv_list(partition_id="train").get("train", {})
         if [known.get(uid, {}).get("status") for uid in ("first", "second")] == ["finished", "finished"]:
             break
         time.sleep(0.5)
@@ -148,7 +148,7 @@ def test_consultations_through_verls_worker_queue_and_advantages(node, config):
             assert scores[place].sum().item() == pytest.approx(reward, abs=1e-6)
             factors = torch.where(masks[place] != 0, returns / reward if reward else torch.ones_like(returns), 1.0)
             every = torch.ones(1, ROLLOUTS, len(factors))
-            every[0, place] = factors
+            every[0, place] = factors.clamp(max=1)  # R is rounded to 2^-20 on its way
             wanted = spar.advantages(rewards, every)[0, place] * (masks[place] != 0)
             torch.testing.assert_close(found["advantages"][row], wanted, rtol=1e-3, atol=1e-4)
             assert set(found["rollout_log_probs"][row][masks[place] != 0].tolist()) == {-1.0}
