@@ -1,4 +1,4 @@
-"""``python -m bench FAMILY | engine | roofline | report | goals``: measure; rows to a document.
+"""``python -m bench FAMILY | engine | train | roofline | report | goals``: measure; rows to a document.
 
 FAMILY: decoder, int4, skinny, policy_loss or spec_decode.
 """
@@ -33,6 +33,7 @@ from bench import (
     spec_decode_gpu,
     spec_decode_report,
     tables,
+    train,
     workloads,
 )
 
@@ -140,6 +141,9 @@ def parser() -> argparse.ArgumentParser:
         "--peer-python", type=pair, action="append", metavar="KIND=PATH", help="interpreter of vllm, onnx_genai, ..."
     )
     whole.add_argument("--out", type=Path, help=f"JSON lines to add to (default: {record.RESULTS.name}/engine.jsonl)")
+
+    update = commands.add_parser("train", help="one update of a small model against TRL's trainer")
+    train.add_options(update)
 
     dense = commands.add_parser("decoder", help="dense products against torch, beside the roofline")
     dense.add_argument("--shapes", type=words, help=f"of {', '.join(decoder.SHAPES)}")
@@ -437,6 +441,8 @@ def main() -> int:
         return run_spec_decode(arguments)
     if arguments.command == "engine":
         return run_engine(arguments)
+    if arguments.command == "train":
+        return train.carry_out(arguments)
     if arguments.command == "decoder":
         return run_decoder(arguments)
     if arguments.command == "roofline":

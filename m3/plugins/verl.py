@@ -1,6 +1,10 @@
-"""verl's seam over our kernels: its fused linear head for log-probabilities and entropy.
+"""verl's seams: its fused linear head over our kernels, and the check that its registries hold our names.
 
-verl's models call ``FusedLinearForPPO`` where ``actor_rollout_ref.model.use_fused_kernels=True``; with
+What is registered (verl_spar.py, verl_clinic.py) is so by the entry point "m3" of the group ``verl.plugins``, which
+verl loads in every process that imports it. verl swallows what goes wrong there: call ``assert_registered()`` before
+a run.
+
+The fused head. verl's models call ``FusedLinearForPPO`` where ``actor_rollout_ref.model.use_fused_kernels=True``; with
 ``fused_kernel_options.impl_backend=liger`` that calls ``.apply`` of a variable of its module. ``install()`` puts ours
 there; every process that trains must call it: let ``VERL_USE_EXTERNAL_MODULES`` name a module of yours that does.
 Tested with verl 0.9.1.
@@ -9,6 +13,7 @@ Tested with verl 0.9.1.
 from __future__ import annotations
 
 import importlib
+import sys
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +24,7 @@ from m3kernels.policy_loss import linear_logprobs
 
 SEAM = "verl.utils.experimental.torch_functional"
 VARIABLE = "_LIGER_FUSED_LINEAR_SCALED_CROSS_ENTROPY"
+REGISTRATIONS = "m3.plugins.verl_registrations"
 
 
 class FusedLinearScaledCrossEntropy:
@@ -37,6 +43,25 @@ def install() -> None:
     if not hasattr(module, VARIABLE):
         raise ImportError(f"install: {SEAM}: want a variable {VARIABLE} (verl 0.9); got none")
     setattr(module, VARIABLE, FusedLinearScaledCrossEntropy)
+
+
+def assert_registered() -> None:
+    """Make sure that verl knows our names here, and will in its workers.
+
+    Raises:
+        ImportError: verl is not installed; or what verl swallowed while it loaded the entry point.
+        RuntimeError: verl did not load the entry point, so its workers will not either; or a name is another's.
+    """
+    importlib.import_module("verl")
+    loaded = REGISTRATIONS in sys.modules
+    registrations = importlib.import_module(REGISTRATIONS)
+    if taken := registrations.missing():
+        raise RuntimeError(f"assert_registered: want our own under these names in verl; got others: {', '.join(taken)}")
+    if not loaded:
+        raise RuntimeError(
+            f"assert_registered: want verl to load {REGISTRATIONS} by itself; install m3-clinical (entry point 'm3' of "
+            f"'verl.plugins'), allow it in VERL_USE_EXTERNAL_PLUGINS, or set VERL_USE_EXTERNAL_MODULES={REGISTRATIONS}"
+        )
 
 
 class FusedLinearForPPO(nn.Module):

@@ -18,13 +18,10 @@ pytest.importorskip("trl", reason="trl is not installed")
 import trl
 import trl.trainer.utils as seam
 from datasets import Dataset
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from trl.kernels import ChunkedLogProbFunction
+from trl_cases import tiny_model, tokenizer
 
 from m3.plugins import trl as plugin
-
-WORDS = ["<pad>", "<eos>", *"abcdefghijklmnopqrstuvwxyzABCDEFGHIJK"]
 
 
 def parameters(function: Any) -> list[tuple[str, Any]]:
@@ -131,31 +128,6 @@ def test_projection_refuses_what_it_cannot_give():
 
 
 # -- training ---------------------------------------------------------------------------------------------------------
-def tiny_model() -> LlamaForCausalLM:
-    torch.manual_seed(3)
-    config = LlamaConfig(
-        vocab_size=len(WORDS),
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        max_position_embeddings=64,
-        pad_token_id=0,
-        eos_token_id=1,
-        bos_token_id=None,
-        initializer_range=0.5,
-        tie_word_embeddings=False,
-    )
-    return LlamaForCausalLM(config)
-
-
-def tokenizer() -> PreTrainedTokenizerFast:
-    inner = Tokenizer(models.WordLevel({word: index for index, word in enumerate(WORDS)}, unk_token="<pad>"))
-    inner.pre_tokenizer = pre_tokenizers.Split("", "isolated")
-    return PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="<pad>", eos_token="<eos>")
-
-
 def vowels(completions: list[str], **_: Any) -> list[float]:
     return [sum(letter in "aeiou" for letter in text) / 6 for text in completions]
 
