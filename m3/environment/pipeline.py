@@ -34,7 +34,8 @@ from typing import Any, Protocol, TypeVar
 from m3.environment.case import Case, Phase
 from m3.environment.episode import open_stage
 from m3.environment.journal import Journal
-from m3.environment.segment import Batch, Context, Segment, StageScore, derive_seed
+from m3.environment.seeds import derive_seed
+from m3.environment.segment import Batch, Context, Segment, StageScore
 from m3.environment.stages import PHASES, following
 from m3.environment.trajectory import Message, Trajectory
 from m3.rewards.verdict import UnjudgedError

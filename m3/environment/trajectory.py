@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from m3.environment.case import Phase
+from m3.text.jsonl import read_objects
 
 SCHEMA = "m3.trajectory/v1"
 
@@ -160,15 +161,11 @@ def write_trajectories(path: str | Path, trajectories: Iterable[Trajectory]) -> 
 
 def read_trajectories(path: str | Path) -> Iterator[Trajectory]:
     """Raises ValueError: names file and line."""
-    path = Path(path)
-    with path.open(encoding="utf-8") as file:
-        for line, text in enumerate(file, 1):
-            if not text.strip():
-                continue
-            try:
-                yield Trajectory.from_json(json.loads(text))
-            except ValueError as error:
-                raise ValueError(f"{path}:{line}: {error}") from error
+    for place, row in read_objects(path):
+        try:
+            yield Trajectory.from_json(row)
+        except ValueError as error:
+            raise ValueError(f"{place}: {error}") from error
 
 
 def chat(messages: Sequence[Message]) -> list[dict[str, str]]:

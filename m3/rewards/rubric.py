@@ -22,6 +22,7 @@ from typing import Any
 
 from m3.environment.case import Case, Phase
 from m3.rewards.verdict import Outcome, UnjudgedError, Verdict
+from m3.text.jsonl import read_objects
 from m3kernels.checks import refuse
 
 MAX_POINTS = 10  # the paper, on Eq 1; HealthBench has the same
@@ -236,23 +237,14 @@ def read_healthbench(path: str | Path) -> Iterator[HealthBenchRow]:
     Raises:
         ValueError: the first broken row, by file, line and field; a prompt_id that occurs twice.
     """
-    path = Path(path)
-    seen: dict[str, int] = {}
-    with path.open(encoding="utf-8") as file:
-        for line, text in enumerate(file, 1):
-            if not text.strip():
-                continue
-            where = f"{path}:{line}"
-            try:
-                row = json.loads(text)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{where}: want JSON; {error.msg}") from error
-            found = HealthBenchRow.from_json(row, where)
-            if found.prompt_id in seen:
-                again = f"{found.prompt_id!r}, also at line {seen[found.prompt_id]}"
-                raise ValueError(f"{where}: prompt_id: want an id used once; got {again}")
-            seen[found.prompt_id] = line
-            yield found
+    seen: dict[str, str] = {}
+    for place, row in read_objects(path):
+        found = HealthBenchRow.from_json(row, place)
+        if found.prompt_id in seen:
+            again = f"{found.prompt_id!r}, also at {seen[found.prompt_id]}"
+            raise ValueError(f"{place}: prompt_id: want an id used once; got {again}")
+        seen[found.prompt_id] = place
+        yield found
 
 
 def write_healthbench(path: str | Path, rows: Iterable[HealthBenchRow]) -> int:

@@ -39,9 +39,10 @@ from m3.rewards.rubric_store import (
     State,
     Status,
 )
-from m3.rewards.rubric_templates import dialogue, read_json
+from m3.rewards.rubric_templates import dialogue
 from m3.rewards.verdict import Outcome
 from m3.rollout.chat import ChatClient, ChatMessages
+from m3.rollout.replies import read_json
 from m3.text.words import content_stems, sentences, words
 from m3kernels.checks import refuse
 

@@ -20,7 +20,8 @@ from m3.environment.consultation import SimulatedConsultation
 from m3.environment.journal import Journal
 from m3.environment.modes import ModeConfig
 from m3.environment.pipeline import Config, Pipeline, PipelineError, Progress
-from m3.environment.segment import Batch, Segment, derive_seed
+from m3.environment.seeds import derive_seed
+from m3.environment.segment import Batch, Segment
 from m3.environment.stages import PHASES
 from m3.environment.trajectory import to_line
 from m3.rewards.verdict import UnjudgedError

@@ -193,7 +193,7 @@ def changed(**fields):
 
 BROKEN = {
     "json": ('{"prompt_id": ', "rows.jsonl:2: want JSON"),
-    "top": ("[]", "rows.jsonl:2: (top): want an object; got list"),
+    "top": ("[]", "rows.jsonl:2: want a JSON object; got list"),
     "no_rubrics": (
         json.dumps({"prompt_id": "q", "prompt": ROW["prompt"], "example_tags": []}),
         ": rubrics: want the",
@@ -210,7 +210,7 @@ BROKEN = {
     ),
     "criterion": (changed(prompt_id="q", rubrics=[{"points": 5, "tags": []}]), ":2: rubrics.0.criterion: want text"),
     "tags": (changed(prompt_id="q", example_tags=["a", "a"]), ":2: example_tags: want each tag once; got ('a', 'a')"),
-    "twice": (changed(), ":2: prompt_id: want an id used once; got 'p-1', also at line 1"),
+    "twice": (changed(), ":2: prompt_id: want an id used once; got 'p-1', also at "),
 }
 
 

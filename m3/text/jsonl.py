@@ -1,0 +1,42 @@
+"""Files with one JSON value a line, plain (.jsonl) or gzipped (.jsonl.gz), and where in them something is wrong."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+
+def read_values(path: str | Path) -> Iterator[tuple[str, Any]]:
+    """(place, value) of each line that is not blank; a place is "file:line" and begins an error.
+
+    Only line breaks end a line, not the other separators that JSON leaves bare in a string (U+2028).
+
+    Raises:
+        ValueError: a line that is no JSON, by its place.
+    """
+    path = Path(path)
+    with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8") as lines:
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            place = f"{path}:{number}"
+            try:
+                value = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise ValueError(f"{place}: want JSON; {error.msg}") from error
+            yield place, value
+
+
+def read_objects(path: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The same where each value must be an object.
+
+    Raises:
+        ValueError: a line that is no JSON object, by its place.
+    """
+    for place, value in read_values(path):
+        if not isinstance(value, dict):
+            raise ValueError(f"{place}: want a JSON object; got {type(value).__name__}")
+        yield place, value
