@@ -1,4 +1,4 @@
-"""The consultation task's policy and source: rollouts are what the model draws, advantages by hand, exact resumption."""
+"""The consultation task's policy and source: rollouts from the model, advantages by hand, exact resumption."""
 
 import asyncio
 import functools
@@ -78,7 +78,7 @@ def test_rollouts_follow_from_their_seed() -> None:
 def test_rollouts_are_drawn_from_the_models_distribution() -> None:
     case = task.draw_cases(1, "t")[0]
     rollouts = policy.roll_out(started(), [case] * 3000, "many", max_turns=1)
-    logits = started().causal(input_ids=torch.tensor([case.opening])).logits[0, -1]
+    logits = started().causal(input_ids=torch.tensor([case.opening])).logits[0, -1].detach()
     counts = torch.bincount(torch.tensor([one.ids[3] for one in rollouts]), minlength=len(task.WORDS)) / 3000
     assert float((counts - logits.softmax(-1)).abs().max()) < 0.04  # about 4 standard errors
 

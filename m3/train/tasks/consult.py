@@ -208,9 +208,7 @@ class Consultation:
         worth = checklist(self.case, self.points)
         asked = [place in self.told for place in worth]
         ending = (self.points.diagnosis, self.points.wrong)
-        reward = rubric_reward(
-            (*worth.values(), *ending), (*asked, self.diagnosed is True, self.diagnosed is False)
-        )
+        reward = rubric_reward((*worth.values(), *ending), (*asked, self.diagnosed is True, self.diagnosed is False))
         reached = sum(value for value, is_asked in zip(worth.values(), asked, strict=True) if is_asked)
         return Score(
             reward=reward,

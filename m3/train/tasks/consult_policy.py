@@ -22,7 +22,19 @@ from m3.train.policy_model import PolicyModel
 from m3.train.stage import Objective, StepBatch
 from m3.train.streams import Sample
 from m3.train.tasks.consult import (
-    BEGIN, DEPARTMENTS, MAX_TURNS, OPENING, STEP, WORDS, Case, Consultation, Habits, Points, Score, consult, draw_case,
+    BEGIN,
+    DEPARTMENTS,
+    MAX_TURNS,
+    OPENING,
+    STEP,
+    WORDS,
+    Case,
+    Consultation,
+    Habits,
+    Points,
+    Score,
+    consult,
+    draw_case,
 )  # fmt: skip
 
 CONTEXT = OPENING + STEP * MAX_TURNS
@@ -195,9 +207,7 @@ def roll_out(
     ]
 
 
-def _draw(
-    model: PolicyModel, coming: Tensor, cache: Any, noise: Tensor, temperature: float
-) -> tuple[Tensor, Tensor]:
+def _draw(model: PolicyModel, coming: Tensor, cache: Any, noise: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
     """(tokens, log-probabilities) after ``coming`` (B, L), whose keys and values go into the cache."""
     found = model.causal(input_ids=coming, past_key_values=cache, use_cache=True, logits_to_keep=1)
     logprobs = (found.logits[:, -1].double() / temperature).log_softmax(-1)

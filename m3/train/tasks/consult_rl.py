@@ -167,7 +167,7 @@ def summary(scores: Sequence[Score]) -> dict[str, float]:
 
 
 async def evaluate(model: PolicyModel, cases: Sequence[Case], seed: str = "held out") -> list[Score]:
-    """The scores of one consultation of each case, drawn at temperature 1 with noise that is the same for every model."""
+    """Scores of one consultation of each case, drawn at temperature 1 with noise that is the same for every model."""
     return [rollout.score for rollout in await rolled_out(model, cases, seed)]
 
 
