@@ -38,7 +38,7 @@ from m3.train.tasks.consult_rl import ARMS, MEASURES, ConsultConfig, ConsultSour
 DOCUMENT = record.ROOT / "docs" / "experiments"
 START, RANDOM = "start", "random weights"
 HELD_OUT = "held_out.json"
-START_STEPS = 300
+START_STEPS = 400
 START_OPTIM = OptimConfig(lr=2e-3, warmup=20, schedule="cosine")
 MAX_TOKENS = 1024  # of a microbatch: attention of packed sequences is quadratic in it
 DRAWS = 2000  # of the bootstrap

@@ -26,7 +26,7 @@ def started() -> PolicyModel:
     model = policy.decoder(SMALL)
     optim = torch.optim.AdamW(model.parameters(), lr=1e-2)
     chance = random.Random(0)
-    for _ in range(25):
+    for _ in range(20):
         found = [task.consult(task.draw_case(chance), task.Habits(), chance) for _ in range(16)]
         packed = pack([policy.sample_of(ids, score, name="s") for ids, score in found])
         rows = (packed.mask[1:] > 0).nonzero()[:, 0]

@@ -79,11 +79,11 @@ def test_score_by_hand() -> None:
     assert [score.clean(name) for name in ("redundant_question", "rigid_phrasing", "safety_risk")] == [0.75, 0.75, 1.0]
 
 
-def test_a_wrong_diagnosis_costs_and_none_does_not() -> None:
+def test_a_wrong_diagnosis_costs_and_so_does_none() -> None:
     assert said(COUGH, "diagnosis cough-nn")[0].score().reward == 0.0
     now, _ = said(COUGH, "please wheeze", max_turns=1)
     assert now.done and now.score().diagnosed is None
-    assert now.score().reward == pytest.approx((3 + 5) / 35)
+    assert now.score().reward == pytest.approx(3 / 35)
 
 
 def test_points_are_of_the_checklist() -> None:

@@ -68,14 +68,14 @@ HELD_OUT = 4  # one case in so many, by content, is never trained on
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Points:
-    """Weights of the checklist (Eq 1), all ours: what the complaint is about weighs most, a wrong diagnosis costs."""
+    """Weights of the checklist (Eq 1), all ours: the complaint weighs most; not to be rightly diagnosed costs."""
 
     detail: float = 3.0
     red_flag: float = 5.0
     stem: float = 2.0  # of the other topics
     further: float = 1.0  # details of the other topics whose stem is there
     diagnosis: float = 10.0
-    wrong: float = -5.0
+    wrong: float = -5.0  # or none at all: else a bad guesser learns to give none
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -208,7 +208,7 @@ class Consultation:
         worth = checklist(self.case, self.points)
         asked = [place in self.told for place in worth]
         ending = (self.points.diagnosis, self.points.wrong)
-        reward = rubric_reward((*worth.values(), *ending), (*asked, self.diagnosed is True, self.diagnosed is False))
+        reward = rubric_reward((*worth.values(), *ending), (*asked, self.diagnosed is True, self.diagnosed is not True))
         reached = sum(value for value, is_asked in zip(worth.values(), asked, strict=True) if is_asked)
         return Score(
             reward=reward,
@@ -267,8 +267,8 @@ class Habits:
     repeat: float = 0.2
     jump: float = 0.3
     rigid: float = 0.5
-    stop: float = 0.18
-    care: float = 0.5
+    stop: float = 0.15
+    care: float = 0.9
 
 
 GOOD = Habits(repeat=0.0, jump=0.0, rigid=0.0, stop=0.0, care=1.0)

@@ -42,12 +42,12 @@ CONTEXT = OPENING + STEP * MAX_TURNS
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DecoderConfig:
-    """Size of the decoder (Llama's layers); 1.4 million parameters."""
+    """Size of the decoder (Llama's layers); one million parameters."""
 
-    hidden: int = 192
+    hidden: int = 160
     layers: int = 3
-    heads: int = 6
-    intermediate: int = 576
+    heads: int = 5
+    intermediate: int = 480
     seed: int = 0
 
 
