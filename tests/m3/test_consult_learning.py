@@ -55,14 +55,19 @@ def test_scripted_samples_carry_the_physicians_tokens_alone() -> None:
 
 def test_rollouts_replay_to_their_scores_and_log_probabilities() -> None:
     cases = task.draw_cases(12, "r")
-    rollouts = policy.roll_out(started(), cases, "seed", temperature=0.7)
+    rollouts = policy.roll_out(started(), cases, "seed", temperature=0.7, max_turns=6)
+    assert {one.prompted for one in rollouts} == {True, False}
     assert len({rollout.score.turns for rollout in rollouts}) > 2  # rows end at different moments
     samples = [
-        policy.sample_of(one.ids, one.score, name="r", sampler_logprobs=one.logprobs, temperature=0.7)
+        policy.sample_of(
+            one.ids, one.score, name="r", prompted=one.prompted, sampler_logprobs=one.logprobs, temperature=0.7
+        )
         for one in rollouts
     ]
     for rollout, sample in zip(rollouts, samples, strict=True):
-        now, drawn = task.Consultation(rollout.case), sample.ids[sample.mask > 0].tolist()
+        now, drawn = task.Consultation(rollout.case, max_turns=6), sample.ids[sample.mask > 0].tolist()
+        if rollout.prompted:
+            drawn.insert(-1, task.DIAGNOSIS)
         for first, second in zip(drawn[::2], drawn[1::2], strict=True):
             now.act(first, second)
         assert now.done and now.score() == rollout.score
@@ -77,7 +82,7 @@ def test_rollouts_follow_from_their_seed() -> None:
 
 def test_rollouts_are_drawn_from_the_models_distribution() -> None:
     case = task.draw_cases(1, "t")[0]
-    rollouts = policy.roll_out(started(), [case] * 3000, "many", max_turns=1)
+    rollouts = policy.roll_out(started(), [case] * 3000, "many", max_turns=2)
     logits = started().causal(input_ids=torch.tensor([case.opening])).logits[0, -1].detach()
     counts = torch.bincount(torch.tensor([one.ids[3] for one in rollouts]), minlength=len(task.WORDS)) / 3000
     assert float((counts - logits.softmax(-1)).abs().max()) < 0.04  # about 4 standard errors
@@ -121,7 +126,8 @@ def test_a_batch_is_groups_of_one_case_with_their_advantages() -> None:
         gammas[0, index, : len(sample.gammas)] = torch.tensor(list(sample.gammas.values()))
         wanted = spar.advantages(rewards, gammas)[0, index, : len(sample.gammas)].float()
         found = sample.advantages[sample.mask > 0]  # type: ignore[index]
-        torch.testing.assert_close(found, wanted.repeat_interleave(2))
+        per_step = torch.tensor([int((sample.steps == step).sum()) for step in range(len(wanted))])
+        torch.testing.assert_close(found, wanted.repeat_interleave(per_step))
     assert source.state() == {"drawn": sum(sample.drawn for sample in batch.samples), "version": 0}
 
 

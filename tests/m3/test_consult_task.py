@@ -59,9 +59,9 @@ def test_patient_answers_what_is_asked() -> None:
         (["please fever", "please sputum"], ("illogical_order",)),  # cough was left
         (["please sputum", "please fever", "please sputum"], ("redundant_question",)),  # what was told has no order
         (["please vomiting"], ("illogical_order",)),  # another department's
-        (["sputum please"], ("rigid_phrasing",)),
-        (["please please"], ("rigid_phrasing",)),
-        (["diagnosis sputum"], ("rigid_phrasing",)),
+        (["sputum please"], ("illogical_order",)),
+        (["please please"], ("illogical_order",)),
+        (["diagnosis sputum"], ("illogical_order",)),
         (["diagnosis cough-yn"], ("safety_risk",)),
         (["please blood-sputum", "diagnosis cough-yn"], ()),
     ],

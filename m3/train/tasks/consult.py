@@ -13,9 +13,10 @@ patient complains of one topic. Its first detail and the stem of the next topic 
 Reward: Eq 1 (rubric.rubric_reward) over the case's checklist; see ``checklist``. A step violates, by rule:
 
     redundant_question  asks for what the patient has told
-    illogical_order     a detail whose stem is not known to be there, or a topic that was left before
+    illogical_order     a detail whose stem is not known to be there, a topic that was left before, words that are no
+                        question
     safety_risk         a diagnosis before the red flag of the complaint was asked for
-    rigid_phrasing      "state" instead of "please", or words that are no question
+    rigid_phrasing      "state" instead of "please"
 
 Source: the names and Eq 1 are those of Baichuan-M3, arXiv 2602.06570; the task is ours.
 """
@@ -225,7 +226,7 @@ class Consultation:
             return None, [] if flag in self.told else ["safety_risk"]
         place = second - self.case.first_finding
         if first not in (PLEASE, STATE) or not FIRST_FINDING <= second < FIRST_CONDITION:
-            return PARDON, ["rigid_phrasing"]
+            return PARDON, ["illogical_order"]
         found = ["rigid_phrasing"] if first == STATE else []
         if not 0 <= place < len(self.case.values):  # of another department: nobody has it
             return NO, [*found, "illogical_order"]

@@ -24,6 +24,7 @@ from m3.train.streams import Sample
 from m3.train.tasks.consult import (
     BEGIN,
     DEPARTMENTS,
+    DIAGNOSIS,
     MAX_TURNS,
     OPENING,
     STEP,
@@ -89,13 +90,24 @@ def write_tokenizer(folder: str | Path) -> Path:
 
 
 def sample_of(
-    ids: Sequence[int], score: Score, *, name: str, sampler_logprobs: Sequence[float] | None = None, **more: Any
+    ids: Sequence[int],
+    score: Score,
+    *,
+    name: str,
+    prompted: bool = False,
+    sampler_logprobs: Sequence[float] | None = None,
+    **more: Any,
 ) -> Sample:
-    """A consultation as a trainer's sample: the physician's two tokens of each step count; see streams.Sample."""
+    """A consultation as a trainer's sample: the physician's two tokens of each step count; see streams.Sample.
+
+    ``prompted``: the word "diagnosis" of the last step was given, and does not count.
+    """
     steps = torch.full((len(ids),), -1)
     for step in range(score.turns):
         at = OPENING + STEP * step
         steps[at : at + 2] = step
+    if prompted:
+        steps[at] = -1
     counts = steps >= 0
     logprobs = None
     if sampler_logprobs is not None:
@@ -150,12 +162,16 @@ class ScriptedSource:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Rollout:
-    """A consultation of the policy: its tokens, what the sampler gave those it drew (in nats), and its score."""
+    """A consultation of the policy: its tokens, what the sampler gave those it drew (in nats), and its score.
+
+    ``prompted``: the word "diagnosis" of the last step was given.
+    """
 
     case: Case
     ids: tuple[int, ...]
     logprobs: tuple[float, ...]
     score: Score
+    prompted: bool
 
 
 @torch.no_grad()
@@ -170,6 +186,7 @@ def roll_out(
 ) -> list[Rollout]:
     """One consultation of each case, drawn at a temperature (> 0) from the whole vocabulary.
 
+    Whoever has not made a diagnosis before the last turn is asked for it there: the word "diagnosis" is given.
     The same seed, cases and weights give the same tokens.
     """
     import transformers
@@ -184,13 +201,18 @@ def roll_out(
     coming = torch.tensor(ids)
     for turn in range(max_turns):
         first, told = _draw(model, coming, cache, noise[rows, 2 * turn], temperature)
+        prompted = turn == max_turns - 1
+        if prompted:
+            first = torch.full_like(first, DIAGNOSIS)
         second, told_second = _draw(model, first[:, None], cache, noise[rows, 2 * turn + 1], temperature)
         alive, answers = [], []
         for place, row in enumerate(rows):
             pair = int(first[place]), int(second[place])
             answer = nows[row].act(*pair)
             ids[row] += [*pair] if answer is None else [*pair, answer]
-            logprobs[row] += [float(told[place]), float(told_second[place])]
+            logprobs[row] += (
+                [float(told_second[place])] if prompted else [float(told[place]), float(told_second[place])]
+            )
             if not nows[row].done:
                 alive.append(place)
                 answers.append(answer)
@@ -202,7 +224,13 @@ def roll_out(
             cache.batch_select_indices(kept)
         coming = torch.stack([second[kept], torch.tensor(answers)], 1)
     return [
-        Rollout(case=now.case, ids=tuple(tokens), logprobs=tuple(values), score=now.score())
+        Rollout(
+            case=now.case,
+            ids=tuple(tokens),
+            logprobs=tuple(values),
+            score=now.score(),
+            prompted=len(values) < 2 * len(now.violations),
+        )
         for now, tokens, values in zip(nows, ids, logprobs, strict=True)
     ]
 

@@ -117,6 +117,7 @@ class ConsultSource:
                 rollout.ids,
                 rollout.score,
                 name=f"{step}-{group}-{rank}",
+                prompted=rollout.prompted,
                 sampler_logprobs=rollout.logprobs,
                 domain=DEPARTMENTS[rollout.case.department],
                 group=f"{step}-{group}",
