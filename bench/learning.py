@@ -198,33 +198,24 @@ def scripted(habits: Habits) -> Values:
     return values_of([consult(case, habits, random.Random(f"physician {case.id}"))[1] for case in held_out()])[None]
 
 
-def table(found: Sequence[LearningRow]) -> str:
-    """Markdown."""
+def table(found: Mapping[str, Mapping[str, tuple[float, float, float]]], form: str = ".3f") -> str:
+    """Markdown of intervals by row and measure."""
     lines = [
         "| | " + " | ".join(name.replace("_", " ") for name in MEASURES) + " |",
         "|---" * (len(MEASURES) + 1) + "|",
     ]
-    for row in found:
-        cells = [f"{mean:.3f} ({low:.3f}, {high:.3f})" for mean, low, high in row.held_out.values()]
-        lines.append(f"| {row.arm} | " + " | ".join(cells) + " |")
+    for name, row in found.items():
+        cells = [f"{mean:{form}} ({low:{form}}, {high:{form}})" for mean, low, high in row.values()]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
-def against(out: Path, arms: Sequence[str], seeds: Sequence[int], other: str = "spar") -> str:
-    """Markdown: ``other`` minus each arm, with intervals."""
-    lines = [
-        "| | " + " | ".join(name.replace("_", " ") for name in MEASURES) + " |",
-        "|---" * (len(MEASURES) + 1) + "|",
-    ]
+def against(
+    out: Path, arms: Sequence[str], seeds: Sequence[int], other: str = "spar"
+) -> dict[str, dict[str, tuple[float, float, float]]]:
+    """``other`` minus each arm, seed by seed and case by case."""
     mine, _ = read(out, other, seeds)
-    for arm in arms:
-        if arm != other:
-            cells = [
-                f"{mean:+.3f} ({low:+.3f}, {high:+.3f})"
-                for mean, low, high in intervals(mine - read(out, arm, seeds)[0]).values()
-            ]
-            lines.append(f"| {other} - {arm} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+    return {f"{other} - {arm}": intervals(mine - read(out, arm, seeds)[0]) for arm in arms if arm != other}
 
 
 def draw(out: Path, arms: Sequence[str], seeds: Sequence[int], path: Path) -> None:
@@ -258,7 +249,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder of the runs")
     parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=ARMS)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3, 4, 5])
     parser.add_argument("--tokens", type=int, default=100_000, help="drawn in each run (default: 100000)")
     parser.add_argument("--lr", type=float, default=2e-4)
     parser.add_argument("--threads", type=int, default=1)
@@ -269,9 +260,10 @@ def main() -> int:
         for arm in arguments.arms:
             run(arguments.out, arm, seed, arguments.tokens, arguments.lr)
     found = rows(arguments.out, arguments.arms, arguments.seeds)
-    print(table(found))
+    print(table({row.arm: row.held_out for row in found}), end="\n\n")
+    print(table({f"{row.arm} - {START}": row.over_start for row in found if row.arm in arguments.arms}, "+.3f"))
     if "spar" in arguments.arms:
-        print(against(arguments.out, arguments.arms, arguments.seeds))
+        print("\n" + table(against(arguments.out, arguments.arms, arguments.seeds), "+.3f"))
     if arguments.document is not None:
         lines = [json.dumps(dataclasses.asdict(row)) + "\n" for row in found]
         (arguments.document / "spar_small.jsonl").write_text("".join(lines), encoding="utf-8")

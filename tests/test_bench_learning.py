@@ -41,8 +41,10 @@ def test_differences_are_paired(tmp_path: Path) -> None:
             folder.mkdir()
             told = {"values": (base + shift).tolist(), "seconds": 1.0}
             (folder / learning.HELD_OUT).write_text(json.dumps(told), encoding="utf-8")
-    cells = learning.against(tmp_path, ["grpo", "spar"], [1, 2]).splitlines()[-1].split(" | ")
-    assert cells[0] == "| spar - grpo" and set(cells[1:-1]) == {"+0.125 (+0.125, +0.125)"}
+    found = learning.against(tmp_path, ["grpo", "spar"], [1, 2])
+    assert set(found) == {"spar - grpo"} and set(found["spar - grpo"].values()) == {(0.125, 0.125, 0.125)}
+    cells = learning.table(found, "+.3f").splitlines()[-1].split(" | ")
+    assert cells[0] == "| spar - grpo" and cells[1] == "+0.125 (+0.125, +0.125)" and len(cells) == 1 + len(MEASURES)
 
 
 def test_good_physician_is_the_ceiling() -> None:
