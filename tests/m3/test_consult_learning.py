@@ -3,6 +3,7 @@
 import asyncio
 import functools
 import random
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,16 @@ from m3.train.streams import pack
 from m3.train.tasks import consult as task
 from m3.train.tasks import consult_policy as policy
 from m3.train.tasks import consult_rl as rl
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread() -> Iterator[None]:
+    """More threads cost more than they bring to a model of this size."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
 
 SMALL = policy.DecoderConfig(hidden=32, layers=2, heads=2, intermediate=64)
 
