@@ -226,7 +226,7 @@ def draw(out: Path, arms: Sequence[str], seeds: Sequence[int], path: Path) -> No
     from matplotlib import pyplot
 
     shown = ("reward", "repeat_score", "logical_score", "turns", "diagnosis", "phrasing_score")
-    figure, axes = pyplot.subplots(2, 3, figsize=(11, 6), sharex=True, constrained_layout=True)
+    figure, axes = pyplot.subplots(2, 3, figsize=(10, 5.5), sharex=True, constrained_layout=True)
     for at, name in enumerate(shown):
         axis = axes.flat[at]
         for colour, arm in enumerate(arms):
@@ -234,15 +234,15 @@ def draw(out: Path, arms: Sequence[str], seeds: Sequence[int], path: Path) -> No
             curves = [([line["tokens_so_far"] for line in one], [line[name] for line in one]) for one in runs]
             grid = np.linspace(max(one[0][0] for one in curves), min(one[0][-1] for one in curves), 60)
             for tokens, values in curves:
-                axis.plot(tokens, values, color=f"C{colour}", linewidth=0.4, alpha=0.5)
+                axis.plot(np.array(tokens) / 1000, values, color=f"C{colour}", linewidth=0.4, alpha=0.5)
             mean = np.mean([np.interp(grid, tokens, values) for tokens, values in curves], axis=0)
-            axis.plot(grid, mean, color=f"C{colour}", linewidth=1.8, label=arm.replace("_", " "))
+            axis.plot(grid / 1000, mean, color=f"C{colour}", linewidth=1.8, label=arm.replace("_", " "))
         axis.set_title(name.replace("_", " "))
         axis.grid(alpha=0.3)
     for axis in axes[1]:
-        axis.set_xlabel("drawn tokens")
+        axis.set_xlabel("thousand drawn tokens")
     axes.flat[0].legend()
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, dpi=90)
 
 
 def main() -> int:
