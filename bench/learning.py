@@ -16,6 +16,7 @@ import argparse
 import asyncio
 import dataclasses
 import json
+import shlex
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -186,7 +187,7 @@ def rows(out: Path, arms: Sequence[str], seeds: Sequence[int]) -> list[LearningR
             dirty=dirty,
             machine=record.machine(),
             date=record.now(),
-            command=record.command(),
+            command=f"python -m bench.learning {shlex.join(sys.argv[1:])}",
         )
         for arm, values, told in found
     ]
