@@ -194,6 +194,7 @@ async def train(
         NonFiniteError: nan or inf in a stream, a loss, a gradient. The batch lies in ``out`` (metrics.load_batch),
             weights are as before that update, the last checkpoint is as it was.
         OSError: a checkpoint could not be written; older ones are as they were.
+        What the source raises; a checkpoint of the steps before is written.
     """
     run = Run(source, model, config, Path(out), reference, teachers or {}, decode, progress, ranks or Alone())
     with _deterministic(config.deterministic), Signals() as signals:
@@ -224,14 +225,15 @@ class Run:
         self.settings["frozen"] = model.frozen()
         self.step, self.written = 0, -1
         path = checkpoint.latest(out / CHECKPOINTS)
+        self.resumed = path is not None
         if path is None:
             torch.manual_seed(config.seed)
             random.seed(config.seed)
-            self.resumed = False
         else:
             self._resume(path)
-        self.log = RunLog(out, step=self.step, decode=decode, tensorboard=config.tensorboard) if self._first else None
         self.moment = checkpoint.moment(self.step, source.state())
+        board = config.tensorboard
+        self.log = RunLog(out, step=self.step, decode=decode, tensorboard=board) if self._first else None
 
     @property
     def _first(self) -> bool:
@@ -249,7 +251,6 @@ class Run:
         self.ranks.restore(state, self.model, self.optimizer)
         self.source.load_state(state.moment.source)
         self.step = self.written = state.moment.step
-        self.resumed = True
 
     # -- the run ------------------------------------------------------------------------------------------------------
     async def to_the_end(self, signals: Signals) -> Outcome:
@@ -265,7 +266,11 @@ class Run:
             await self.source.updated(self.step - 1, self.step)
         while self.step < self.config.steps and not self.ranks.any(signals.first is not None):
             begun = time.monotonic()
-            batch = await self._batch(signals)
+            try:
+                batch = await self._batch(signals)
+            except Exception:
+                await self._checkpoint(work)  # the steps before are not lost to what ails the source
+                raise
             if batch is None:
                 break
             waited = time.monotonic() - begun
@@ -280,10 +285,9 @@ class Run:
                 if self.config.samples_every and self.step % self.config.samples_every == 0:
                     self.log.samples(self.step, batch.samples[: self.config.samples])
             if self.step % self.config.checkpoint_every == 0:
-                await work(self._checkpoint)
+                await self._checkpoint(work)
             self.progress(self.step, self.config.steps, values)
-        if self.step != self.written and self.step > 0:
-            await work(self._checkpoint)
+        await self._checkpoint(work)
         if self.ranks.any(signals.first is not None):
             return Outcome(step=self.step, signal=signals.first, model=None)
         folder = self.out / MODEL
@@ -309,11 +313,17 @@ class Run:
                     with contextlib.suppress(asyncio.CancelledError):
                         await one
 
-    def _checkpoint(self) -> None:
-        state = self.ranks.state_of(self.model, self.optimizer, self.moment, self.settings)
+    async def _checkpoint(self, work: _Worker) -> None:
+        """One of the steps that are done; nothing where there is one, or no step is done."""
+        if self.step in (0, self.written):
+            return
+        state = await work(
+            functools.partial(self.ranks.state_of, self.model, self.optimizer, self.moment, self.settings)
+        )
         if self.log is not None:
             self.log.to_disk()
-            checkpoint.write(self.out / CHECKPOINTS, state, keep=self.config.keep)
+            folder = self.out / CHECKPOINTS
+            await work(functools.partial(checkpoint.write, folder, state, keep=self.config.keep))
         self.written = self.step
 
     # -- a step -------------------------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ Steps count from 1 here: line n is written when n steps are done.
 from __future__ import annotations
 
 import dataclasses
+import fcntl
 import importlib.util
 import itertools
 import json
@@ -29,6 +30,7 @@ from m3kernels.checks import refuse
 from m3kernels.policy_loss.losses import LOG_RATIO_LIMIT
 
 METRICS, TIMINGS, SAMPLES, TENSORBOARD = "metrics.jsonl", "timings.jsonl", "samples", "tensorboard"
+LOCK = "run.lock"  # held while a process writes; nothing is in it
 CLOCK_NAMES = ("seconds", "per_second")  # a metric that ends so is of the clock
 Decode = Callable[[list[int]], str]
 
@@ -39,12 +41,14 @@ def of_the_clock(name: str) -> bool:
 
 
 class RunLog:
-    """Writes the files of a run.
+    """Writes the files of a run; one process at a time.
 
     Args:
         folder: of the run. step: steps done before; lines beyond it are dropped, they will come again.
         decode: ids to text, special tokens included; None: samples are not written.
         tensorboard: write for it too, if it is installed.
+    Raises:
+        ValueError: another process has the run open.
     """
 
     def __init__(
@@ -52,6 +56,12 @@ class RunLog:
     ) -> None:
         self.folder, self.decode = Path(folder), decode
         self.folder.mkdir(parents=True, exist_ok=True)
+        self._lock = (self.folder / LOCK).open("ab")
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            self._lock.close()
+            raise refuse("train", str(self.folder), "a run that no process has open", "one that is going on") from error
         for name in (METRICS, TIMINGS):
             _cut(self.folder / name, step)
         self._board: Any = None
@@ -93,6 +103,7 @@ class RunLog:
                     os.fsync(file.fileno())
 
     def close(self) -> None:
+        self._lock.close()
         if self._board is not None:
             self._board.close()
 

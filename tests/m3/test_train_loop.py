@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from train_cases import OBJECTIVES, PRELOADED, STREAMS, DrawnSource, config, run, run_apart
+from train_cases import OBJECTIVES, PRELOADED, STREAMS, DrawnSource, config, run, run_apart, with_one_thread
 
 from m3.train import checkpoint, objective
 from m3.train.loop import MODEL, train
@@ -23,6 +23,8 @@ from m3.train.optim import OptimConfig
 from m3.train.policy_model import PolicyModel
 from m3.train.stage import Objective, StepBatch
 from m3kernels.policy_loss import LossSpec
+
+one_thread = pytest.fixture(autouse=True, scope="module")(with_one_thread)
 
 UPDATES = {"spar": {"minibatches": 2, "epochs": 2}, "mopd": {}, "clip-forward-kl": {}}
 
@@ -152,6 +154,21 @@ def test_the_end_of_the_source_is_the_end(llama, tmp_path):
     assert seen == [(1, 6), (2, 6)] and source.versions == [0, 1, 2]
     loaded = PolicyModel.load(ended.model)
     assert all(torch.equal(value, loaded.tensors()[name]) for name, value in model.tensors().items())
+
+
+def test_what_a_source_raises_ends_the_run_with_a_checkpoint(llama, tmp_path):
+    model = PolicyModel.load(llama[0])
+
+    class Failing(DrawnSource):
+        async def batch(self, step: int) -> StepBatch | None:
+            if step == 2:
+                raise ConnectionError("the judge is gone")
+            return await super().batch(step)
+
+    with pytest.raises(ConnectionError, match="the judge is gone"):
+        asyncio.run(train(Failing(OBJECTIVES["mopd"], model), model, config(), tmp_path))
+    assert checkpoint.latest(tmp_path / "checkpoints").name == "step-000002"
+    assert run(llama[0], tmp_path, "mopd").step == 6
 
 
 def test_a_full_disk_ends_the_run_and_leaves_the_last_checkpoint(llama, tmp_path):
@@ -299,7 +316,7 @@ def test_microbatches_of_a_step_add_up(llama, tmp_path):
 
 def test_the_files_of_a_run(llama, tmp_path):
     run(llama[0], tmp_path, "spar", steps=2)
-    names = ["checkpoints", "metrics.jsonl", "model", "samples", "timings.jsonl"]
+    names = ["checkpoints", "metrics.jsonl", "model", "run.lock", "samples", "timings.jsonl"]
     assert sorted(path.name for path in tmp_path.iterdir()) == names
     text = (tmp_path / "samples" / "step-000002.txt").read_text()
     assert text.count("==== ") == 4 and "-- policy: step 0" in text and "advantage" in text

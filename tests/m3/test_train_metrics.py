@@ -64,6 +64,7 @@ def test_lines_after_the_step_and_torn_ones_are_dropped_at_a_resume(tmp_path):
     log = RunLog(tmp_path, tensorboard=False)
     for step in (1, 2, 3):
         log.step(step, {"loss": step / 3, "judge_seconds": 0.5}, {"tokens_per_second": 7.0})
+    log.close()
     first = (tmp_path / "metrics.jsonl").read_bytes()
     with (tmp_path / "metrics.jsonl").open("ab") as file:
         file.write(b'{"step": 4, "lo')
@@ -72,6 +73,14 @@ def test_lines_after_the_step_and_torn_ones_are_dropped_at_a_resume(tmp_path):
     assert (tmp_path / "metrics.jsonl").read_bytes() == first
     assert read_metrics(tmp_path / "timings.jsonl")[0] == {"step": 1, "judge_seconds": 0.5, "tokens_per_second": 7.0}
     assert json.loads(first.splitlines()[0]) == {"step": 1, "loss": 1 / 3}
+
+
+def test_a_run_has_one_writer(tmp_path):
+    log = RunLog(tmp_path, tensorboard=False)
+    with pytest.raises(ValueError, match="want a run that no process has open; got one that is going on"):
+        RunLog(tmp_path, tensorboard=False)
+    log.close()
+    RunLog(tmp_path, tensorboard=False).close()
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), "3"])

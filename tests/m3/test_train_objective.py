@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 import torch
 from torch import Tensor
-from train_cases import OBJECTIVES, STREAMS, draw_samples
+from train_cases import OBJECTIVES, STREAMS, draw_samples, with_one_thread
 
 from m3.train import objective
 from m3.train.objective import MetricSum, NonFiniteError
@@ -15,6 +15,8 @@ from m3.train.policy_model import PolicyModel
 from m3.train.stage import Objective
 from m3.train.streams import Sample, pack
 from m3kernels.policy_loss import DistillSpec, LossSpec
+
+one_thread = pytest.fixture(autouse=True, scope="module")(with_one_thread)
 
 NAMES = list(OBJECTIVES)
 OWN_OLD = tuple(name for name in STREAMS if name != "old_logprobs")

@@ -7,10 +7,13 @@ import math
 import pytest
 import torch
 from torch import Tensor
+from train_cases import with_one_thread
 
 from m3.train.objective import NonFiniteError
 from m3.train.optim import OptimConfig, Optimizer
 from m3.train.policy_model import PolicyModel
+
+one_thread = pytest.fixture(autouse=True, scope="module")(with_one_thread)
 
 
 @pytest.fixture

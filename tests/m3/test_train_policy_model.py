@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from tiny_models import make_checkpoint
-from train_cases import OBJECTIVES, draw_samples
+from train_cases import OBJECTIVES, draw_samples, with_one_thread
 
 from m3.checkpoint import Checkpoint
 from m3.models.loader import load_model
@@ -17,6 +17,8 @@ from m3.models.refresh import refresh_weights
 from m3.train import objective
 from m3.train.policy_model import LoraConfig, PolicyModel
 from m3.train.streams import pack
+
+one_thread = pytest.fixture(autouse=True, scope="module")(with_one_thread)
 
 FAMILIES = ["llama-tied", "qwen2", "qwen3", "qwen3_moe"]
 needs_peft = pytest.mark.skipif(importlib.util.find_spec("peft") is None, reason="needs peft")

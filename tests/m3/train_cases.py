@@ -6,7 +6,7 @@ import asyncio
 import os
 import random
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -114,6 +114,14 @@ def run(folder: Path, out: Path, objective: str, *, at: Mapping[int, int] | None
     model = PolicyModel.load(folder)
     source = DrawnSource(OBJECTIVES[objective], model, at=at)
     return asyncio.run(train(source, model, config(**changes), out, decode=str))
+
+
+def with_one_thread() -> Iterator[None]:
+    """Body of a fixture: products this small gain nothing from a second thread."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 # -- in a process of its own ------------------------------------------------------------------------------------------
