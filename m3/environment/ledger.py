@@ -151,7 +151,7 @@ class Ledger:
         for sentence in sentences(rest):
             if "?" in sentence or _UNKNOWN.search(sentence):
                 continue
-            for clause in _CLAUSE.split(sentence):
+            for clause in _CLAUSE.split(" ".join(sentence.split())):  # long runs of blanks take the pattern long
                 self._read(clause, specific, allowed, told, wrong, invented)
         leaked = {
             one: "told and not asked"

@@ -9,6 +9,7 @@ from. Seeds follow from the run's seed and the name alone: whatever runs beside 
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -16,6 +17,7 @@ from m3.environment.case import Case, Phase
 from m3.environment.modes import PASSIVE_MODE
 from m3.environment.trajectory import Action, Message, Trajectory
 from m3.rewards.spans import SpanReward, violations
+from m3kernels.checks import refuse
 
 
 def _inquiry_end(messages: Sequence[Message]) -> str:
@@ -52,6 +54,12 @@ class StageScore:
     quality: float | None = None
     spans: tuple[SpanReward, ...] = ()
     outcomes: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name in ("reward", "quality"):
+            value = getattr(self, name)
+            if value is not None and not math.isfinite(value):  # nan is on neither side of the gate
+                raise refuse("StageScore", name, "a finite number", value)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -178,9 +178,13 @@ async def run(
     Args:
         concurrency: responses at once.
     Raises:
-        ValueError: the folder holds a run of something else.
+        ValueError: the folder holds a run of something else, an id occurs twice, or concurrency < 1.
         UnjudgedError: too many failures; files stay, and the same call tries the failed ones again.
     """
+    if concurrency < 1:
+        raise refuse("hallucination.run", "concurrency", "an integer >= 1", concurrency)
+    if len({one.id for one in responses}) < len(responses):
+        raise refuse("hallucination.run", "responses", "ids used once", f"{len(responses)} responses with fewer ids")
     folder = Path(out)
     folder.mkdir(parents=True, exist_ok=True)
     _check_card(folder, responses, extractor, verifier)

@@ -70,6 +70,9 @@ def example_metrics(row: HealthBenchRow, met: Sequence[bool]) -> dict[str, float
     items = row.rubric.items
     if len(met) != len(items):
         raise refuse("example_metrics", "met", f"{len(items)} of them, one a clause", f"{len(met)}")
+    for is_met in met:
+        if is_met not in (False, True):  # the name of an outcome is text, and so "true"
+            raise refuse("example_metrics", "met", "true or false of each clause", repr(is_met))
     overall = healthbench_score([item.points for item in items], met)
     if overall is None:
         raise refuse("example_metrics", f"rubric of {row.prompt_id!r}", "a clause with positive points", "none")
@@ -226,6 +229,9 @@ async def evaluate(
     by_id = {row.prompt_id: row for row in rows}
     if len(by_id) != len(rows):
         raise refuse("evaluate", "rows", "each prompt_id once", f"{len(rows)} rows, {len(by_id)} ids")
+    for row in rows:  # before anything is spent on them
+        if not any(item.wanted for item in row.rubric.items):
+            raise refuse("evaluate", f"rubric of {row.prompt_id!r}", "a clause with positive points", "none")
     if isinstance(client, Mapping):
         missing = [row.prompt_id for row in rows if row.prompt_id not in client]
         if missing:

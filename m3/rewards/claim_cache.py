@@ -105,7 +105,8 @@ def wilson(events: int, trials: int, z: float = 1.959964) -> tuple[float, float,
     centre = share + z * z / (2 * trials)
     spread = z * (share * (1 - share) / trials + z * z / (4 * trials * trials)) ** 0.5
     scale = 1 + z * z / trials
-    return share, max(0.0, (centre - spread) / scale), min(1.0, (centre + spread) / scale)
+    low, high = (centre - spread) / scale, (centre + spread) / scale
+    return share, max(0.0, min(share, low)), min(1.0, max(share, high))  # rounding alone can leave the share outside
 
 
 class _Flight:

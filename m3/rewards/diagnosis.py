@@ -334,7 +334,11 @@ def compare(reference: str, label: str, config: Config | None = None) -> str:
         want -= numbers - got
     if _INDUCED.search(label) and len(want) > 1:  # any drug is one
         want -= _ANY_DRUG
-    pairs = {word: next((other for other in got if same_word(word, other, config.spelling)), None) for word in want}
+    said = [word for word in got_words if word in got]  # in order: which of two like words is met must not vary
+    pairs = {
+        word: word if word in got else next((other for other in said if same_word(word, other, config.spelling)), None)
+        for word in want
+    }
     if all(pairs.values()):
         if len(want) == len(got):
             return "same"

@@ -88,7 +88,8 @@ def rubric_reward(points: Sequence[float], met: Sequence[bool]) -> float:
         points: the weights w_i, in [-10, 10], none 0.
         met: a_i of each.
     Raises:
-        ValueError: no clause at all, a weight out of range, or lists of different length.
+        ValueError: no clause at all, a weight out of range, an a_i that is neither true nor false (the name of an
+            outcome is text, and so "true"), or lists of different length.
     """
     if not len(points):
         raise refuse("rubric_reward", "points", "one clause or more", "no rubric")
@@ -97,6 +98,9 @@ def rubric_reward(points: Sequence[float], met: Sequence[bool]) -> float:
     for weight in points:
         if not 0 < abs(weight) <= MAX_POINTS:
             raise refuse("rubric_reward", "points", "numbers in [-10, 10], none 0", weight)
+    for is_met in met:
+        if is_met not in (False, True):
+            raise refuse("rubric_reward", "met", "true or false of each clause", repr(is_met))
     reached = sum(weight for weight, is_met in zip(points, met, strict=True) if is_met)
     reward = (reached - sum(weight for weight in points if weight < 0)) / sum(abs(weight) for weight in points)
     return min(1.0, max(0.0, reward))  # rounding of fractional weights alone can leave [0, 1]

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
-import re
 from typing import Any
+
+from m3.text.jsonl import parse
 
 
 def read_json(reply: str) -> Any:
     """The JSON value that a reply is, ``` fences at its ends aside; None where it is none."""
     try:
-        return json.loads(re.sub(r"^```(?:json)?\s*|\s*```$", "", reply.strip()))
+        return parse(reply.strip().removeprefix("```json").removeprefix("```").removesuffix("```").strip())
     except (ValueError, RecursionError):  # not JSON; digits or brackets beyond what the reader takes
         return None
 
@@ -24,8 +25,11 @@ def read_object(reply: str) -> dict[str, Any] | None:
     while at >= 0:
         try:
             value, end = decoder.raw_decode(reply, at)
-        except ValueError:
+            parse(reply[at:end])
+        except json.JSONDecodeError:
             end = at + 1
+        except ValueError:  # half a character, or too many digits: what follows is inside that object
+            return None
         except RecursionError:
             return None
         else:

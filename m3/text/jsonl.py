@@ -15,19 +15,34 @@ def read_values(path: str | Path) -> Iterator[tuple[str, Any]]:
     Only line breaks end a line, not the other separators that JSON leaves bare in a string (U+2028).
 
     Raises:
-        ValueError: a line that is no JSON, by its place.
+        ValueError: a line that is no JSON, by its place. Bytes that are no UTF-8, half characters ("\\ud83d": they
+            cannot be written down again), and more digits or brackets than the reader takes are none.
     """
     path = Path(path)
-    with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8") as lines:
+    with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as lines:
         for number, line in enumerate(lines, 1):
             if not line.strip():
                 continue
             place = f"{path}:{number}"
             try:
-                value = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{place}: want JSON; {error.msg}") from error
+                value = parse(line.decode())
+            except (ValueError, RecursionError) as error:
+                said = error.msg if isinstance(error, json.JSONDecodeError) else error
+                raise ValueError(f"{place}: want JSON; {said}") from error
             yield place, value
+
+
+def parse(text: str) -> Any:
+    """The value of a JSON text that can be written down again.
+
+    Raises:
+        ValueError: no JSON, half a character, too many digits.
+        RecursionError: too many brackets.
+    """
+    value = json.loads(text)
+    if "\\ud" in text or "\\uD" in text:
+        json.dumps(value, ensure_ascii=False).encode()
+    return value
 
 
 def read_objects(path: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:

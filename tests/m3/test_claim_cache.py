@@ -212,6 +212,12 @@ def test_wilson(events, trials, wanted):
     assert wilson(events, trials) == pytest.approx(wanted, abs=2e-5)
 
 
+@pytest.mark.parametrize(("events", "trials"), [(0, 3), (7, 7), (0, 10**18), (10**18, 10**18)])
+def test_wilson_holds_the_share_itself(events, trials):
+    share, low, high = wilson(events, trials, z=1.0)
+    assert 0 <= low <= share <= high <= 1
+
+
 def test_wilson_of_nothing():
     with pytest.raises(ValueError, match="trials"):
         wilson(0, 0)

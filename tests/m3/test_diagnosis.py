@@ -133,6 +133,23 @@ def test_compare(reference, label, rule):
     assert compare(reference, label) == rule
 
 
+# a word and the same misspelt: which of the two is met must not depend on the order of a set
+TWINS = (
+    "sarcoidosis",
+    "endometriosis",
+    "histiocytosis",
+    "mastocytosis",
+    "blastomycosis",
+    "actinomycosis",
+)
+
+
+@pytest.mark.parametrize("word", TWINS)
+def test_the_word_itself_is_met_before_one_that_is_like_it(word):
+    twin = word[:-4] + "e" + word[-3:]
+    assert compare(f"{word} ocularis", f"{word} ocularis mother father sister brother uncle {twin}") == "narrower"
+
+
 def test_broader_names_can_be_refused():
     assert compare("Acral lentiginous melanoma", "melanoma", Config(accept_broader=False)) == "none"
 

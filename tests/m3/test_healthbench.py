@@ -181,6 +181,11 @@ def test_rubric_without_positive_clause_has_no_score():
         healthbench.example_metrics(row(9, ("bad", -1)), [True])
 
 
+def test_name_of_an_outcome_is_not_true():
+    with pytest.raises(ValueError, match="met: want true or false of each clause; got <Outcome"):
+        healthbench.example_metrics(row(9, ("good", 1)), [Outcome.not_met])
+
+
 # -- a run ------------------------------------------------------------------------------------------------------------
 class Answerer:
     """Answers "answer to <question>", seed by seed; stops after ``calls`` calls."""
@@ -294,6 +299,13 @@ def test_scripted_judge_tells_no_score(tmp_path):
     report = asyncio.run(evaluate(ROWS, answers, judge, tmp_path / "run.jsonl"))
     assert (report.headline, report.metrics, report.comparable) == ("n/a: scripted judge", {}, False)
     assert report.outcomes == {Outcome.met: 8}
+
+
+def test_rubric_that_gives_no_score_is_refused_before_anything_is_spent(tmp_path):
+    client = Answerer()
+    with pytest.raises(ValueError, match="rubric of 'p9': want a clause with positive points; got none"):
+        run(tmp_path / "run.jsonl", client=client, rows=[*ROWS, row(9, ("CRITERION bad", -1))])
+    assert client.made == 0
 
 
 def test_settings_of_a_run_are_kept(tmp_path):

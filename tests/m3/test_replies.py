@@ -16,6 +16,8 @@ VALUES = {
     "nothing": ("", None),
     "deep": ("[" * 100_000, None),
     "many_digits": ("1" * 5000, None),
+    "half_a_character": ('["\\ud83d"]', None),
+    "a_whole_character": ('["\\ud83d\\ude00"]', ["😀"]),
 }
 
 
@@ -36,6 +38,7 @@ REPLIES = {
     "nothing": ("", None),
     "many_digits": ('{"a": 1%s}' % ("0" * 5000), None),
     "deep": ('{"a":' * 100_000, None),
+    "half_a_character": ('{"a": "\\ud83d"}', None),
 }
 
 

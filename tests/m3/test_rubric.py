@@ -82,6 +82,8 @@ REFUSED = {
     "weight_0": (lambda: rubric_reward([1, 0], [True, True]), "want numbers in [-10, 10], none 0; got 0"),
     "weight_11": (lambda: rubric_reward([11], [True]), "want numbers in [-10, 10], none 0; got 11"),
     "not_a_number": (lambda: rubric_reward([float("nan")], [True]), "none 0; got nan"),
+    "name_for_met": (lambda: rubric_reward([3], [Outcome.not_met]), "met: want true or false of each clause; got <Out"),
+    "nan_for_met": (lambda: rubric_reward([3], [float("nan")]), "met: want true or false of each clause; got nan"),
     "lengths": (lambda: rubric_reward([1, 2], [True]), "met: want 2 of them, one a clause; got 1"),
     "points": (lambda: RubricItem(id="a", criterion="x", points=True), "points of 'a': want a number in [-10, 10]"),
     "criterion": (lambda: RubricItem(id="a", criterion=" ", points=1), "criterion of 'a': want text"),
@@ -193,6 +195,9 @@ def changed(**fields):
 
 BROKEN = {
     "json": ('{"prompt_id": ', "rows.jsonl:2: want JSON"),
+    "many_digits": ('{"a": ' + "1" * 5000 + "}", "rows.jsonl:2: want JSON"),
+    "deep": ("[" * 100_000, "rows.jsonl:2: want JSON"),
+    "half_a_character": (changed(prompt_id="\ud83d"), "rows.jsonl:2: want JSON"),
     "top": ("[]", "rows.jsonl:2: want a JSON object; got list"),
     "no_rubrics": (
         json.dumps({"prompt_id": "q", "prompt": ROW["prompt"], "example_tags": []}),

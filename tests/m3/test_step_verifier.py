@@ -6,6 +6,7 @@ import asyncio
 import dataclasses
 import gzip
 import json
+import time
 from collections.abc import Sequence
 
 import pytest
@@ -459,6 +460,17 @@ def test_an_unreadable_reply_is_asked_for_again():
     judgement, client = judge("I think that it is fine.", '{"violations": 3}', '{"violations": []}')
     assert judgement.spans == () and judgement.replies == 3
     assert len({options["seed"] for _, options in client.asked}) == 3
+
+
+BLANK = "```json" + "\n" * 20_000 + "x"
+
+
+@pytest.mark.parametrize("reply", [BLANK, '{"violations": ' + "1" * 5000 + "}"], ids=["blanks", "many-digits"])
+def test_a_strange_reply_is_unreadable_and_costs_no_time(reply):
+    began = time.process_time()
+    with pytest.raises(UnjudgedError, match="step verifier: 3 unparsable"):
+        judge(reply, reply, reply)
+    assert time.process_time() - began < 2.0
 
 
 def test_no_readable_reply_is_no_clean_bill():
