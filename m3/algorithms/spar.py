@@ -61,8 +61,9 @@ class Config:
         for name, factor in self.penalties.items():
             if not 0 < factor < 1:
                 raise refuse("spar.Config", f"penalties[{name!r}]", "a number in (0, 1)", factor)
-        if not 0 < self.min_std < float("inf"):
-            raise refuse("spar.Config", "min_std", "a number > 0", self.min_std)
+        for name in ("min_std", "eps"):
+            if not 0 < getattr(self, name) < float("inf"):
+                raise refuse("spar.Config", name, "a number > 0", getattr(self, name))
 
 
 def step_factor(violations: Collection[str], config: Config | None = None) -> float:

@@ -17,14 +17,16 @@ from __future__ import annotations
 import dataclasses
 import enum
 import functools
+import math
 import re
 
 from m3.environment.case import Case, Disclosure, Fact
 from m3.environment.lay_terms import tokens, ways
-from m3.text.words import sentences
+from m3.text.words import content_stems, sentences
 
 MAX_CHARACTERS = 8_000  # ours: no patient listens longer; bounds the work a message can cause
 _KEPT = 1024  # ours: sentences of a case whose reading is kept; more than its consultations at work have
+_WORDS_A_THING = 4  # ours: words that carry a topic, for each thing of a question without commas
 MAX_SENTENCE_WORDS = 60  # ours: a longer "sentence" is a list without stops; its beginning counts
 
 
@@ -76,6 +78,16 @@ def is_request(sentence: str) -> bool:
     return any(found for found in (_REQUEST.match(sentence), _WISH.search(sentence), _MACHINE.search(sentence)))
 
 
+@functools.lru_cache(maxsize=4096)
+def things(sentence: str) -> int:
+    """How many things a question names, whether or not anybody has them: "fever, chills or a rash?" names three.
+
+    The parts of an enumeration; where no comma or "or" parts them, one for every few words that carry a topic.
+    """
+    parts = sum(bool(content_stems(part)) for part in _PARTS.split(sentence))
+    return max(1, parts, math.ceil(len(content_stems(sentence)) / _WORDS_A_THING))
+
+
 def says_enough(text: str) -> bool:
     """Whether a physician says that the history is complete."""
     return _ENOUGH.search(text[:MAX_CHARACTERS]) is not None
@@ -106,6 +118,13 @@ _WISH = re.compile(
     re.IGNORECASE,
 )
 _TAG = re.compile(r",\s*(?:ok|okay|all right|alright)\s*[?？]\W*$", re.IGNORECASE)  # "..., OK?" asks for nothing
+_PARTS = re.compile(r"[,;:/&+|\n]|\b(?:and|or|nor)\b", re.IGNORECASE)
+_MANNERS = re.compile(  # words of politeness, which name no symptom: "walk me through", "how can I help you"
+    r"\b(?:(?:walk|talk) me through|(?:how|what) (?:can|may) (?:i|we) (?:help|do for)(?: you)?|(?:glass of|some) water|"
+    r"(?:would you like to|please|do) (?:sit|take a seat)(?: down)?|lie down for me|good time to talk|"
+    r"(?:can|do) you hear me(?: well| all right)?|take your hand|how has your day been)\b",
+    re.IGNORECASE,
+)
 _OPEN = re.compile(
     r"\b(?:tell me|describe|explain|(?:walk|talk) me through|say more|elaborate|what about|how about|more about|"
     r"what can you (?:tell|say)|hear (?:more )?about|know (?:more )?about|ask (?:you )?about|history of|"
@@ -203,7 +222,7 @@ class _Index:
     def _read(self, sentence: str) -> Ask:
         if _MACHINE.search(sentence):
             return Ask(sentence=sentence, kind=AskKind.machine)
-        present = self.known & tokens(sentence, MAX_SENTENCE_WORDS)
+        present = self.known & tokens(_MANNERS.sub(" ", sentence), MAX_SENTENCE_WORDS)
         specific = [(entry.fact.id, one.name) for entry in self.entries if (one := _first(entry.keys, present))]
         found = specific
         if not specific and (_OPEN.search(sentence) or _MORE.search(sentence)):

@@ -11,7 +11,7 @@ import dataclasses
 import enum
 import functools
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ import json_source_map
 import jsonschema
 
 from m3.environment.exams import CATEGORIES
+from m3.text.jsonl import read_objects
 from m3kernels.checks import refuse
 
 SCHEMA = "m3.case/v1"
@@ -191,12 +192,7 @@ class Case:
         Raises:
             ValueError: names ``where``, the field, what was wanted and what came.
         """
-        problems = list(find_problems(row))
-        if problems:
-            field, problem = problems[0]
-            more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
-            raise ValueError(f"{where}: {field}: {problem}{more}")
-        return _build(row)
+        return _checked(row, lambda field: where)
 
 
 @functools.cache
@@ -244,22 +240,10 @@ def read_cases(path: str | Path) -> Iterator[Case]:
     path = Path(path)
     seen: dict[str, str] = {}
     for file in _files(path):
-        for line, text in _rows(file):
-            where = f"{file}:{line}"
-            try:
-                row = json.loads(text)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{file}:{line + error.lineno - 1}: want JSON; {error.msg}") from error
-            problems = list(find_problems(row))
-            if problems:
-                field, problem = problems[0]
-                at = _line_of(text, field) if file.suffix == ".json" else 0
-                more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
-                raise ValueError(f"{file}:{line + at}: {field}: {problem}{more}")
-            case = _build(row)
+        for place, case in [_read_one(file)] if file.suffix == ".json" else _read_lines(file):
             if case.id in seen:
-                raise ValueError(f"{where}: id: want an id used once; got {case.id!r}, also at {seen[case.id]}")
-            seen[case.id] = where
+                raise ValueError(f"{place}: id: want an id used once; got {case.id!r}, also at {seen[case.id]}")
+            seen[case.id] = place
             yield case
 
 
@@ -294,14 +278,29 @@ def _files(path: Path) -> Sequence[Path]:
     return [path]
 
 
-def _rows(file: Path) -> Iterator[tuple[int, str]]:
+def _read_lines(file: Path) -> Iterator[tuple[str, Case]]:
+    for place, row in read_objects(file):
+        yield place, Case.from_json(row, place)
+
+
+def _read_one(file: Path) -> tuple[str, Case]:
+    """The case of a ``.json`` file; an error names the line on which the field stands."""
     text = file.read_text(encoding="utf-8")
-    if file.suffix == ".json":
-        yield 1, text
-        return
-    for line, row in enumerate(text.splitlines(), 1):
-        if row.strip():
-            yield line, row
+    try:
+        row = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{file}:{error.lineno}: want JSON; {error.msg}") from error
+    return f"{file}:1", _checked(row, lambda field: f"{file}:{1 + _line_of(text, field)}")
+
+
+def _checked(row: Any, place: Callable[[str], str]) -> Case:
+    """``place``: where a field stands, by its dotted name."""
+    problems = list(find_problems(row))
+    if problems:
+        field, problem = problems[0]
+        more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+        raise ValueError(f"{place(field)}: {field}: {problem}{more}")
+    return _build(row)
 
 
 def _line_of(text: str, field: str) -> int:

@@ -15,7 +15,8 @@ from m3.environment.episode import MAX_TURNS, CaseView, Patient, Policy, run_inq
 from m3.environment.modes import PASSIVE_MODE, Mode, ModeConfig, draw
 from m3.environment.patient import ScriptedPatient
 from m3.environment.pipeline import Answer
-from m3.environment.segment import Context, derive_seed
+from m3.environment.seeds import derive_seed
+from m3.environment.segment import Context
 from m3.environment.stages import instruction
 from m3.environment.trajectory import Message, chat
 from m3.rollout.chat import ChatClient

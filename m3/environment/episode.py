@@ -15,7 +15,6 @@ The later stages each are one message: the context of stage k and its answer, th
 from __future__ import annotations
 
 import dataclasses
-import random
 from collections.abc import Sequence
 from typing import Protocol, runtime_checkable
 
@@ -23,6 +22,7 @@ from m3.environment.asking import is_closing
 from m3.environment.case import Case, Phase
 from m3.environment.modes import PASSIVE, Mode
 from m3.environment.results import answer_orders
+from m3.environment.seeds import derive_seed
 from m3.environment.stages import PHASES, instruction, next_context
 from m3.environment.trajectory import Action, Message, Trajectory
 from m3kernels.checks import refuse
@@ -81,8 +81,8 @@ class Policy(Protocol):
 
 
 def message_seed(seed: int, case: Case, rollout: int, turn: int, phase: Phase) -> int:
-    """The seed of one message, in [0, 2^31): a function of its place alone, never of what ran beside it."""
-    return random.Random(f"{seed}/{case.id}/{rollout}/{phase}/{turn}").getrandbits(31)
+    """The seed of one message: a function of its place alone."""
+    return derive_seed(seed, case.id, rollout, str(phase), turn)
 
 
 async def run_inquiry(

@@ -160,27 +160,18 @@ class Journal:
     def _recover(self) -> int:
         """Index the good lines, cut a torn end; the length that is left."""
         end = 0
-        torn: tuple[int, int] | None = None  # (line, offset) of the first damaged line
-        with self.path.open("rb") as file:
-            for number, line in enumerate(file, 1):
-                record = read_line(line)
-                if record is None and torn is None:
-                    torn = (number, end)
-                elif record is not None and torn is not None:
-                    raise ValueError(
-                        f"{self.path}:{torn[0]}: want a line as it was written; got a damaged one, before good ones"
-                    )
-                elif record is not None:
-                    self._where[(record["kind"], str(record.get("id", len(self._where))))] = (end, len(line))
-                end += len(line)
-        if torn is None:
+        for offset, length, record in _good_lines(self.path):
+            self._where[(record["kind"], str(record.get("id", len(self._where))))] = (offset, length)
+            end = offset + length
+        size = os.fstat(self._file).st_size
+        if end == size:
             return end
-        if torn[1] == 0 and end > 0 and not self._is_ours():
+        if end == 0 and not self._is_ours():
             raise refuse("journal", "path", f"a journal ({SCHEMA})", str(self.path))
-        self.cut_bytes = end - torn[1]
+        self.cut_bytes = size - end
         _log.warning("%s: cut %d bytes that an interrupted run left unfinished", self.path, self.cut_bytes)
-        os.ftruncate(self._file, torn[1])
-        return torn[1]
+        os.ftruncate(self._file, end)
+        return end
 
     def _is_ours(self) -> bool:
         """Whether a file without one good line can be the torn beginning of a journal."""
@@ -199,3 +190,34 @@ class Journal:
             if before.get(name) != now.get(name):
                 got = f"{name} = {now.get(name)!r}, where the run that began it had {before.get(name)!r}"
                 raise refuse("journal", "run", f"the run that {self.path} belongs to", got)
+
+
+def read_journal(path: str | Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """(the run, the records after it) of a journal, without becoming its writer; an unfinished end is passed over.
+
+    Raises:
+        ValueError: no journal, or damaged in its middle.
+    """
+    records = [record for _, _, record in _good_lines(Path(path))]
+    if not records or (records[0]["kind"], records[0].get("id")) != (HEADER, SCHEMA):
+        raise refuse("read_journal", "path", f"a journal ({SCHEMA})", str(path))
+    return records[0]["run"], records[1:]
+
+
+def _good_lines(path: Path) -> Iterator[tuple[int, int, dict[str, Any]]]:
+    """(offset, length, record) of each line up to a torn end.
+
+    Raises:
+        ValueError: a damaged line before a good one.
+    """
+    offset = torn = 0  # ``torn``: number of the first damaged line
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            record = read_line(line)
+            if record is None:
+                torn = torn or number
+            elif torn:
+                raise ValueError(f"{path}:{torn}: want a line as it was written; got a damaged one, before good ones")
+            else:
+                yield offset, len(line), record
+                offset += len(line)

@@ -77,11 +77,19 @@ CONCEPTS: tuple[tuple[str, ...], ...] = (
     ("itch", "itching", "itchy", "pruritus"),
     ("rash", "skin change", "spots on skin"),
     ("jaundice", "yellow skin", "yellow eyes", "skin yellow", "eyes yellow"),
-    ("swallow", "swallowing", "dysphagia"),
+    ("swallow", "swallowing", "dysphagia", "food down"),
     ("heartburn", "acid reflux", "reflux", "indigestion"),
     ("bloat", "bloating", "bloated", "distended", "distension"),
     ("cough", "coughing"),
-    ("cough blood", "coughing up blood", "haemoptysis", "hemoptysis", "blood when you cough"),
+    (
+        "cough blood",
+        "coughing up blood",
+        "haemoptysis",
+        "hemoptysis",
+        "blood when you cough",
+        "bring up blood",
+        "brought up blood",
+    ),
     ("phlegm", "sputum", "mucus"),
     ("wheeze", "wheezing", "wheezy", "whistling chest"),
     ("snore", "snoring"),
@@ -96,11 +104,12 @@ CONCEPTS: tuple[tuple[str, ...], ...] = (
     ("radiate", "radiation", "spread", "go anywhere", "goes anywhere", "move anywhere", "travel anywhere"),
     ("start", "began", "begin", "onset", "first notice", "first noticed"),
     ("how long", "duration"),
-    ("worse", "aggravate", "exacerbate", "trigger"),
-    ("better", "relieve", "ease", "help with the pain", "alleviate"),
+    ("worse", "aggravate", "exacerbate", "trigger", "hurt more", "more painful"),
+    ("better", "relieve", "ease", "help with the pain", "alleviate", "improve"),
     ("scale", "out of ten", "one to ten", "1 to 10", "how bad", "how severe", "severity"),
     ("hypertension", "high blood pressure", "raised blood pressure"),
     ("diabetes", "diabetic", "high blood sugar", "sugar problem"),
+    ("anaemia", "anaemic", "anemia", "anemic"),
     ("cholesterol", "lipids", "hyperlipidaemia", "hyperlipidemia"),
     ("heart attack", "myocardial infarction", "coronary"),
     ("stroke", "tia", "mini-stroke"),
@@ -119,14 +128,18 @@ CONCEPTS: tuple[tuple[str, ...], ...] = (
         "ongoing conditions",
         "conditions in past",
         "existing conditions",
+        "long-term illness",
+        "health conditions",
+        "long-standing problems",
+        "serious illness",
     ),
     ("medication", "medications", "medicine", "medicines", "tablets", "drugs do you take", "prescription"),
     ("over the counter", "otc", "herbal", "supplements"),
     ("blood thinner", "anticoagulant", "warfarin"),
     ("painkiller", "painkillers", "analgesic", "ibuprofen", "nsaid"),
-    ("allergy", "allergies", "allergic"),
+    ("allergy", "allergies", "allergic", "react badly", "bad reaction"),
     ("smoke", "smoking", "smoker", "cigarettes", "tobacco"),
-    ("alcohol", "drink alcohol", "units a week", "wine", "beer", "booze"),
+    ("alcohol", "drink alcohol", "enjoy a drink", "units a week", "wine", "beer", "booze"),
     ("recreational drugs", "illicit drugs", "street drugs", "cannabis", "cocaine", "use drugs"),
     ("job", "occupation", "work as"),
     ("live alone", "living situation", "who is at home", "home situation"),
@@ -154,6 +167,10 @@ CONCEPTS: tuple[tuple[str, ...], ...] = (
     ("memory", "forgetful", "forgetting", "remember things"),
     ("fall", "fallen", "falls", "trip over"),
     ("injury", "injure", "injured", "trauma", "accident"),
+    ("hit head", "bang head", "banged head", "knock head", "head injury", "bump head"),
+    ("happened before", "like this before", "similar before"),
+    ("pain", "painful", "hurt", "sore", "ache", "aching"),
+    ("problem", "trouble", "disease", "illness"),
     ("vision", "eyesight", "see clearly", "blurred", "visual"),
     ("hearing", "deaf", "hear well"),
     ("thirst", "thirsty", "drink a lot of water", "polydipsia"),
@@ -164,7 +181,7 @@ CONCEPTS: tuple[tuple[str, ...], ...] = (
 )
 
 # concepts that do not ask for anything alone: the key "first notice" is not asked for by "before we start"
-_GENERIC = frozenset({"=start", "=how long", "=worse", "=better", "=scale", "=exercise", "=fall"})
+_GENERIC = frozenset({"=start", "=how long", "=worse", "=better", "=scale", "=exercise", "=fall", "=pain", "=problem"})
 
 # a sentence of a patient with one of these says something clinical
 _CLINICAL = """
@@ -257,6 +274,7 @@ def ways(phrase: str) -> tuple[frozenset[str], ...]:
     found = concepts(kept)
     if not plain or not found:
         return (plain,) if plain else ()
+    found = {one: naming for one, naming in found.items() if not any(naming < other for other in found.values())}
     named = frozenset(one for naming in found.values() for one in naming)
     by_concept = frozenset({*(plain - named), *found})
     return (plain,) if by_concept <= _GENERIC else tuple(dict.fromkeys((plain, by_concept)))

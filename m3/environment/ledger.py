@@ -8,8 +8,8 @@ For any patient, scripted or a language model, by rules and without a model:
 - invented: clinical content that is in no fact: a symptom, a drug, an illness, a quantity; a denial as much as a claim.
 
 The rules are conservative: what they cannot tell they do not count, so counts are lower bounds. A sentence that says "I
-don't know", or asks, tells nothing. Source of the three kinds of failure: Baichuan-M2, arXiv 2509.02208, on the patient
-simulator; the rules are ours.
+don't know", or asks, or puts off ("one thing at a time"), tells nothing. Source of the three kinds of failure:
+Baichuan-M2, arXiv 2509.02208, on the patient simulator; the rules are ours.
 """
 
 from __future__ import annotations
@@ -32,7 +32,8 @@ _EMPTY = frozenset(
 _VERBATIM = 4  # ours: content words that no other sentence holds by chance
 _UNKNOWN = re.compile(
     r"\b(?:(?:don't|do not|don’t|didn't|didn’t) (?:really )?(?:know|remember|recall)|not (?:really )?sure|no idea|"
-    r"(?:can't|cannot|can’t|couldn't|couldn’t) (?:say|tell|remember|recall)|haven't noticed|haven’t noticed)\b",
+    r"(?:can't|cannot|can’t|couldn't|couldn’t) (?:say|tell|remember|recall)|haven't noticed|haven’t noticed|"
+    r"one thing at a time|lot at once|check that yourself)\b",
     re.IGNORECASE,
 )
 _ANSWER = re.compile(
@@ -150,7 +151,7 @@ class Ledger:
         for sentence in sentences(rest):
             if "?" in sentence or _UNKNOWN.search(sentence):
                 continue
-            for clause in _CLAUSE.split(sentence):
+            for clause in _CLAUSE.split(" ".join(sentence.split())):  # long runs of blanks take the pattern long
                 self._read(clause, specific, allowed, told, wrong, invented)
         leaked = {
             one: "told and not asked"

@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import dataclasses
 import enum
-import hashlib
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -27,6 +26,7 @@ from m3.environment.asking import AskKind, asked
 from m3.environment.case import Case, Disclosure, Fact, Phase
 from m3.environment.ledger import Ledger, LedgerEntry
 from m3.environment.patient import ScriptedPatient
+from m3.environment.seeds import derive_seed
 from m3.environment.trajectory import Message
 from m3.rollout.chat import ChatClient, ChatMessages, Reply
 from m3.text.words import sentences, words
@@ -212,7 +212,7 @@ class LLMPatient:
         stop: Sequence[str] = (),
     ) -> Reply:
         messages: ChatMessages = [{"role": "system", "content": system}, {"role": "user", "content": question}]
-        seed = _seed(self.seed, self.case.id, turn.number, unit)
+        seed = derive_seed(self.seed, self.case.id, turn.number, unit)
         reply = await self.client.chat(
             messages, temperature=temperature, max_tokens=max_tokens, seed=seed, stop=tuple(stop)
         )
@@ -390,9 +390,3 @@ def whole_sentences(text: str) -> str:
 def _line(fact: Fact) -> str:
     mark = " [only when asked for itself]" if fact.disclosure == Disclosure.on_specific_ask else ""
     return f"- {fact.said}{mark}"
-
-
-def _seed(*parts: object) -> int:
-    """31 bits: what every server takes."""
-    text = "/".join(map(str, parts))
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big") >> 1

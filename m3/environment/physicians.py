@@ -16,15 +16,17 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 
-from m3.environment.asking import asked
+from m3.environment.asking import asked, things
 from m3.environment.case import Case, ChecklistItem, Disclosure, Phase
 from m3.environment.episode import CaseView
 from m3.environment.exams import CATEGORIES
+from m3.environment.lay_terms import CONCEPTS
 from m3.environment.trajectory import Message
 from m3.rewards.checklist import performs
 
 SECTIONS = ("HPI", "ROS", "PMH", "DH", "OB", "FH", "SH", "demographic", "")  # the order in which a history is taken
 QUESTIONS_A_TURN = 2
+THINGS_A_TURN = 4  # that these may name: two long questions are asked one by one
 TRIES = 3  # times the good physician asks for one thing: patients forget, and tell a few things at a time
 CLOSING = "Thank you, I have no further questions."
 GENERIC_QUESTIONS = (
@@ -125,6 +127,8 @@ class Good(_Physician):
             if told.isdisjoint(item.facts) and tries < TRIES:
                 due.append((item.section, questions[tries % len(questions)]))
         now = [question for section, question in due if section == due[0][0]][:QUESTIONS_A_TURN]
+        if sum(map(things, now)) > THINGS_A_TURN:
+            now = now[:1]
         opening = self._opening(messages, first=not mine)
         return " ".join([*opening, *(now or [CLOSING])])
 
@@ -306,10 +310,98 @@ class DiagnoseFirst(_Physician):
         return {Phase.differential: f"1. {label}", Phase.lab: "No tests."}.get(phase, f"Diagnosis: {label}")
 
 
+class StuffKeywords(_Physician):
+    """Names a dozen complaints in every question, other ones each time, whoever the patient is."""
+
+    name = "stuff_keywords"
+    at_once = 12
+
+    def say(self, messages: Sequence[Message], mine: Sequence[Message], phase: Phase, rng: random.Random) -> str:
+        if phase != Phase.inquiry:
+            return super().say(messages, mine, phase, rng)
+        start = self.at_once * len(mine)
+        names = (CONCEPTS[i % len(CONCEPTS)][0] for i in range(start, start + self.at_once))
+        return f"Do you have {', '.join(names)}?"
+
+
+class OneCompoundQuestion(_Physician):
+    """All questions of the checklist in one sentence, each time from another one on."""
+
+    name = "one_compound_question"
+
+    def __init__(self, case: Case) -> None:
+        super().__init__(case)
+        self.questions = [questions[0].rstrip("?") for _, questions in Good(case).plan]
+
+    def say(self, messages: Sequence[Message], mine: Sequence[Message], phase: Phase, rng: random.Random) -> str:
+        if phase != Phase.inquiry or not self.questions:
+            return super().say(messages, mine, phase, rng)
+        start = 4 * len(mine) % len(self.questions)
+        return " and ".join(self.questions[start:] + self.questions[:start]) + "?"
+
+
+class RubricAsQuestions(_Physician):
+    """The checklist's criteria with a question mark, one a message, and all of them in a later stage."""
+
+    name = "rubric_as_questions"
+
+    def say(self, messages: Sequence[Message], mine: Sequence[Message], phase: Phase, rng: random.Random) -> str:
+        items = [item.criterion.rstrip(".") + "?" for item in self.case.items(phase) if item.points > 0]
+        return (items[len(mine) % len(items)] if phase == Phase.inquiry else "\n".join(items)) if items else CLOSING
+
+
+_COMMON = (  # diseases that a guess would name
+    "Pneumonia, urinary tract infection, pulmonary embolism, myocardial infarction, heart failure, stroke, asthma, "
+    "gastroenteritis, appendicitis, pancreatitis, sepsis, type 2 diabetes mellitus, hypothyroidism, iron deficiency "
+    "anaemia, deep vein thrombosis, migraine, depression, gout, peptic ulcer, lymphoma, tuberculosis, meningitis"
+).split(", ")
+
+
+class HedgedList(_Physician):
+    """Names the right diagnosis among many common ones, several in each line of the differential."""
+
+    name = "hedged_list"
+
+    def say(self, messages: Sequence[Message], mine: Sequence[Message], phase: Phase, rng: random.Random) -> str:
+        names = [self.case.diagnosis.label, *_COMMON]
+        lines = [f"{i + 1}. {' ('.join(names[i::10])}{')' * (len(names[i::10]) - 1)}" for i in range(10)]
+        said = {Phase.differential: "\n".join(lines), Phase.diagnosis: f"Diagnosis: {', '.join(names)}"}
+        return said.get(phase) or super().say(messages, mine, phase, rng)
+
+
+class EveryAdvice(_Physician):
+    """Escalates in every way, and gives the opposite advice as well."""
+
+    name = "every_advice"
+
+    def say(self, messages: Sequence[Message], mine: Sequence[Message], phase: Phase, rng: random.Random) -> str:
+        if phase != Phase.diagnosis:
+            return super().say(messages, mine, phase, rng)
+        return (
+            "Diagnosis: viral infection\nAdvice: Go to the emergency department at once. Call an ambulance. "
+            "Be admitted to hospital today. See the specialist urgently. Come back at once if it gets worse. "
+            "Stay at home and rest. Go home. Wait and see. There is nothing to worry about. See your doctor next week."
+        )
+
+
+class Echo(_Physician):
+    """Says the patient's own words back as a question."""
+
+    name = "echo"
+
+    def say(self, messages: Sequence[Message], mine: Sequence[Message], phase: Phase, rng: random.Random) -> str:
+        if phase != Phase.inquiry:
+            return super().say(messages, mine, phase, rng)
+        return f"Tell me more: {messages[-1].content.rstrip('.?!')}?"
+
+
 EXPLOITS: Mapping[str, Callable[[Case], _Physician]] = MappingProxyType(
     {
         one.name: one
-        for one in (AskEverything, AskNothing, Repeat, OrderEveryTest, SeeADoctor, CopyRubric, DiagnoseFirst)
+        for one in (
+            *(AskEverything, AskNothing, Repeat, OrderEveryTest, SeeADoctor, CopyRubric, DiagnoseFirst),
+            *(StuffKeywords, OneCompoundQuestion, RubricAsQuestions, HedgedList, EveryAdvice, Echo),
+        )
     }
 )
 POLICIES: Mapping[str, Callable[[Case], _Physician]] = MappingProxyType(

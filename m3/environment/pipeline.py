@@ -26,6 +26,7 @@ import asyncio
 import collections
 import dataclasses
 import logging
+import math
 import random
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from types import MappingProxyType, TracebackType
@@ -34,7 +35,8 @@ from typing import Any, Protocol, TypeVar
 from m3.environment.case import Case, Phase
 from m3.environment.episode import open_stage
 from m3.environment.journal import Journal
-from m3.environment.segment import Batch, Context, Segment, StageScore, derive_seed
+from m3.environment.seeds import derive_seed
+from m3.environment.segment import Batch, Context, Segment, StageScore
 from m3.environment.stages import PHASES, following
 from m3.environment.trajectory import Message, Trajectory
 from m3.rewards.verdict import UnjudgedError
@@ -87,6 +89,8 @@ class Config:
         for phase in self.stages:
             if phase not in self.tau:
                 raise refuse(op, "tau", f"a number for each of {[str(p) for p in self.stages]}", f"none for {phase}")
+            if math.isnan(self.tau[phase]):
+                raise refuse(op, "tau", "numbers", f"nan for {phase}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -311,7 +315,14 @@ class Pipeline:
         phase = self._at_work.pop(task)
         if (after := self._after(phase)) is not None:
             self._reserved[after] -= self.config.carry
-        if not task.cancelled() and (error := task.exception()) is not None and self._error is None:
+        error: BaseException | None
+        if not task.cancelled():
+            error = task.exception()
+        elif self._closed:
+            error = None
+        else:  # not by us: a call inside was cancelled, and its group would be missing without a word
+            error = PipelineError(f"pipeline: a slot of the stage {phase} was cancelled by what it waited for")
+        if error is not None and self._error is None:
             self._error = error
             self._closed = True
         self._fill()
@@ -452,10 +463,15 @@ class Pipeline:
         if self._journal is not None:
             ids = [segment.id for segment in segments]
             self._journal.append({"kind": "batch", "id": str(batch.step), "segments": ids})
-            await asyncio.to_thread(self._journal.sync)
         self._step += 1
         self.progress.batches += 1
         self._fill()
+        if self._journal is not None:
+            try:
+                await asyncio.to_thread(self._journal.sync)
+            except asyncio.CancelledError:
+                self._replays.append(batch)  # the reader gave up waiting; it gets the batch when it asks again
+                raise
         return batch
 
     def _recall_batches(self, journal: Journal, first_step: int | None) -> None:

@@ -9,20 +9,23 @@ from. Seeds follow from the run's seed and the name alone: whatever runs beside 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from m3.environment.case import Case, Phase
 from m3.environment.modes import PASSIVE_MODE
-from m3.environment.trajectory import Message, Trajectory, to_line
+from m3.environment.trajectory import Action, Message, Trajectory
 from m3.rewards.spans import SpanReward, violations
+from m3kernels.checks import refuse
 
 
-def derive_seed(run_seed: int, *parts: str | int) -> int:
-    """48 bits of BLAKE2b over the run's seed and what a seed is for: the same on every machine, exact in JSON."""
-    text = to_line({"seed": [run_seed, *parts]}).encode()
-    return int.from_bytes(hashlib.blake2b(text, digest_size=6).digest(), "big")
+def _inquiry_end(messages: Sequence[Message]) -> str:
+    """Why the inquiry of a later stage's context ended, as m3.environment.episode.run_inquiry says it."""
+    last = [message for message in messages if message.phase == Phase.inquiry][-1]
+    if last.role == "user":
+        return "patient" if last.meta.get("gone") else ""
+    return "closed" if last.action == Action.close else "turns"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -51,6 +54,12 @@ class StageScore:
     quality: float | None = None
     spans: tuple[SpanReward, ...] = ()
     outcomes: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name in ("reward", "quality"):
+            value = getattr(self, name)
+            if value is not None and not math.isfinite(value):  # nan is on neither side of the gate
+                raise refuse("StageScore", name, "a finite number", value)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -85,7 +94,7 @@ class Segment:
             seed=self.seed,
             rollout=self.rollout,
             mode=modes[0] if modes else PASSIVE_MODE,
-            ended=self.ended,
+            ended=self.ended or _inquiry_end((*self.prompt, *self.response)),
             messages=(*self.prompt, *self.response),
         )
 

@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from m3.environment.case import Phase
+from m3.text.jsonl import read_objects
+from m3kernels.checks import refuse
 
 SCHEMA = "m3.trajectory/v1"
 
@@ -66,10 +68,15 @@ class Message:
     @classmethod
     def from_json(cls, row: Mapping[str, Any]) -> Message:
         side = row.get("m3", {})
+        role, content, turn = row["role"], row["content"], side.get("turn", 0)
+        if not (isinstance(role, str) and isinstance(content, str)):
+            raise refuse("message", "role, content", "text", (role, content))
+        if type(turn) is not int or turn < 0:
+            raise refuse("message", "turn", "an integer >= 0", turn)
         return cls(
-            role=row["role"],
-            content=row["content"],
-            turn=side.get("turn", 0),
+            role=role,
+            content=content,
+            turn=turn,
             phase=Phase(side.get("phase", Phase.inquiry)),
             action=Action(side["action"]) if "action" in side else None,
             facts=tuple(side.get("facts", ())),
@@ -125,8 +132,9 @@ class Trajectory:
     @classmethod
     def from_json(cls, row: Mapping[str, Any]) -> Trajectory:
         """Raises ValueError: not of this schema, or a field is missing; the message says which."""
-        if row.get("schema") != SCHEMA:
-            raise ValueError(f"trajectory: schema: want {SCHEMA!r}; got {row.get('schema')!r}")
+        schema = row.get("schema") if isinstance(row, Mapping) else None
+        if schema != SCHEMA:
+            raise ValueError(f"trajectory: schema: want {SCHEMA!r}; got {schema!r}")
         try:
             return cls(
                 case=row["case"],
@@ -160,15 +168,11 @@ def write_trajectories(path: str | Path, trajectories: Iterable[Trajectory]) -> 
 
 def read_trajectories(path: str | Path) -> Iterator[Trajectory]:
     """Raises ValueError: names file and line."""
-    path = Path(path)
-    with path.open(encoding="utf-8") as file:
-        for line, text in enumerate(file, 1):
-            if not text.strip():
-                continue
-            try:
-                yield Trajectory.from_json(json.loads(text))
-            except ValueError as error:
-                raise ValueError(f"{path}:{line}: {error}") from error
+    for place, row in read_objects(path):
+        try:
+            yield Trajectory.from_json(row)
+        except ValueError as error:
+            raise ValueError(f"{place}: {error}") from error
 
 
 def chat(messages: Sequence[Message]) -> list[dict[str, str]]:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -146,15 +145,13 @@ def healthbench(
 
 def read_answers(path: Path) -> Mapping[str, str]:
     """Raises ValueError: a row without prompt_id and response, by line."""
+    from m3.text.jsonl import read_objects
+
     found: dict[str, str] = {}
-    for line, text in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        if not text.strip():
-            continue
-        try:
-            row = json.loads(text)
-            found[row["prompt_id"]] = row["response"]
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
-            raise ValueError(f'{path}:{line}: want {{"prompt_id", "response"}}; {error!r}') from error
+    for place, row in read_objects(path):
+        if "prompt_id" not in row or "response" not in row:
+            raise ValueError(f'{place}: want "prompt_id" and "response"; got {sorted(row)}')
+        found[row["prompt_id"]] = row["response"]
     return found
 
 

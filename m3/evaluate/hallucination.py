@@ -21,7 +21,7 @@ import dataclasses
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ from m3.rewards.claims import Claim, Extraction, Extractor
 from m3.rewards.fact_verdicts import FactVerdict, Label, count_labels
 from m3.rewards.fact_verifier import FactVerifier
 from m3.rewards.verdict import UnjudgedError
+from m3.text.jsonl import read_objects
 from m3kernels.checks import refuse
 
 WEIGHTS: Mapping[Label, float] = {Label.refuted: 1.0, Label.uncertain: 0.5, Label.supported: 0.0}  # Eq 15
@@ -54,6 +55,9 @@ class Interval:
     value: float
     low: float
     high: float
+
+    def __str__(self) -> str:
+        return f"{self.value:.4f} [{self.low:.4f}, {self.high:.4f}]"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -145,13 +149,13 @@ def read_responses(path: str | Path) -> list[Response]:
     """
     out: list[Response] = []
     seen: set[str] = set()
-    for line, row in _rows(Path(path)):
+    for place, row in read_objects(path):
         text = next((row[key] for key in ("response", "completion", "answer") if isinstance(row.get(key), str)), None)
         if text is None:
-            raise ValueError(f'{path}:{line}: want "response", "completion" or "answer"; got {sorted(row)}')
-        id = str(row.get("id", row.get("prompt_id", line)))
+            raise ValueError(f'{place}: want "response", "completion" or "answer"; got {sorted(row)}')
+        id = str(row.get("id", row.get("prompt_id", place.rpartition(":")[2])))
         if id in seen:
-            raise ValueError(f"{path}:{line}: id: want one used once; got {id!r} again")
+            raise ValueError(f"{place}: id: want one used once; got {id!r} again")
         seen.add(id)
         out.append(Response(id=id, text=text, question=str(row.get("question", ""))))
     return out
@@ -174,9 +178,13 @@ async def run(
     Args:
         concurrency: responses at once.
     Raises:
-        ValueError: the folder holds a run of something else.
+        ValueError: the folder holds a run of something else, an id occurs twice, or concurrency < 1.
         UnjudgedError: too many failures; files stay, and the same call tries the failed ones again.
     """
+    if concurrency < 1:
+        raise refuse("hallucination.run", "concurrency", "an integer >= 1", concurrency)
+    if len({one.id for one in responses}) < len(responses):
+        raise refuse("hallucination.run", "responses", "ids used once", f"{len(responses)} responses with fewer ids")
     folder = Path(out)
     folder.mkdir(parents=True, exist_ok=True)
     _check_card(folder, responses, extractor, verifier)
@@ -290,20 +298,7 @@ def _latest(path: Path) -> dict[str, dict[str, Any]]:
     if data and not data.endswith(b"\n"):
         with path.open("r+b") as file:
             file.truncate(data.rfind(b"\n") + 1)
-    return {row["id"]: row for _, row in _rows(path)}
-
-
-def _rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    with path.open(encoding="utf-8") as file:
-        for line, text in enumerate(file, 1):
-            if text.strip():
-                try:
-                    row = json.loads(text)
-                except json.JSONDecodeError as error:
-                    raise ValueError(f"{path}:{line}: want JSON; {error.msg}") from error
-                if not isinstance(row, dict):
-                    raise ValueError(f"{path}:{line}: want a JSON object; got {type(row).__name__}")
-                yield line, row
+    return {row["id"]: row for _, row in read_objects(path)}
 
 
 def _replace(path: Path, text: str) -> None:

@@ -26,7 +26,7 @@ from typing import Any
 
 import numpy as np
 
-from m3.rewards.json_log import JsonLog
+from m3.environment.journal import Journal
 from m3.rewards.judge import RubricJudge
 from m3.rewards.judge_schedule import Plan, Request, Reuse, achieved, plan, together
 from m3.rewards.rubric import HealthBenchRow, match_verdicts
@@ -70,6 +70,9 @@ def example_metrics(row: HealthBenchRow, met: Sequence[bool]) -> dict[str, float
     items = row.rubric.items
     if len(met) != len(items):
         raise refuse("example_metrics", "met", f"{len(items)} of them, one a clause", f"{len(met)}")
+    for is_met in met:
+        if is_met not in (False, True):  # the name of an outcome is text, and so "true"
+            raise refuse("example_metrics", "met", "true or false of each clause", repr(is_met))
     overall = healthbench_score([item.points for item in items], met)
     if overall is None:
         raise refuse("example_metrics", f"rubric of {row.prompt_id!r}", "a clause with positive points", "none")
@@ -216,7 +219,7 @@ async def evaluate(
 
     Args:
         client: whoever answers, or recorded answers by prompt_id.
-        path: a ``.jsonl`` file, new or of a run with the same settings.
+        path: a journal (m3/environment/journal.py), new or of a run with the same settings.
     Raises:
         ValueError: the file is of another run, a recorded answer is missing, an id occurs twice, or as
             ``example_metrics``.
@@ -226,6 +229,9 @@ async def evaluate(
     by_id = {row.prompt_id: row for row in rows}
     if len(by_id) != len(rows):
         raise refuse("evaluate", "rows", "each prompt_id once", f"{len(rows)} rows, {len(by_id)} ids")
+    for row in rows:  # before anything is spent on them
+        if not any(item.wanted for item in row.rubric.items):
+            raise refuse("evaluate", f"rubric of {row.prompt_id!r}", "a clause with positive points", "none")
     if isinstance(client, Mapping):
         missing = [row.prompt_id for row in rows if row.prompt_id not in client]
         if missing:
@@ -240,8 +246,9 @@ async def evaluate(
         "seed": config.seed,
     }
     wanted = [(row.prompt_id, repeat) for repeat in range(config.n_repeats) for row in rows]
-    with JsonLog(path, header) as log:
-        done = {(one.prompt_id, one.repeat): one for one in map(_from_json, log.rows)}
+    with Journal(path, run=header) as journal:
+        graded = (_from_json(record["answer"]) for record in journal.records())
+        done = {(one.prompt_id, one.repeat): one for one in graded}
         if isinstance(client, Mapping):
             other = [key[0] for key in wanted if key in done and done[key].response != client[key[0]]]
             if other:
@@ -252,7 +259,8 @@ async def evaluate(
             for key in queue:
                 response = done[key].response if key in done else await answer(*key)
                 done[key] = await _grade(by_id[key[0]], key[1], response, judge)
-                await asyncio.to_thread(log.append, _to_json(done[key]))
+                journal.append({"kind": "answer", "answer": _to_json(done[key])})
+                await asyncio.to_thread(journal.sync)
 
         async def answer(prompt_id: str, repeat: int) -> str:
             if isinstance(client, Mapping):

@@ -2,7 +2,8 @@
 
 Two formats, one a line, plain or gzipped: ``m3.trajectory/v1`` (with the cases they are of), and CRAFT-MD replays:
 {case_id, doctor, trial, answer, frq, frq_eval, facts, turns: [{role: doctor | patient, text}]}, where ``answer`` is the
-reference, ``frq`` what the doctor answered when asked for the diagnosis, ``frq_eval`` a recorded grader's 0 or 1.
+reference, ``frq`` what the doctor answered when asked for the diagnosis, ``frq_eval`` a recorded grader's 0 or 1, -1
+or null where there is no verdict.
 
 - A fact is *told* if at least ``told`` of its content words' stems are in one message of the patient: lexical recall.
 - A question is a sentence that ends in a question mark; near duplicates are those of m3/text/likeness.py.
@@ -14,8 +15,6 @@ reference, ``frq`` what the doctor answered when asked for the diagnosis, ``frq_
 from __future__ import annotations
 
 import dataclasses
-import gzip
-import json
 import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -27,6 +26,7 @@ from m3.environment.trajectory import SCHEMA, Message, Trajectory
 from m3.evaluate.scanbench import Mean, mean_over_cases
 from m3.rewards import diagnosis
 from m3.rewards.spans import SpanReward
+from m3.text.jsonl import read_objects
 from m3.text.likeness import near_duplicates, questions
 from m3.text.words import content_stems
 from m3kernels.checks import refuse
@@ -160,17 +160,13 @@ def read_recorded(path: str | Path, cases: Iterable[Case] = ()) -> Iterator[Reco
     Raises:
         ValueError: names file and line of what is neither format, or is of an unknown case.
     """
-    path, known = Path(path), {case.id: case for case in cases}
-    with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8") as file:
-        for line, text in enumerate(file, 1):
-            if not text.strip():
-                continue
-            try:
-                row = json.loads(text)
-                yield _of_trajectory(row, known) if row.get("schema") == SCHEMA else _of_craft_md(row)
-            except (ValueError, KeyError, TypeError, AttributeError) as error:
-                what = f"missing field {error}" if isinstance(error, KeyError) else str(error)
-                raise ValueError(f"{path}:{line}: want {SCHEMA} or a CRAFT-MD replay; {what}") from error
+    known = {case.id: case for case in cases}
+    for place, row in read_objects(path):
+        try:
+            yield _of_trajectory(row, known) if row.get("schema") == SCHEMA else of_craft_md(row)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            what = f"missing field {error}" if isinstance(error, KeyError) else str(error)
+            raise ValueError(f"{place}: want {SCHEMA} or a CRAFT-MD replay; {what}") from error
 
 
 def _of_trajectory(row: Mapping[str, Any], cases: Mapping[str, Case]) -> Recorded:
@@ -188,16 +184,9 @@ def _of_trajectory(row: Mapping[str, Any], cases: Mapping[str, Case]) -> Recorde
     )
 
 
-def _of_craft_md(row: Mapping[str, Any]) -> Recorded:
-    """The doctor speaks first: its opening is turn 0; the patient's reply opens turn 1."""
-    messages: list[Message] = []
-    turn = 0
-    for said in row["turns"]:
-        physician = said["role"] == "doctor"
-        if not physician and messages:
-            turn += 1
-        role = "assistant" if physician else "user"
-        messages.append(Message(role=role, content=said["text"], turn=turn, phase=Phase.inquiry))
+def of_craft_md(row: Mapping[str, Any]) -> Recorded:
+    """One CRAFT-MD replay. Raises KeyError, TypeError: a field is missing or malformed."""
+    messages = recorded_messages((said["role"], said["text"]) for said in row["turns"])
     return Recorded(
         trajectory=Trajectory(
             case=row["case_id"],
@@ -206,13 +195,31 @@ def _of_craft_md(row: Mapping[str, Any]) -> Recorded:
             seed=0,
             rollout=row["trial"],
             mode="recorded",
-            messages=tuple(messages),
+            messages=messages,
         ),
         reference=_reference(row["answer"]),
-        answer=row["frq"],
+        answer=row["frq"] or "",  # null: the doctor gave none
         facts=tuple(re.sub(r"^\d+\.\s*", "", fact) for fact in row["facts"]),
-        graded=None if row.get("frq_eval") is None else bool(row["frq_eval"]),
+        graded=_GRADES.get(row.get("frq_eval", -1)),  # -1: the grader could not tell
     )
+
+
+def recorded_messages(turns: Iterable[tuple[str, str]]) -> tuple[Message, ...]:
+    """(role, text) of a recorded dialogue, role "doctor" or "patient", as messages of the inquiry.
+
+    Where the doctor speaks first, its opening is turn 0. A turn begins where the patient speaks after the doctor.
+    """
+    messages: list[Message] = []
+    turn = 0
+    for speaker, text in turns:
+        role = "assistant" if speaker == "doctor" else "user"
+        if role == "user" and messages and messages[-1].role == "assistant":
+            turn += 1
+        messages.append(Message(role=role, content=text, turn=turn, phase=Phase.inquiry))
+    return tuple(messages)
+
+
+_GRADES: Mapping[object, bool] = {0: False, 1: True}
 
 
 def _reference(label: str) -> diagnosis.Reference:

@@ -1,16 +1,18 @@
 """A case's checklist judged by rules: which items a consultation met, where, and Eq 1 over them. No language model.
 
 - must_ask: the patient *told* one of the item's facts as an answer to a question that asks for it. Of one message of
-  the physician the first few asks earn credit, and every question beyond so many takes one back: a dumped list earns
-  nothing. Statements never do. A fact that the
-  patient adds to such an answer counts too, one a message. Items whose facts all stand in the opening line or are
-  volunteered are *given*: they cost and earn nothing. Without facts, an item is met by a question with its keys.
+  the physician the first few things asked for earn credit, and each beyond so many takes one back: a dumped list earns
+  nothing, whether of questions or in one question. One that recites a criterion or a fact of the case is none, and
+  statements never earn. A fact that the patient adds to such an answer counts too, one a message. Items whose facts all
+  stand in the opening line or are volunteered are *given*: they cost and earn nothing. Without facts, an item is met by
+  a question with its keys.
 - must_do: a sentence of the physician in the item's stage has all words of one of its keys and no negation just before
-  them. Reciting the checklist's own criterion is not doing it.
+  them. Reciting the checklist's own criterion is not doing it, and after the inquiry asking is not doing.
 - must_not, veto: likewise, statements only where the stage is not the inquiry; a recited criterion counts here.
 
 Value: Eq 1 (rubric.rubric_reward) over items that are not given, met or committed being a_i = 1. A committed veto makes
-the score 0, whatever the value. Of lists, only as many lines as a stage's instruction invites are read for credit.
+the score 0, whatever the value. Of lists, only as many lines as a stage's instruction invites are read for credit, and
+of a line only its first words.
 
 Source of level, dimension and Eq 1: Baichuan-M3, arXiv 2602.06570 (ScanBench, rubric verifier); the rules are ours.
 """
@@ -22,7 +24,7 @@ import itertools
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import TypeVar
 
-from m3.environment.asking import AskKind, asked, is_request
+from m3.environment.asking import AskKind, asked, is_request, things
 from m3.environment.case import Case, ChecklistItem, Disclosure, Phase
 from m3.environment.lay_terms import means, stem, tokens, ways
 from m3.environment.ledger import Ledger
@@ -34,7 +36,7 @@ from m3kernels.checks import refuse
 
 Group = TypeVar("Group")
 _SCOPE = 5  # ours: words before a key in which a negation turns it ("I don't think you need to ...")
-_ORDERED = "order request"  # what every line of an order says
+_ORDERED = tokens("order request")  # what every line of an order says
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -46,6 +48,8 @@ class ChecklistConfig:
     differential_lines: int = 10  # as stages.INSTRUCTIONS says
     order_lines: int = 12  # more tests than any case has essential and optional ones
     advice_sentences: int = 20
+    line_words: int = 16  # of a line of the differential or of the orders: a name and a short reason
+    advice_words: int = 40  # of a sentence
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
@@ -146,14 +150,20 @@ def annotate(case: Case, trajectory: Trajectory) -> Trajectory:
 def performs(item: ChecklistItem, text: str, config: ChecklistConfig | None = None) -> str:
     """The sentence of a physician's message that does what an item's keys name, or ""."""
     wanted = item.points > 0
-    for sentence in _read(item.phase, text, config or ChecklistConfig() if wanted else None):
+    limits = config or ChecklistConfig()
+    most = None
+    if wanted and item.phase != Phase.inquiry:
+        most = limits.advice_words if item.phase == Phase.diagnosis else limits.line_words
+    for sentence in _read(item.phase, text, limits if wanted else None):
         if wanted and _recites(item.criterion, sentence):
             continue
-        if not wanted and item.phase != Phase.inquiry and is_request(sentence):
+        if item.phase != Phase.inquiry and (sentence.endswith("?") if wanted else is_request(sentence)):
             continue
         if item.kind == "must_ask" and not is_request(sentence):
             continue
-        said = tokens(f"{_ORDERED} {sentence}" if item.phase == Phase.lab else sentence)
+        said = tokens(sentence, most)
+        if item.phase == Phase.lab:
+            said |= _ORDERED
         if any(means(said, key) and not _negated(key, sentence) for key in item.keys):
             return sentence
     return ""
@@ -193,8 +203,9 @@ def _asked_and_told(case: Case, trajectory: Trajectory, config: ChecklistConfig)
             continue
         if message.meta.get("snippet") or answer.meta.get("instruction"):
             continue
-        asks = asked(case, message.content)
-        room = config.max_asks_per_turn - max(0, len(asks) - config.max_asks_per_turn)
+        asks = [ask for ask in asked(case, message.content) if not _quotes(case, ask.sentence)]
+        asked_for = sum(things(ask.sentence) for ask in asks)
+        room = config.max_asks_per_turn - max(0, asked_for - config.max_asks_per_turn)
         named: set[str] = set()
         answered = False
         for ask in asks:
@@ -232,6 +243,22 @@ def _recites(criterion: str, sentence: str) -> bool:
     """Whether a sentence says the criterion's own words in their order."""
     wanted, said = stems(criterion), stems(sentence)
     return any(said[i : i + len(wanted)] == wanted for i in range(len(said) - len(wanted) + 1))
+
+
+def _quotes(case: Case, sentence: str) -> bool:
+    """Whether a question holds the words of a criterion or of a fact as the case has them: no patient is asked so."""
+    said = f" {' '.join(words(sentence))} ".casefold()
+    return any(quote in said for quote in _quotable(case))
+
+
+def _quotable(case: Case) -> tuple[str, ...]:
+    """Made once for a case and kept on it, as functools.cached_property would: to hash a case costs more."""
+    kept = vars(case)
+    if (found := kept.get("_quotable")) is None:
+        texts = [*(item.criterion for item in case.checklist), *(fact.text for fact in case.facts)]
+        split = [words(text) for text in texts]
+        found = kept["_quotable"] = tuple(f" {' '.join(one)} ".casefold() for one in split if len(one) > 2)
+    return found
 
 
 def _negated(key: str, sentence: str) -> bool:

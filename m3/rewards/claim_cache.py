@@ -20,8 +20,10 @@ import collections
 import contextlib
 import dataclasses
 import enum
+import logging
 import random
 import secrets
+import sqlite3
 import threading
 from collections.abc import AsyncIterator, Awaitable, Callable
 
@@ -38,6 +40,7 @@ THRESHOLD = 0.7  # ours, from the tuning set of docs/experiments/claim_cache.md:
 FIRST_POLL, LAST_POLL = 0.01, 0.1  # ours: seconds between looks at what another process verifies
 LEASE_RENEWED = 5.0  # ours: seconds; well inside the 30 s of a lease
 
+_log = logging.getLogger(__name__)
 Verify = Callable[[], Awaitable[FactVerdict]]
 
 
@@ -69,6 +72,7 @@ class CacheStats:
     l2_hits: int = 0  # audited ones included
     verified: int = 0
     failures: int = 0  # no verdict, or an exception
+    unkept: int = 0  # verdicts the store could not write
     waits: int = 0  # claims that waited for a flight, whatever came of it
     audits: int = 0  # L2 hits verified again, with a verdict
     false_hits: int = 0  # of those, with another label
@@ -101,7 +105,8 @@ def wilson(events: int, trials: int, z: float = 1.959964) -> tuple[float, float,
     centre = share + z * z / (2 * trials)
     spread = z * (share * (1 - share) / trials + z * z / (4 * trials * trials)) ** 0.5
     scale = 1 + z * z / trials
-    return share, max(0.0, (centre - spread) / scale), min(1.0, (centre + spread) / scale)
+    low, high = (centre - spread) / scale, (centre + spread) / scale
+    return share, max(0.0, min(share, low)), min(1.0, max(share, high))  # rounding alone can leave the share outside
 
 
 class _Flight:
@@ -110,6 +115,7 @@ class _Flight:
     def __init__(self) -> None:
         self.lock = asyncio.Lock()
         self.members = 0
+        self.unkept: dict[str, FactVerdict] = {}  # by exact key: what the store would not take
         self.failed: dict[str, FactVerdict | Exception] = {}  # by exact key: what those who wait for it get too
 
 
@@ -211,11 +217,20 @@ class ClaimCache:
         """With the flight's lock: wait for other processes, look again, verify."""
         if (failed := flight.failed.get(key)) is not None and waited:
             return self._failed(claim, failed, waited=True)
+        if (unkept := flight.unkept.get(key)) is not None:
+            return self._exact(claim, unkept, waited=waited)
         name = digest(signature(claim).flight_key if self.guard else key)
         token = secrets.token_hex(8)
         poll = FIRST_POLL
         while True:
-            ours = await asyncio.to_thread(self._store.acquire, name, token)
+            asking = asyncio.ensure_future(asyncio.to_thread(self._store.acquire, name, token))
+            try:
+                ours = await asyncio.shield(asking)
+            except asyncio.CancelledError:  # the thread goes on, and what it gets must be given back
+                asking.add_done_callback(
+                    lambda _: threading.Thread(target=self._store.release, args=(name, token)).start()
+                )
+                raise
             try:
                 found = await asyncio.to_thread(self._store.get, key)
                 if found is not None:
@@ -249,15 +264,29 @@ class ClaimCache:
         try:
             verdict = await verify()
         except Exception as error:
+            if near is not None:
+                _log.warning("claim cache: the audit of a hit failed: %s", error)
+                return self._equivalent(claim, near, waited=waited)
             flight.failed[key] = error
             self._count(waited, failures=1)
             raise
         finally:
             renewing.cancel()
         if not verdict.label.judged:
+            if near is not None:
+                return self._equivalent(claim, near, waited=waited)
             flight.failed[key] = verdict
             return self._failed(claim, verdict, waited=waited)
-        await asyncio.to_thread(self._store.put, key, claim, verdict, vector)
+        try:
+            await asyncio.to_thread(self._store.put, key, claim, verdict, vector)
+        except sqlite3.Error as error:  # disk full, locked: the verdict was paid for, and those who wait need it
+            flight.unkept[key] = verdict
+            self.stats.unkept += 1
+            _log.log(
+                logging.WARNING if self.stats.unkept == 1 else logging.DEBUG,
+                "claim cache: a verdict cannot be kept (%s); going on without",
+                error,
+            )
         if near is None:
             self._count(waited, verified=1)
             return CachedVerdict(verdict=verdict, source=Source.verified, waited=waited)

@@ -10,6 +10,8 @@ quantities that are equal in base units, and four moves of words:
 * "A of B" - "B A" ("risk of cancer" - "cancer risk"),
 * the passive of a whole sentence ("Y is caused by X" - "X causes Y").
 
+The endings -ed and -ing keep words apart (tense and role), a passive aside; -s does not.
+
 Negations, modal verbs, prepositions, comparatives and quantities are words that keep their place, so scope needs no
 grammar. The tables of classes at the end only name the reason for a reader and the statistics; they decide nothing.
 """
@@ -42,23 +44,29 @@ class Signature:
     def flight_key(self) -> str:
         """Equal for every two claims that ``same`` takes for the same (and for some others): content without order."""
         content = [token for token in self.tokens if isinstance(token, str) and token not in _LINKS]
-        letters = sorted("".join(content).replace("_", "").replace("e", ""))
+        letters = sorted("".join(_ENDING.sub("", one) for one in content).replace("_", "").replace("e", ""))
         numbers = sorted(repr(token) for token in self.tokens if not isinstance(token, str))
         return "".join(letters) + "|" + "|".join(numbers)
+
+
+_ENDING = re.compile(r"\+(?:ed|ing)$")
 
 
 def normalise(claim: str) -> str:
     """A claim for the exact key: spaces, quotes, dashes, a final stop and the case of ordinary words do not count.
 
-    Case of words all in capitals counts (ALL, AIDS, US), and characters are composed, not folded: a superscript or "½"
-    means something.
+    Case counts in words all in capitals (ALL, AIDS, US) and within words of less than four letters after the first
+    word (genotype Aa, anti-K, MBq); characters are composed, not folded: a superscript or "½" means something.
     """
     text = unicodedata.normalize("NFC", claim).replace("’", "'").replace("‘", "'")
     text = re.sub(r"[“”]", '"', re.sub(r"[‐‑–]", "-", text))
     text = re.sub(r"\s+", " ", text).strip().strip('"').rstrip(" .;,!")
-    return re.sub(
-        r"[^\W\d_]+", lambda word: word[0] if len(word[0]) > 1 and word[0].isupper() else word[0].lower(), text
-    )
+
+    def folded(word: re.Match[str]) -> str:
+        loud = len(word[0]) > 1 and word[0].isupper()
+        return word[0] if loud or (word.start() and len(word[0]) < 4) else word[0].lower()
+
+    return re.sub(r"[^\W\d_]+", folded, text)
 
 
 @functools.lru_cache(maxsize=65536)
@@ -75,6 +83,14 @@ def signature(claim: str) -> Signature:
             breaks.add(len(found))
         elif part == "of" and found and isinstance(found[-1], Quantity) and found[-1].unit == "fraction":
             continue  # "half of people", "1 in 2 people"
+        elif part == "that" and len(found) in breaks:
+            found.append("that,")  # "patients, who smoke," are not "patients who smoke"
+        elif part == "with" and found and found[-1] == "patient":
+            found[-1:] = ["person", part]  # who has a disease is a patient; elsewhere not everybody is one
+        elif part in ("most", "least") and found and found[-1] == "the":
+            found[-1] = part
+        elif part == "the" and found and found[-1] == "be":
+            found.append(part)  # "is the cause" is not "is a cause"
         elif isinstance(part, Quantity) or part not in claim_wording.DROPPED:
             found.append(part)
     tokens, breaks = _unfront(found, {at for at in breaks if 0 < at < len(found)})
@@ -108,20 +124,25 @@ def _explained(a: Signature, b: Signature) -> bool:
 
 # -- words ------------------------------------------------------------------------------------------------------------
 _PIECE = re.compile(  # words; the minus of "ER-"; breaks; any sign that is no ordinary punctuation
-    r"""[^\W_]+(?:'[^\W\d_]+)?|(?<=\w)[-−](?=[\s,.;)]|$)|[,()\[\]]|[^\w\s.;:!'"’‘“”`‐‑–—−…{}|\\-]"""
+    r"""[^\W_]+(?:'[^\W\d_]+)?|(?<=[\w(])[-−](?=[\s,.;)]|$)|[,()\[\]]|[^\w\s.;:!'"’‘“”`‐‑–—−…{}|\\-]"""
 )
 _SILENT = frozenset("*#~^()[]")
 _SIGNS = {"&": "and", "-": "minus", "−": "minus"}
 _CAPITALS = frozenset(  # words that mean another thing all in capitals
-    "ALL AIDS US IT WHO PAD CAT PET ADD ACE ARM CAP SAD MS AS IS IN NO DO ON ID GO PE AN OR MAD RAD LAP".split()
+    "ALL AIDS US IT WHO PAD CAT PET ADD ACE ARM CAP SAD MS AS IS IN NO DO ON ID GO PE AN OR MAD RAD LAP MEN".split()
+)
+
+
+_SYMBOL = re.compile(
+    r"[B-HJ-WYZ]|[A-Z][a-z]?[A-Z]|(?!In|It|If|No|Is|On|At|As|An|Of|Or|By|To|Do|We|He|So|Up|My|Be|Dr)[A-Z][A-Za-z]"
 )
 
 
 @functools.cache
-def _synonyms() -> tuple[dict[tuple[str, ...], str], dict[tuple[str, ...], str]]:
-    """(surface forms, base forms) -> canonical word, keyed by the words of each alternative."""
+def _synonyms() -> tuple[dict[tuple[str, ...], str], dict[tuple[str, ...], tuple[str, str]]]:
+    """(surface forms -> canonical word, base forms -> it and the ending of the listed first word)."""
     surface: dict[tuple[str, ...], str] = {}
-    bases: dict[tuple[str, ...], str] = {}
+    bases: dict[tuple[str, ...], tuple[str, str]] = {}
     for line in claim_wording.SYNONYMS.strip().splitlines():
         alternatives = [tuple(one.split()) for one in line.split("|")]
         canonical = "_".join(claim_wording.base(word.lower()) for word in alternatives[0])
@@ -130,7 +151,7 @@ def _synonyms() -> tuple[dict[tuple[str, ...], str], dict[tuple[str, ...], str]]
             if lower[0].startswith("="):
                 surface[(lower[0][1:], *lower[1:])] = canonical
             else:
-                bases[tuple(claim_wording.base(word) for word in lower)] = canonical
+                bases[tuple(claim_wording.base(word) for word in lower)] = canonical, claim_wording.ending(lower[0])
     return surface, bases
 
 
@@ -148,28 +169,63 @@ def _parts(text: str) -> Iterator[Token]:
 def _words(text: str, start: int, end: int, loud: bool) -> Iterator[str]:
     surface, bases = _synonyms()
     raw = [piece.group() for piece in _PIECE.finditer(text, start, end)]
-    lower = [word if (word in _CAPITALS and not loud) else word.lower() for word in raw]
+    lower = [
+        word if not loud and (word in _CAPITALS or (i and _SYMBOL.fullmatch(word))) else word.lower()
+        for i, word in enumerate(raw)
+    ]
     if not loud and "A" in raw[start == 0 :]:
         lower = [
             "A" if word == "A" and (i or start) else low for i, (word, low) in enumerate(zip(raw, lower, strict=True))
         ]
     folded = [_SIGNS.get(word, word if word.isupper() else claim_wording.base(word)) for word in lower]
+    sought = [
+        claim_wording.base(word.lower()) if _SYMBOL.fullmatch(word) and word not in _CAPITALS else one
+        for word, one in zip(lower, folded, strict=True)
+    ]
+    loose = ["" if word.isupper() else claim_wording.ending(word) for word in lower]
     i = 0
     while i < len(raw):
         for n in range(min(PHRASE, len(raw) - i), 0, -1):
-            canonical = surface.get(tuple(lower[i : i + n])) or bases.get(tuple(folded[i : i + n]))
-            if canonical == "may" and i + n < len(raw) and lower[i + n] == "not":
-                canonical = None  # "cannot" is not "may not"
-            if canonical:
+            if canonical := surface.get(tuple(lower[i : i + n])):
                 yield canonical
+                break
+            canonical, listed = bases.get(tuple(sought[i : i + n]), ("", ""))
+            if canonical == "may" and not (lower[i] == "may" or _merely_may(folded[i + 1 :])):
+                canonical = ""  # "can see", "may eat" are no chances, "cannot" is not "may not"
+            if canonical:
+                yield canonical + (loose[i] if loose[i] != listed else "")
                 break
         else:
             n = 1
             if raw[i] in ",()[]":
                 yield ","
             elif raw[i] not in _SILENT:
-                yield _THAT.get(folded[i], folded[i])
+                yield _letter(raw, i, start) or _THAT.get(folded[i], folded[i]) + loose[i]
         i += n
+
+
+# After these a modal verb tells a chance; elsewhere "can" may be an ability and "may" a permission.
+_EVENTS = frozenset(
+    claim_wording.base(word)
+    for word in "be have cause occur happen include affect lead result increase decrease reduce lower raise worsen "
+    "improve help hurt develop appear become begin damage show feel vary last spread make trigger require need "
+    "indicate produce harm prevent relieve recur interact contribute experience lose get also sometimes often "
+    "even".split()
+)
+
+
+def _merely_may(after: Sequence[str]) -> bool:
+    return bool(after) and after[0] in _EVENTS
+
+
+_LETTERED = frozenset(
+    "vitamin hepatitis influenza type group hemophilia haemophilia protein factor grade class".split()
+)
+
+
+def _letter(raw: Sequence[str], i: int, start: int) -> str:
+    """ "A" for an "a" that is a name, in whatever case: "vitamin a"."""
+    return "A" if raw[i] in ("a", "A") and i and raw[i - 1].lower() in _LETTERED else ""
 
 
 def _bases(words: str) -> frozenset[str]:
@@ -193,13 +249,16 @@ _NEVER_MOVED = _bases(
 )
 
 
+_CLAUSES = _bases("if because when while although unless once")
+
+
 def _unfront(tokens: list[Token], breaks: set[int]) -> tuple[list[Token], set[int]]:
     """A phrase that a preposition opens and a comma closes stands at the end."""
     if not tokens or tokens[0] not in _PREPOSITIONS or not breaks:
         return tokens, breaks
     cut = min(breaks)
-    if cut > MOVED or cut < 2:
-        return tokens, breaks
+    if cut > MOVED or cut < 2 or (tokens[0] not in _CLAUSES and not {"that", "that,"}.isdisjoint(tokens[cut:])):
+        return tokens, breaks  # behind a relative clause it would belong to that
     length = len(tokens)
     return tokens[cut:] + tokens[:cut], {at - cut for at in breaks if at > cut and at < length}
 
@@ -247,7 +306,9 @@ def _restated(tokens: tuple[Token, ...]) -> Iterator[tuple[Token, ...]]:
     for at, token in enumerate(tokens):
         if token != "of":
             continue
-        for left in range(1, 4):
+        for left in (1, 2):
+            if left == 2 and at > 2 and _noun(tokens[at - 3]):
+                continue  # part of a longer phrase, a verb perhaps: "viruses infect cells of animals"
             for right in range(1, 4):
                 before, after = tokens[max(0, at - left) : at], tokens[at + 1 : at + 1 + right]
                 rest = tokens[at + 1 + right :]
@@ -259,23 +320,37 @@ def _restated(tokens: tuple[Token, ...]) -> Iterator[tuple[Token, ...]]:
             modal = at
             while modal > 1 and tokens[modal - 1] in _MODALS:
                 modal -= 1
-            yield tokens[at + 3 :] + tokens[modal:at] + (tokens[at + 1],) + tokens[:modal]
+            yield tokens[at + 3 :] + tokens[modal:at] + (_plain(tokens[at + 1]),) + tokens[:modal]
         if tokens[at] == "be" and tokens[at + 1] == "not" and tokens[at + 3 : at + 4] == ("by",):
-            yield (*tokens[at + 4 :], "not", tokens[at + 2], *tokens[:at])
+            yield (*tokens[at + 4 :], "not", _plain(tokens[at + 2]), *tokens[:at])
+
+
+def _plain(token: Token) -> Token:
+    return token.removesuffix("+ed") if isinstance(token, str) else token
 
 
 _MODALS = _bases("may should must will not often usually sometimes rarely mainly")
 
 
+_ORDERED = _bases("respective respectively order sequence succession turn then first last follow precede") | {
+    "follow+ed"
+}
+
+
+_LOSSES = _bases("loss lack absence deficiency removal shortage")
+
+
 def _lists_alike(a: Signature, b: Signature) -> bool:
     """Whether the claims differ by the order of one plain list alone; both have the same tokens."""
-    if any(token in ("respectively", "respective") for token in a.tokens):
+    if any(token in _ORDERED for token in a.tokens):
         return False
     first = next(i for i, (x, y) in enumerate(zip(a.tokens, b.tokens, strict=True)) if x != y)
     last = next(i for i in range(len(a.tokens), 0, -1) if a.tokens[i - 1] != b.tokens[i - 1])
     for start in range(first, max(-1, first - 4), -1):
         if start and not (a.tokens[start - 1] in _STARTS_LIST or start in a.breaks & b.breaks):
             continue
+        if start > 1 and a.tokens[start - 1] == "of" and a.tokens[start - 2] in _LOSSES:
+            continue  # "loss of appetite and headache" is no loss of a headache
         for end in range(last, min(len(a.tokens), last + 3) + 1):
             if end < len(a.tokens) and not (a.tokens[end] in _ENDS_LIST or end in a.breaks & b.breaks):
                 continue

@@ -5,7 +5,8 @@ leaves the process. In Redis, under ``m3:claims:<namespace>:``
 
     v:<key>     one verdict: JSON with its claim, embedder and vector (the first writer's stays)
     log         list of the keys in the order they came; each process remembers how far it has read
-    epoch       a random text: another one means that the server lost its data, and everything is pushed again
+    epoch       a random text: another one, or another run of the server (one that was killed comes back with its
+                last snapshot), means that data may be lost: the log is read again, and what it lacks is pushed again
     f:<flight>  who is verifying a claim now (SET NX PX; renewed while it lasts)
 
 A failed call marks the server as down, is logged once an outage, and is not tried again before a wait that doubles from
@@ -98,7 +99,9 @@ class RedisStore:
         value = self._try(lambda: self._redis.get(self._prefix + "v:" + key))
         if not value:
             return None
-        row = _read_row(value)
+        row = self._sound(key, value)
+        if row is None:
+            return None
         self.local.put_row(row, shared=True)
         return FactVerdict.from_json(json.loads(row.verdict))
 
@@ -204,21 +207,36 @@ class RedisStore:
                 values = self._try(functools.partial(self._redis.mget, [self._prefix + "v:" + one for one in lacking]))
                 if values is None:
                     return None
-                for value in values:
-                    if value:
-                        self.local.put_row(_read_row(value), shared=True)
+                for key, value in zip(lacking, values, strict=True):
+                    if value and (row := self._sound(key, value)):
+                        self.local.put_row(row, shared=True)
             self.local.set_shared(keys, True)
             self._read += len(keys)
             if len(keys) < BATCH:
                 return True
 
+    def _sound(self, key: str, value: bytes) -> Row | None:
+        """The row of a value; None, and said, where it cannot be read: others may write what this program cannot."""
+        try:
+            row = _read_row(value)
+            FactVerdict.from_json(json.loads(row.verdict))
+            if row.key != key or (
+                row.embedder == self.local.scope.embedder and len(row.vector) != 4 * self.local.scope.dim
+            ):
+                raise ValueError(f"another key or length: {row.key}, {len(row.vector)} bytes")
+        except (ValueError, TypeError) as error:
+            _log.warning("claim cache: a verdict in Redis cannot be read (%s: %s)", key, error)
+            return None
+        return row
+
     def _read_log(self) -> tuple[bytes, list[str]]:
         with self._redis.pipeline(transaction=True) as pipe:
             pipe.set(self._prefix + "epoch", secrets.token_hex(8), nx=True)
             pipe.get(self._prefix + "epoch")
+            pipe.info("server")
             pipe.lrange(self._prefix + "log", self._read, self._read + BATCH - 1)
-            _, epoch, keys = pipe.execute()
-        return epoch, [key.decode() for key in keys]
+            _, epoch, server, keys = pipe.execute()
+        return epoch + b"|" + str(server["run_id"]).encode(), [key.decode() for key in keys]
 
     def _push(self, rows: list[Row]) -> list[Any]:
         with self._redis.pipeline(transaction=True) as pipe:

@@ -21,7 +21,7 @@ _FRAMES = re.compile(
     r"clear)\s+that|it\s+(?:should|must|can|may)\s+be\s+(?:noted|said|mentioned|stated|remembered)\s+that|"
     r"the\s+fact\s+is\s+that|we\s+know\s+that|in\s+(?:summary|conclusion|other\s+words)|to\s+summari[sz]e|to\s+sum\s+up|"
     r"additionally|furthermore|moreover|also|(?:medically|clinically)\s+speaking|of\s+note)\s*[,:]?"
-    r"|(?:yes|note|indeed|overall|basically|essentially|simply\s+put|importantly|notably|however|therefore|thus|so|and|but|"
+    r"|(?:yes|no|note|indeed|overall|basically|essentially|simply\s+put|importantly|notably|however|therefore|thus|so|and|but|"
     r"well|in\s+addition|in\s+short|in\s+brief|from\s+a\s+medical\s+(?:standpoint|perspective|point\s+of\s+view))\s*[,:])\s+",
     re.IGNORECASE,
 )
@@ -37,11 +37,9 @@ CONTRACTIONS = (
     (re.compile(r"(?<=[a-z])['’]s\b|(?<=s)['’](?=\s)", re.IGNORECASE), ""),
 )
 # Words without a say: determiners and fillers. "few", "no", "some", "all" and the like have one.
-DROPPED = frozenset(
-    "a an the this these those such your their its do does also just really actually simply please own".split()
-)
+DROPPED = frozenset("a an the this these those such your their its do does also really actually please".split())
 SYNONYMS = """
-person|people|persons|individuals|patient|somebody|someone
+person|people|persons|individuals|somebody|someone
 child|children|kid|youngster
 infant|baby|babies
 adolescent|teenager|teen
@@ -129,7 +127,7 @@ ensure|make sure
 affect|influence
 worsen|aggravate|exacerbate|make worse
 relieve|alleviate|ease
-improve|enhance|make better
+improve|make better
 buy|purchase
 choose|select
 assess|evaluate
@@ -145,10 +143,10 @@ manage|handle
 associate with|link to|link with|connect to|connect with|relate to
 because of|due to|owing to|as a result of|on account of
 because|due to the fact that
-and|as well as|along with|together with|plus
+and|as well as
 such as|=including|for example|for instance|e g
 to|in order to|so as to
-if|in case|in the event that|in the event of
+if|in the event that|in the event of
 while|whilst
 among|amongst
 toward|towards
@@ -182,7 +180,8 @@ enough|sufficient|adequate
 main|principal|chief
 additional|extra|further
 many|numerous|a lot of|lots of|a large number of
-several|multiple|various|a number of|a few
+several|a number of
+a few
 appropriate|suitable|proper
 possible|potential
 likely|probable
@@ -308,7 +307,31 @@ def base(word: str) -> str:
     return _final_e(_past(_plural(word)))
 
 
+@functools.lru_cache(maxsize=65536)
+def ending(word: str) -> str:
+    """ "+ed" or "+ing" where ``base`` takes that off a lower-case word; "" for the others, "-s" among them.
+
+    Tense and role stand in it: "smoked" is not "smokes", an infected patient no infecting one, a fasting test no fast
+    one. Past tense and participle are not told apart.
+    """
+    if word in _IRREGULAR:
+        root = _IRREGULAR[word]
+        if root not in _IRREGULAR_VERBS or word.endswith("s"):
+            return ""
+        return "+ing" if word.endswith("ing") else "+ed"
+    if len(word) < 4 or not word.isalpha() or _past(word) == word:
+        return ""
+    return "+ing" if word.endswith("ing") else "+ed"
+
+
+_IRREGULAR_VERBS = frozenset(
+    "take give get begin become lead make feel eat drink bring come go show speak think grow know".split()
+)
+
+
 def _plural(word: str) -> str:
+    if word == "testes":
+        return word
     if word.endswith(("sses", "xes", "ches", "shes", "zzes", "uses")) and not word.endswith(("auses", "ouses")):
         return word[:-2]
     if word.endswith("ies") and len(word) > 4:

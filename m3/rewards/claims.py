@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-import json
 import re
 from collections.abc import Iterator, Sequence
 from typing import Any, Protocol, runtime_checkable
@@ -20,6 +19,7 @@ from typing import Any, Protocol, runtime_checkable
 from m3.rewards.claim_grammar import Subjects, finite_verb, imperative, pronoun, split_clauses, split_list
 from m3.rewards.fact_verdicts import LABEL_OF_FAILURE, Label
 from m3.rollout.chat import ChatClient, ChatError
+from m3.rollout.replies import read_object
 from m3.text.words import content_stems, sentences, words
 from m3kernels.checks import refuse
 
@@ -299,23 +299,3 @@ def _placed(texts: Sequence[str], response: str) -> Iterator[Claim]:
             own = set(content_stems(text))
             index = max(range(len(spoken)), key=lambda i: (len(own & stems[i]), -i))
             yield Claim(text=text, sentence=spoken[index], index=index)
-
-
-def read_object(reply: str) -> dict[str, Any] | None:
-    """The one JSON object of a chat model's reply, fences and words around it allowed; None where there is none, or
-    where several differ."""
-    decoder = json.JSONDecoder()
-    found: list[dict[str, Any]] = []
-    at = reply.find("{")
-    while at >= 0:
-        try:
-            value, end = decoder.raw_decode(reply, at)
-        except json.JSONDecodeError:
-            end = at + 1
-        except RecursionError:
-            return None
-        else:
-            if value not in found:
-                found.append(value)
-        at = reply.find("{", end)
-    return found[0] if len(found) == 1 else None

@@ -10,7 +10,8 @@ How words decide, in this order: ``same``: equal sets of words; ``narrower``: th
 reference within a short window ("oral lichen planus" for "lichen planus"); ``broader``: the answer's words are part of
 the reference's and one of them names a disease by itself ("melanoma" for "acral lentiginous melanoma", never
 "dermatitis" for "contact dermatitis"). An answer that leaves open which of several diseases it is ("A or B") is correct
-only if each of them would be.
+only if each of them would be. A list is no diagnosis: beyond so many labels an answer is not correct, its credit is
+shared among all it names, and a label of many words that no comma parts is not narrower.
 """
 
 from __future__ import annotations
@@ -18,18 +19,24 @@ from __future__ import annotations
 import dataclasses
 import enum
 import functools
+import itertools
 import math
 import re
-import unicodedata
 from collections.abc import Sequence
-from pathlib import Path
 
 from m3.environment import icd10
 from m3.environment.case import Case, CodedLabel
-from m3.text.words import stem
+from m3.rewards.disease_names import (
+    GENERIC,
+    OPPOSITES,
+    core,
+    is_generic,
+    same_word,
+    stem_of,
+    synonyms,
+    words_of,
+)
 from m3kernels.checks import refuse
-
-NAMES = Path(__file__).parent.parent / "data" / "diagnosis_names.txt"
 
 
 class Reading(enum.StrEnum):
@@ -81,6 +88,9 @@ class Config:
 
     credits: icd10.Credits = dataclasses.field(default_factory=icd10.Credits)
     listed: int = 3  # labels of an answer that count, ranked or claimed together; more buy nothing
+    claimed: int = 8  # labels from which an answer is a list of diseases, not one with its complications
+    asides: int = 2  # names in brackets that count, as other names of the first label
+    further: int = 8  # words that a narrower label may have beyond the reference's
     accept_broader: bool = True
     spelling: int = 7  # letters from which a word may be misspelt by one letter, or two changed places
     window: int = 3  # words that may stand between those of the reference in an answer
@@ -147,7 +157,8 @@ _CLAUSE = re.compile(
     r"|(?:this|it|these) (?:is|are|could|may|should|would|diagnos)|however|although|but\b"
     r"|i (?:would|recommend|suggest|advise)"
     r"|please|further (?:\w+ )?(?:evaluation|investigation|test|assessment|examination|work)|needs?\b|requir(?:es|ing)"
-    r"|until|pending|to be confirmed|for (?:confirmation|an? \d)|rather than|instead of|and not|not\b|rule(?:d)? out"
+    r"|until|pending|confirm (?:with|by)|to be confirmed|for (?:confirmation|an? \d)|rather than|instead of"
+    r"|and not|not\b|rule(?:d)? out"
     r"|unlikely|without evidence|no evidence|note:|treatment|recommend)",
     re.IGNORECASE,
 )
@@ -162,6 +173,7 @@ _CAUSE = re.compile(
 _CAUSE_OF_REFERENCE = re.compile(
     r"\b(?:due to|secondary to|caused by|associated with|in the setting of)", re.IGNORECASE
 )
+_CAUSES = 6  # ours: alternatives from which an answer leaves open the disease, not only its cause
 _EXAMPLE = re.compile(r"\b(?:such as|including|for example|e\.g)", re.IGNORECASE)
 _HEDGE = re.compile(
     r"\b(?:possible|possibly|potential|potentially|suspected|suspicious|suspicion of|may(?:be)?|might|could be|can be"
@@ -176,10 +188,15 @@ _JOINT = re.compile(
 )
 _LISTED = re.compile(r"(?:^|\n|(?<=[:.;,)\s]))\s*\d{1,2}[.)]\s+(?=\S)|(?:^|\n)\s*[-\N{BULLET}]\s+(?=\S)")
 _BRACKETS = re.compile(r"[(\[]([^()\[\]]*)[)\]]")
+_EXAMINATION = re.compile(
+    r"(?:scop(?:y|ies)|biops(?:y|ies)|\bspirometry|ography|\bMRI|\bCT|\bscans?|ultrasound|\bx-?rays?|\btit(?:er|re)s?|\bassays?"
+    r"|\bpanel|\bcounts?|\bcultures?|\bpuncture|\btests?|\btesting|\bstudies|\bimaging)(?:\s+(?:of|for|to|with)\b.*)?$",
+    re.IGNORECASE,
+)
 _REMARK = re.compile(
     r"^\W*(?:note|based|if|due|because|this|the|for|further|as|since|it|please|pending|given|which)\b", re.I
 )
-_SENTENCE_END = re.compile(r"(?<![ (][A-Za-z])(?<!\b[Ss]t)(?<!\bvs)[.!](?=\s|$)|\n")
+_SENTENCE_END = re.compile(r"(?<!\b[A-Za-z])(?<!\b[Ss]t)(?<!\bvs)[.!](?=\s|$)|\n")
 
 
 @functools.lru_cache(maxsize=16384)
@@ -200,10 +217,15 @@ def read_answer(text: str) -> Answer:
     kept = " or ".join(dict.fromkeys(one for one in statements if one))
     main = _before(_CAUSE, _BRACKETS.sub(" ", kept)) if _name_before(_CAUSE, kept) else _BRACKETS.sub(" ", kept)
     alternatives = [part for part in _ALTERNATIVE.split(main) if part.strip(" ,.;")]
+    if len(_ALTERNATIVE.split(kept)) > _CAUSES:
+        alternatives = _ALTERNATIVE.split(kept)
     if len(alternatives) > 1:
         labels = [Label(text=" ".join(_HEDGE.sub(" ", part).split()).strip(" ,.;")) for part in alternatives]
         return Answer(reading=Reading.undecided, statement=kept, labels=tuple(labels)) if labels else _nothing()
-    labels = _labels(kept)
+    kept = _BRACKETS.sub(lambda m: "" if _ALTERNATIVE.search(m.group(1)) else m.group(), kept)
+    if _ALTERNATIVE.search(kept[len(_before(_CAUSE, kept)) :]):
+        kept = _before(_CAUSE, kept)  # one of several causes: none of them is claimed
+    labels = [label for label in _labels(kept) if not _EXAMINATION.search(label.text.split("(")[0])]
     kept = _before(_EXAMPLE, _before(_HEDGE, kept)).strip(" ,.;:-")
     return Answer(reading=Reading.decided, statement=kept, labels=tuple(labels)) if labels else _nothing()
 
@@ -222,7 +244,10 @@ def _statements(text: str) -> list[str]:
         if said:
             return said if re.search(r"\bor\W*$", said[0], re.IGNORECASE) else said[:1]
         if found:
-            return []
+            before = re.sub(
+                r"\s+(?:is|are|would be|was)\s+(?:the|your|his|her|my)\s*$", "", _sentence(text[: found[0].start()])
+            )
+            return [before] if re.search(r"[A-Za-z]{2}", before) and not _ABSENT.match(before) else []
     first = text if _LISTED.match(text) else _sentence(text)
     if not re.search(r"[A-Za-z]{2}", first) or _ABSENT.match(first) or text.rstrip().endswith("?"):
         return []
@@ -268,7 +293,7 @@ def _labels(statement: str) -> list[Label]:
         name = _HEDGE.sub(" ", part).strip()
         if not re.search(r"[A-Za-z]{2}", name) or _EXAMPLE.match(name):
             continue
-        if hedged and i > 0 and not all(_core(words_of(label.text)) <= _GENERIC for label in found):
+        if hedged and i > 0 and not all(core(words_of(label.text)) <= GENERIC for label in found):
             continue  # "a rash, possibly measles" claims measles; "measles, possibly gout" claims no gout
         found.append(
             Label(text=name, hedged=hedged, aside=asides if not found else (), codes=codes if not found else ())
@@ -281,137 +306,10 @@ def _first_label(text: str) -> Label | None:
     return found[0] if found else None
 
 
-# -- words ------------------------------------------------------------------------------------------------------------
-_SPELLINGS = (
-    *(("haem", "hem"), ("aemia", "emia"), ("oedema", "edema"), ("oeso", "eso"), ("oestr", "estr"), ("coeli", "celi")),
-    *(("foet", "fet"), ("tumour", "tumor"), ("diarrhoea", "diarrhea"), ("rrhoe", "rrhe"), ("naev", "nev")),
-    *(("leuco", "leuko"), ("paed", "ped"), ("orrhoeic", "orrheic"), ("ise ", "ize "), ("ised ", "ized ")),
-    *(("aeti", "eti"), ("caec", "cec"), ("faec", "fec"), ("anaes", "anes"), ("gynaec", "gynec"), ("chilae", "chile")),
-)
-_NUMERALS = {"i": "1", "ii": "2", "iii": "3", "iv": "4", "one": "1", "two": "2"}
-# words that add nothing to which disease it is
-_QUALIFIERS = frozenset(
-    stem(word)
-    for word in (
-        "a an the of in on at to by for from with and et or as is be type disease diseases syndrome disorder"
-        " condition complex illness case severe mild moderate early late classic classical typical atypical"
-        " simple common new onset recurrent persistent unspecified idiopathic likely probable possible"
-        " suspected presumed advanced stage grade left right bilateral unilateral localized generalized"
-        " widespread diffuse multiple single solitary isolated extensive induced related associated caused due"
-        " secondary primary acute chronic subacute exacerbation flare episode attack uncomplicated complicated"
-        " adult childhood patient skin cutaneous lesion his her your nos"
-    ).split()
-)
-_OPPOSITES = tuple(
-    frozenset(stem(word) for word in pair.split())
-    for pair in ("acute chronic", "benign malignant", "left right", "primary secondary", "viral bacterial", "1 2")
-)
-# Words that name a kind of finding or of tissue, not one disease: alone they are no broader name of anything.
-_GENERIC = frozenset(
-    stem(word)
-    for word in (
-        "dermatitis eczema rash eruption dermatosis erythema infection inflammation inflammatory lesion tumor"
-        " cancer carcinoma neoplasm malignancy adenoma sarcoma lymphoma leukemia anemia cyst nevus keratosis"
-        " papule plaque nodule ulcer wart benign malignant pigmented pigmentation hyperpigmentation"
-        " hypopigmentation discoloration alopecia hair loss pruritus itch arthritis pain ache fever cough"
-        " headache vertigo dizziness diarrhea vomiting constipation bleeding hemorrhage hematoma fracture"
-        " injury trauma tear sprain edema swelling effusion abscess bacterial viral fungal parasitic allergic"
-        " allergy reaction hypersensitivity autoimmune vasculitis vasculopathy purpura thrombosis embolism"
-        " failure insufficiency deficiency obstruction stenosis perforation hernia rupture pneumonia colitis"
-        " hepatitis nephritis gastritis meningitis encephalitis neuropathy myopathy cardiomyopathy"
-        " encephalopathy cardiac heart myocardial coronary pulmonary lung respiratory renal kidney hepatic"
-        " liver gastric stomach intestinal bowel colon cerebral brain spinal breast prostate thyroid adrenal"
-        " ovarian uterine cervical testicular bladder urinary bone joint muscle nerve eye ear nose throat oral"
-        " mouth nail scalp foot hand face facial back neck chest abdominal pityriasis lichen tinea systemic"
-        " granuloma sclerosis amyloidosis drug medication poisoning toxicity overdose depression anxiety"
-        " psychosis dementia seizure stroke shock sepsis diabetes mellitus hypertension hypotension emergency"
-        " crisis hyperplasia atrophy dystrophy dysplasia hemangioma angioma fibroma pemphigus pemphigoid acne"
-        " porphyria mucositis folliculitis panniculitis gastroenteritis hypertensive syndrome inversion nipple"
-        " positional paroxysmal photosensitivity melanotic macular acral papulosa nigra venous arterial"
-        " vascular viral tract atrophic atrophicus serous mucous fluid blood cell basal squamous elastolysis"
-        " emotional stress traumatic"
-    ).split()
-)
-
-
-_ANY_DRUG = frozenset(stem(word) for word in ("drug", "medication", "medicine"))
+# -- words -----------------------------------------------------------------------------------------------------------
+_ANY_DRUG = frozenset(stem_of(word) for word in ("drug", "medication", "medicine"))
+_MODIFIER = re.compile(r".*[- ](?:induced|associated|related)\s+(?!(?:to|with|by)\b)(?=\w)", re.IGNORECASE)
 _INDUCED = re.compile(r"\b(?:induced|caused by|due to|secondary to|associated)\b", re.IGNORECASE)
-
-
-def _plain(text: str) -> list[str]:
-    text = unicodedata.normalize("NFKD", text.lower())
-    text = "".join(character for character in text if not unicodedata.combining(character)) + " "
-    text = re.sub(r"(?<=\w)'s?\b", "", text)
-    for british, american in _SPELLINGS:
-        text = text.replace(british, american)
-    return [stem(_NUMERALS.get(word, word)) for word in re.findall(r"[a-z]+|\d+", text)]
-
-
-@functools.cache
-def _names() -> dict[str, tuple[tuple[tuple[str, ...], tuple[str, ...]], ...]]:
-    """By a name's first stem: (stems of a name, stems of the one it is turned into), longest first."""
-    found: dict[str, list[tuple[tuple[str, ...], tuple[str, ...]]]] = {}
-    for line in NAMES.read_text(encoding="utf-8").splitlines():
-        if line.startswith("#") or not line.strip():
-            continue
-        own, others = line.split(" = ")
-        turned = (own.strip(),) if "_" in own else tuple(_plain(own))
-        for other in (own.replace("_", " "), *others.split(";")):
-            name = tuple(_plain(other))
-            found.setdefault(name[0], []).append((name, turned))
-    return {first: tuple(sorted(names, key=lambda pair: -len(pair[0]))) for first, names in found.items()}
-
-
-@functools.cache
-def _synonyms() -> dict[tuple[str, ...], tuple[str, ...]]:
-    """By the words that a name is turned into: all names of the disease, as written."""
-    found: dict[tuple[str, ...], tuple[str, ...]] = {}
-    for line in NAMES.read_text(encoding="utf-8").splitlines():
-        if not line.startswith("#") and line.strip():
-            own, others = line.split(" = ")
-            names = tuple(name.strip() for name in (own.replace("_", " "), *others.split(";")))
-            found[words_of(names[0])] = tuple(name for name in names if len(name) > 5)
-    return found
-
-
-@functools.lru_cache(maxsize=65536)
-def words_of(label: str) -> tuple[str, ...]:
-    """Stems of a label in order, spelling levelled, each known name turned into the one that stands for it."""
-    plain = _plain(label)
-    names = _names()
-    turned: list[str] = []
-    i = 0
-    while i < len(plain):
-        for name, other in names.get(plain[i], ()):
-            if tuple(plain[i : i + len(name)]) == name:
-                turned.extend(other)
-                i += len(name)
-                break
-        else:
-            turned.append(plain[i])
-            i += 1
-    return tuple(turned)
-
-
-def _core(words: Sequence[str]) -> frozenset[str]:
-    """The words that tell which disease; all of them where only qualifiers are left."""
-    return frozenset(word for word in words if word not in _QUALIFIERS) or frozenset(words)
-
-
-@functools.lru_cache(maxsize=65536)
-def _same_word(one: str, other: str, letters: int) -> bool:
-    """Equal, or of at least so many letters, of one beginning, and one slip apart: a letter more, other or swapped."""
-    if one == other:
-        return True
-    short, long = sorted((one, other), key=len)
-    if len(short) < letters or len(long) - len(short) > 1 or short[:2] != long[:2]:
-        return False
-    at = next((i for i, (a, b) in enumerate(zip(short, long, strict=False)) if a != b), len(short))
-    if len(short) < len(long):
-        return short[at:] == long[at + 1 :]
-    return short[at + 1 :] == long[at + 1 :] or (
-        short[at + 2 :] == long[at + 2 :] and short[at : at + 2] == long[at : at + 2][::-1]
-    )
 
 
 @functools.lru_cache(maxsize=65536)
@@ -419,31 +317,50 @@ def compare(reference: str, label: str, config: Config | None = None) -> str:
     """same, narrower, broader or none: what an answer's label is to a reference's (module docstring)."""
     config = config or Config()
     want_words, got_words = words_of(_before(_CAUSE_OF_REFERENCE, reference)), words_of(label)
-    want, got = _core(want_words), _core(got_words)
+    want, got = core(want_words), core(got_words)
     if not want or not got:
         return "none"
-    if any((a := pair & set(want_words)) and (b := pair & set(got_words)) and not a & b for pair in _OPPOSITES):
+    if (_denied(want_words) ^ _denied(got_words)) & set(got_words) & set(want_words):
+        return "none"
+    named = got
+    if modified := _MODIFIER.match(_before(_CAUSE, label)):  # "vaccine-associated fever" is a fever and no vaccine
+        named = core(words_of(label[modified.end() :]))
+        if not any(same_word(word, other, config.spelling) for word in want for other in named):
+            return "none"
+    if any((a := pair & set(want_words)) and (b := pair & set(got_words)) and not a & b for pair in OPPOSITES):
         return "none"
     numbers = {word for word in want if word.isdecimal()}
     if numbers != want:  # a number that the answer does not say is no contradiction; another one was refused above
         want -= numbers - got
     if _INDUCED.search(label) and len(want) > 1:  # any drug is one
         want -= _ANY_DRUG
-    pairs = {word: next((other for other in got if _same_word(word, other, config.spelling)), None) for word in want}
+    said = [word for word in got_words if word in got]  # in order: which of two like words is met must not vary
+    pairs = {
+        word: word if word in got else next((other for other in said if same_word(word, other, config.spelling)), None)
+        for word in want
+    }
     if all(pairs.values()):
         if len(want) == len(got):
             return "same"
         met = set(pairs.values())
         at = [i for i, word in enumerate(got_words) if word in met]
-        if _least_span(at, got_words, met) <= len(met) + config.window:
+        if len(got) <= len(want) + config.further and _least_span(at, got_words, met) <= len(met) + config.window:
             return "narrower"
     elif config.accept_broader:
-        unmet = [word for word in got if not any(_same_word(word, other, config.spelling) for other in want)]
-        if not unmet and any(word not in _GENERIC and not word.isdecimal() for word in got):
+        head = core(want_words[: want_words.index("with")]) if "with" in want_words[1:] else want
+        if not any(same_word(word, other, config.spelling) for word in head for other in named):
+            return "none"  # what is with a disease is no name of it
+        unmet = [word for word in named if not any(same_word(word, other, config.spelling) for other in want)]
+        if not unmet and any(not is_generic(word) and not word.isdecimal() for word in named):
             return "broader"
-        if not unmet and len(got) >= 2 and len(got) >= math.ceil(2 * len(want) / 3):
+        if not unmet and len(named) >= 2 and len(named) >= math.ceil(2 * len(want) / 3):
             return "broader"
     return "none"
+
+
+def _denied(words: Sequence[str]) -> set[str]:
+    """The words that follow "non"."""
+    return {word for before, word in itertools.pairwise(words) if before == "non"}
 
 
 def _least_span(at: Sequence[int], words: Sequence[str], wanted: set[str | None]) -> int:
@@ -487,16 +404,25 @@ def _lexical(reference: Reference, answer: Answer, config: Config) -> tuple[str,
     if answer.reading is Reading.undecided:
         each = [_met(reference, (label,), "", config) for label in answer.labels]
         return each[0] if all(rule in _RULES for rule, _ in each) else ("none", "")
+    due = _due(reference, config)
+    if answer.reading is Reading.decided and len(answer.labels) >= max(config.claimed, due + 1):
+        return "none", ""
     labels = answer.labels[: 1 if answer.reading is Reading.ranked else config.listed]
-    whole = answer.reading is Reading.decided and len(answer.labels) <= config.listed
+    asides = max((len(label.aside) for label in answer.labels), default=0)
+    whole = answer.reading is Reading.decided and len(answer.labels) <= due and asides <= config.asides
     return _met(reference, labels, answer.statement if whole else "", config)
+
+
+def _due(reference: Reference, config: Config) -> int:
+    """Labels that an answer may claim together: as many as count, or as the reference's own name has."""
+    return max(config.listed, len(_labels(reference.label)))
 
 
 def _met(reference: Reference, labels: Sequence[Label], statement: str, config: Config) -> tuple[str, str]:
     """The best rule by which one of the labels, or the whole statement, is the reference or a synonym."""
     best: tuple[str, str] = ("none", "")
-    for name in (reference.label, *reference.synonyms):
-        said = [text for label in labels for text in (label.text, *label.aside)]
+    for name in _names_of(reference):
+        said = [text for label in labels for text in (label.text, *label.aside[: config.asides])]
         rules = {compare(name, text, config) for text in said}
         if statement and compare(name, statement, config) in ("same", "narrower"):
             rules.add("narrower")
@@ -504,6 +430,21 @@ def _met(reference: Reference, labels: Sequence[Label], statement: str, config: 
             if rule in rules and (best[0] == "none" or _RULES.index(rule) < _RULES.index(best[0])):
                 best = (rule, name)
     return best
+
+
+def _names_of(reference: Reference) -> tuple[str, ...]:
+    """The label, without what stands in brackets; that too, where it is another name of it; the synonyms."""
+    plain = " ".join(_BRACKETS.sub(" ", reference.label).split()) or reference.label
+    asides = (part.strip() for part in _BRACKETS.findall(reference.label))
+    return (plain, *(part for part in asides if _is_name(part, plain)), *reference.synonyms)
+
+
+def _is_name(aside: str, label: str) -> bool:
+    """Whether what stands in brackets is a disease's name or the label's initials; "(domperidone)" is a cause."""
+    if words_of(aside) in synonyms() or re.search(r"\b(?:disease|syndrome|disorder)$", aside, re.IGNORECASE):
+        return True
+    initials = iter(word[0] for word in re.findall(r"[a-z]+", label.lower()))
+    return aside.isalpha() and len(aside) > 1 and all(letter in initials for letter in aside.lower())
 
 
 def _accepted(reference: Reference, answer: Answer, config: Config) -> list[CodedLabel]:
@@ -536,6 +477,9 @@ def _hierarchical(found: DiagnosisScore, reference: Reference, answer: Answer, c
     credit, code, source, levels = best
     if answer.reading is Reading.undecided and credit > 0:
         credit /= len(answer.labels)  # as the chance of drawing the best of the alternatives
+    elif not ranked and credit > 0:
+        due = _due(reference, config)
+        credit *= due / max(due, len(answer.labels))  # a long list names the disease by chance
     return dataclasses.replace(found, code=code, source=source, levels=levels, credit=credit)
 
 
@@ -560,7 +504,7 @@ def _code_of(
 def look_up(label: str, least: float) -> tuple[str | None, str]:
     """(code, "looked up") of the entry of ICD-10-CM nearest to a label, or (None, "none") below the least score."""
     words = words_of(label)
-    tries = [label, " ".join(word.replace("_", " ") for word in words), *_synonyms().get(words, ())]
+    tries = [label, " ".join(word.replace("_", " ") for word in words), *synonyms().get(words, ())]
     found = [one for text in tries for one in icd10.tree().find(text, 1)]
     best = max(found, key=lambda one: one.score, default=None)
     return (None, "none") if best is None or best.score < least else (best.code, "looked up")

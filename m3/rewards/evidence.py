@@ -10,7 +10,6 @@ from __future__ import annotations
 import csv
 import dataclasses
 import functools
-import gzip
 import hashlib
 import io
 import json
@@ -25,6 +24,7 @@ from typing import Any
 
 import numpy as np
 
+from m3.text.jsonl import read_objects
 from m3.text.words import content_stems, sentences
 from m3kernels.checks import refuse
 
@@ -136,7 +136,7 @@ class Evidence:
         if card.get("format") != FORMAT:
             raise refuse("Evidence.load", "folder", f"format {FORMAT}", f"{card.get('format')!r} in {folder}")
         evidence = cls.__new__(cls)
-        evidence.passages = tuple(Passage(**row) for _, row in _rows(folder / PASSAGES))
+        evidence.passages = tuple(Passage(**row) for _, row in read_objects(folder / PASSAGES))
         evidence.corpus_hash = corpus_hash(evidence.passages)
         if evidence.corpus_hash != card["corpus_hash"]:
             raise refuse("Evidence.load", "folder", f"passages of hash {card['corpus_hash']}", evidence.corpus_hash)
@@ -224,16 +224,16 @@ def read_passages(path: str | Path) -> Iterator[Passage]:
         if file.name.endswith((".txt", ".md")):
             yield from cut(name, file.read_text(encoding="utf-8"), source=name)
             continue
-        for line, row in _rows(file):
-            where = f"{name}:{line}"
+        for place, row in read_objects(file):
             if isinstance(row.get("question"), str) and isinstance(row.get("answer"), str):
                 text, title = row["answer"], f"{row.get('focus', '')} {row['question']}".strip()
                 source = str(row.get("url", ""))
             elif isinstance(row.get("text"), str):
                 text, title, source = row["text"], str(row.get("title", "")), str(row.get("source", name))
             else:
-                raise ValueError(f'{file}:{line}: want "text", or "question" and "answer"; got {sorted(row)}')
-            id = "/".join(str(row[key]) for key in ("src", "id") if key in row) or where
+                raise ValueError(f'{place}: want "text", or "question" and "answer"; got {sorted(row)}')
+            line = place.rpartition(":")[2]
+            id = "/".join(str(row[key]) for key in ("src", "id") if key in row) or f"{name}:{line}"
             used[id] += 1
             yield from cut(id if used[id] == 1 else f"{id}~{used[id]}", text, source=source, title=title)
 
@@ -258,20 +258,6 @@ def cut(id: str, text: str, *, source: str = "", title: str = "", limit: int = W
 
 def _readable(file: Path) -> bool:
     return file.is_file() and file.name.endswith((".jsonl", ".jsonl.gz", ".txt", ".md"))
-
-
-def _rows(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    with gzip.open(file, "rt", encoding="utf-8") if file.suffix == ".gz" else file.open(encoding="utf-8") as lines:
-        for line, text in enumerate(lines, 1):
-            if not text.strip():
-                continue
-            try:
-                row = json.loads(text)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{file}:{line}: want JSON; {error.msg}") from error
-            if not isinstance(row, dict):
-                raise ValueError(f"{file}:{line}: want a JSON object; got {type(row).__name__}")
-            yield line, row
 
 
 # -- how good is the retrieval ----------------------------------------------------------------------------------------

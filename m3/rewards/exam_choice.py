@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 import re
 
 from m3.environment.case import UNKNOWN_CATEGORY, Case
@@ -41,10 +42,10 @@ class Config:
     unknown: float = 1.0  # likewise of an order that names no known examination
 
     def __post_init__(self) -> None:
-        if not self.essential > self.optional > 0:
-            raise refuse("exam_choice.Config", "essential", "essential > optional > 0", str(self))
-        if self.harmful < 1 or self.unknown < 0:
-            raise refuse("exam_choice.Config", "harmful", "harmful >= 1 and unknown >= 0", str(self))
+        if not math.inf > self.essential > self.optional > 0:
+            raise refuse("exam_choice.Config", "essential", "essential > optional > 0, finite", str(self))
+        if not (1 <= self.harmful < math.inf and 0 <= self.unknown < math.inf):
+            raise refuse("exam_choice.Config", "harmful", "harmful >= 1 and unknown >= 0, finite", str(self))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -58,6 +58,8 @@ class Config:
     def __post_init__(self) -> None:
         if not self.tau_min < self.tau_max:
             raise refuse("fact_aware.Config", "tau_min", f"a number < tau_max {self.tau_max}", self.tau_min)
+        if not math.isfinite(self.tau_max - self.tau_min):
+            raise refuse("fact_aware.Config", "tau_max", "tau_max - tau_min finite", (self.tau_min, self.tau_max))
         for name, low, high in (("cluster_threshold", -1.0, 1.0), ("max_unjudged", 0.0, 1.0)):
             if not low <= getattr(self, name) <= high:
                 raise refuse("fact_aware.Config", name, f"a number in [{low:g}, {high:g}]", getattr(self, name))
@@ -106,7 +108,7 @@ def fact_reward(
         task_reward: R_task, finite; in [0, 1] if it is Eq 1's.
     Raises:
         UnjudgedError: too many claims without a verdict; counts them by name.
-        ValueError: task_reward is not finite, or verdicts of a response without a sentence.
+        ValueError: task_reward or an embedding is not finite, or verdicts of a response without a sentence.
     """
     config = config or Config()
     if not math.isfinite(task_reward):
@@ -124,10 +126,12 @@ def fact_reward(
         spoken = sentences(response)
         if not spoken:
             raise refuse("fact_reward", "response", "a text with a sentence, having claims", repr(response[:60]))
-        claims = embedder([verdicts[i].claim for i in judged])
+        claims, told = embedder([verdicts[i].claim for i in judged]), embedder(spoken)
+        if not (np.isfinite(claims).all() and np.isfinite(told).all()):
+            raise refuse("fact_reward", "embedder", "rows of finite numbers", f"nan or inf by {embedder.name}")
         groups = cluster(claims, indicators, config.cluster_threshold)
         standing = [representative(claims, members) for members in groups]
-        weights = saliency(claims[standing], embedder(spoken))
+        weights = saliency(claims[standing], told)
         penalty = fact_penalty(weights, indicators[standing], config.eps)
         clusters = tuple(
             Cluster(

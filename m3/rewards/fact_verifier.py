@@ -18,10 +18,11 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 from m3.rewards import entailment
-from m3.rewards.claims import Claim, read_object
+from m3.rewards.claims import Claim
 from m3.rewards.evidence import Evidence, Passage
 from m3.rewards.fact_verdicts import LABEL_OF_FAILURE, FactVerdict, Label
 from m3.rollout.chat import Budget, ChatClient, ChatError
+from m3.rollout.replies import read_object
 from m3.text.embed import Embedder
 from m3.text.words import content_stems
 from m3kernels.checks import refuse

@@ -22,6 +22,7 @@ from typing import Any
 
 from m3.environment.case import Case, Phase
 from m3.rewards.verdict import Outcome, UnjudgedError, Verdict
+from m3.text.jsonl import read_objects
 from m3kernels.checks import refuse
 
 MAX_POINTS = 10  # the paper, on Eq 1; HealthBench has the same
@@ -87,7 +88,8 @@ def rubric_reward(points: Sequence[float], met: Sequence[bool]) -> float:
         points: the weights w_i, in [-10, 10], none 0.
         met: a_i of each.
     Raises:
-        ValueError: no clause at all, a weight out of range, or lists of different length.
+        ValueError: no clause at all, a weight out of range, an a_i that is neither true nor false (the name of an
+            outcome is text, and so "true"), or lists of different length.
     """
     if not len(points):
         raise refuse("rubric_reward", "points", "one clause or more", "no rubric")
@@ -96,6 +98,9 @@ def rubric_reward(points: Sequence[float], met: Sequence[bool]) -> float:
     for weight in points:
         if not 0 < abs(weight) <= MAX_POINTS:
             raise refuse("rubric_reward", "points", "numbers in [-10, 10], none 0", weight)
+    for is_met in met:
+        if is_met not in (False, True):
+            raise refuse("rubric_reward", "met", "true or false of each clause", repr(is_met))
     reached = sum(weight for weight, is_met in zip(points, met, strict=True) if is_met)
     reward = (reached - sum(weight for weight in points if weight < 0)) / sum(abs(weight) for weight in points)
     return min(1.0, max(0.0, reward))  # rounding of fractional weights alone can leave [0, 1]
@@ -236,23 +241,14 @@ def read_healthbench(path: str | Path) -> Iterator[HealthBenchRow]:
     Raises:
         ValueError: the first broken row, by file, line and field; a prompt_id that occurs twice.
     """
-    path = Path(path)
-    seen: dict[str, int] = {}
-    with path.open(encoding="utf-8") as file:
-        for line, text in enumerate(file, 1):
-            if not text.strip():
-                continue
-            where = f"{path}:{line}"
-            try:
-                row = json.loads(text)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{where}: want JSON; {error.msg}") from error
-            found = HealthBenchRow.from_json(row, where)
-            if found.prompt_id in seen:
-                again = f"{found.prompt_id!r}, also at line {seen[found.prompt_id]}"
-                raise ValueError(f"{where}: prompt_id: want an id used once; got {again}")
-            seen[found.prompt_id] = line
-            yield found
+    seen: dict[str, str] = {}
+    for place, row in read_objects(path):
+        found = HealthBenchRow.from_json(row, place)
+        if found.prompt_id in seen:
+            again = f"{found.prompt_id!r}, also at {seen[found.prompt_id]}"
+            raise ValueError(f"{place}: prompt_id: want an id used once; got {again}")
+        seen[found.prompt_id] = place
+        yield found
 
 
 def write_healthbench(path: str | Path, rows: Iterable[HealthBenchRow]) -> int:

@@ -39,9 +39,10 @@ from m3.rewards.rubric_store import (
     State,
     Status,
 )
-from m3.rewards.rubric_templates import dialogue, read_json
+from m3.rewards.rubric_templates import dialogue
 from m3.rewards.verdict import Outcome
 from m3.rollout.chat import ChatClient, ChatMessages
+from m3.rollout.replies import read_json
 from m3.text.words import content_stems, sentences, words
 from m3kernels.checks import refuse
 
@@ -336,7 +337,10 @@ class Decision:
 
 
 def binomial_tail(k: int, n: int, p: float) -> float:
-    """P(X >= k) of X ~ Binomial(n, p), exactly summed, to about 1e-10 relative: the one-sided p-value.
+    """P(X >= k) of X ~ Binomial(n, p), exactly summed: the one-sided p-value.
+
+    Of the tail that k is the near end of, terms fall from there on and are summed until they no longer count. Relative
+    error: about 3e-15 n, which is that of lgamma (1e-10 for 30,000 responses).
 
     Raises:
         ValueError: not 0 <= k <= n, or p outside [0, 1].
@@ -349,11 +353,18 @@ def binomial_tail(k: int, n: int, p: float) -> float:
         return 1.0
     if p == 0:
         return 0.0
-    logs = [
+    upper = k >= n * p
+    i = k if upper else k - 1
+    log_term = (
         math.lgamma(n + 1) - math.lgamma(i + 1) - math.lgamma(n - i + 1) + i * math.log(p) + (n - i) * math.log1p(-p)
-        for i in range(k, n + 1)
-    ]
-    return min(1.0, math.fsum(map(math.exp, logs)))
+    )
+    odds = p / (1 - p)
+    terms = [1.0]  # in units of the first
+    while terms[-1] > 1e-18 * terms[0] and i != (n if upper else 0):
+        terms.append(terms[-1] * (odds * (n - i) / (i + 1) if upper else i / ((n - i + 1) * odds)))
+        i += 1 if upper else -1
+    tail = math.exp(log_term + math.log(math.fsum(terms)))
+    return min(1.0, tail) if upper else max(0.0, 1.0 - tail)
 
 
 def is_violation(item: RubricItem, outcome: Outcome) -> bool | None:

@@ -19,12 +19,12 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from m3.rewards.json_log import JsonLog, read_rows
+from m3.environment.journal import Journal, Sync, read_journal
 from m3.rewards.rubric import Rubric, RubricItem
 from m3.text.words import stems
 from m3kernels.checks import refuse
 
-HEADER: Mapping[str, Any] = {"schema": "m3.rubrics/v1"}
+RUN: Mapping[str, Any] = {"schema": "m3.rubrics/v1"}
 EVERYWHERE = "*"
 AUTHORS = ("human", "rule", "llm")
 
@@ -231,7 +231,7 @@ class RubricStore:
     """The log, open for writing by this process alone, and its state.
 
     Args:
-        path: a ``.jsonl`` file, new or of a store.
+        path: a journal (m3/environment/journal.py), new or of a store.
         clock: the time of an event, ISO 8601; the default is now, in UTC.
     Attributes:
         torn: whether a last event that a kill cut short was dropped at opening.
@@ -239,12 +239,12 @@ class RubricStore:
 
     def __init__(self, path: str | Path, *, clock: Callable[[], str] | None = None) -> None:
         self._clock = clock or (lambda: datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"))
-        self._log = JsonLog(path, HEADER)
-        self.path, self.torn = self._log.path, self._log.torn
+        self._journal = Journal(path, run=RUN, sync=Sync.each)
+        self.path, self.torn = self._journal.path, self._journal.cut_bytes > 0
         try:
-            self.state = replay(self._log.rows, where=str(path))
+            self.state = replay([record["event"] for record in self._journal.records()], where=str(path))
         except BaseException:
-            self._log.close()
+            self._journal.close()
             raise
 
     def __enter__(self) -> RubricStore:
@@ -255,7 +255,7 @@ class RubricStore:
 
     def close(self) -> None:
         """Let others write."""
-        self._log.close()
+        self._journal.close()
 
     def add_core(self, scope: str, items: Sequence[RubricItem], provenance: Provenance) -> None:
         """Fix the core set of a context, once."""
@@ -312,7 +312,7 @@ class RubricStore:
         for row in rows:
             after.apply(row)
         for row in rows:
-            self._log.append(row)
+            self._journal.append({"kind": "event", "event": row})
         self.state = after
 
 
@@ -327,12 +327,12 @@ def read_state(path: str | Path, version: int | None = None) -> State:
     Raises:
         ValueError: not a store, an event that cannot have happened (by line), or fewer events.
     """
-    rows, _ = read_rows(path)
-    if not rows or rows[0] != dict(HEADER):
-        raise refuse("read_state", str(path), f"a file begun with {dict(HEADER)}", f"{rows[:1]}")
-    if version is not None and not 0 <= version < len(rows):
-        raise refuse("read_state", "version", f"0 to {len(rows) - 1}", version)
-    return replay(rows[1:] if version is None else rows[1 : version + 1], where=str(path))
+    run, records = read_journal(path)
+    if run != dict(RUN):
+        raise refuse("read_state", "path", f"the journal of {dict(RUN)}", f"{path}, of {run}")
+    if version is not None and not 0 <= version <= len(records):
+        raise refuse("read_state", "version", f"0 to {len(records)}", version)
+    return replay([record["event"] for record in records[:version]], where=str(path))
 
 
 def replay(rows: Sequence[Mapping[str, Any]], *, where: str = "rubrics") -> State:

@@ -21,14 +21,13 @@ HEALTHBENCH is Copyright (c) 2024 OpenAI, from openai/simple-evals, ee3b031, hea
 from __future__ import annotations
 
 import dataclasses
-import json
-import re
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any
 
 from m3.rewards.rubric import RubricItem
 from m3.rollout.chat import ChatMessages
+from m3.rollout.replies import read_json
 from m3kernels.checks import refuse
 
 # fmt: off
@@ -190,11 +189,3 @@ def read_verdict(text: str) -> Reading | None:
     if not isinstance(found, dict) or not isinstance(found.get("criteria_met"), bool):
         return None
     return Reading(met=found["criteria_met"], explanation=str(found.get("explanation", "")))
-
-
-def read_json(text: str) -> Any:
-    """The JSON value that a reply is, ``` fences at its ends aside; None where it is none."""
-    try:
-        return json.loads(re.sub(r"^```(?:json)?\s*|\s*```$", "", text.strip()))
-    except (ValueError, RecursionError):  # not JSON; digits or brackets beyond what the reader takes
-        return None

@@ -28,6 +28,7 @@ from m3.rewards.step_verifier import StepVerifier
 from m3.rewards.verdict import UnjudgedError
 
 MAX_LISTED = 10  # lines of a differential that count, as stages.INSTRUCTIONS says
+LINE = diagnosis.Config(listed=2, claimed=4, asides=1, further=4)  # of a line: one disease, perhaps with a second name
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -50,9 +51,11 @@ def differential_parts(case: Case, trajectory: Trajectory) -> list[Part]:
     lines = _lines(_said(trajectory, Phase.differential))[:MAX_LISTED]
     found = case.diagnosis
     reference = Reference(label=found.label, synonyms=found.synonyms, acceptable=found.acceptable)
-    right = max((diagnosis.score(reference, line).acceptable for line in lines), default=0.0)
+    right = max((diagnosis.score(reference, line, LINE).acceptable for line in lines), default=0.0)
     exclude = [entry.label for entry in found.differential if entry.must_exclude and entry.label]
-    listed = [name for name in exclude if any(diagnosis.score(Reference(label=name), line).correct for line in lines)]
+    listed = [
+        name for name in exclude if any(diagnosis.score(Reference(label=name), line, LINE).correct for line in lines)
+    ]
     share = len(listed) / len(exclude) if exclude else None
     return [
         Part(name="right_diagnosis", weight=0.5, value=right),

@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
-from m3.environment.asking import AskKind, asked, is_closing, is_request
+from m3.environment.asking import AskKind, asked, is_closing, is_request, things
 from m3.environment.case import Case, Phase
 from m3.environment.lay_terms import is_clinical
 from m3.environment.trajectory import Message, Trajectory
@@ -46,6 +46,7 @@ class CriteriaConfig:
     closed_after: int = 3  # questions elsewhere after which a section counts as closed
     jumps_back: int = 1  # returns to a closed section that anybody may need
     questions_at_once: int = 3
+    things_at_once: int = 6  # that one question names: "fever, chills, cough, ..."
     list_lines: int = 3  # lines of a list in one message of the inquiry
 
 
@@ -258,6 +259,11 @@ _ESCALATES = re.compile(
     r"same[- ]day|right away|at once|straight away|paramedics?|intensive care|call for help)\b|\bER\b",
     re.IGNORECASE,
 )
+_STAYS = re.compile(
+    r"\b(?:(?:stay|rest|remain) (?:at )?home|go(?:ing)? home|wait and see|(?:no need|(?:do not|don(?:'t|’t)) need) "
+    r"(?:for|to go to|to see)(?: an?| the)? (?:hospital|ambulance|emergency|doctor))\b",
+    re.IGNORECASE,
+)
 _CONCERN = re.compile(
     r"\b(?:concern(?:s|ed|ing)?|worr(?:y|ies|ied|ying)|serious|warning sign|important that you|alarming)\b",
     re.IGNORECASE,
@@ -389,6 +395,10 @@ def _no_escalation(dialogue: Dialogue) -> Iterator[Finding]:
     said = [said for step in dialogue.steps for said in step.sentences if not said.asks]
     if not any(_escalates(one.text) for one in said):
         yield last.whole("safety_risk", "no escalation where the patient must be escalated")
+        return
+    for one in last.sentences:
+        if not one.asks and any(not _turned_down(one.text, match.start()) for match in _STAYS.finditer(one.text)):
+            yield _finding("safety_risk", last, one, "escalates and sends home")
 
 
 # -- order ------------------------------------------------------------------------------------------------------------
@@ -536,6 +546,9 @@ def rigid_phrasing(dialogue: Dialogue, config: CriteriaConfig) -> Iterator[Findi
             over = asking[config.questions_at_once :]
             note = f"{len(asking)} questions at once"
             yield Finding("rigid_phrasing", step.turn, over[0].start, over[-1].end, note)
+        for said in asking:
+            if (named := things(said.text)) > config.things_at_once:
+                yield _finding("rigid_phrasing", step, said, f"one question about {named} things")
         lines = list(_LIST_LINE.finditer(step.message.content))
         if len(lines) >= config.list_lines:
             end = len(step.message.content.rstrip())

@@ -15,7 +15,6 @@ import asyncio
 import collections
 import dataclasses
 import hashlib
-import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -29,6 +28,7 @@ from m3.rewards.spans import SpanReward
 from m3.rewards.step_criteria import CRITERIA, CriteriaConfig, Dialogue, Finding, token_span
 from m3.rewards.verdict import UnjudgedError
 from m3.rollout.chat import ChatClient, ChatError
+from m3.rollout.replies import read_json
 from m3.text.embed import Embedder, LexicalEmbedder
 from m3.text.words import word_spans
 from m3kernels.checks import refuse
@@ -148,7 +148,6 @@ SCHEMA: Mapping[str, Any] = {
         }
     },
 }
-_FENCE = re.compile(r"^\s*```(?:json)?\s*\n?(.*?)\n?\s*```\s*$", re.DOTALL)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -238,11 +237,7 @@ def _line(role: str, turn: int, content: str) -> str:
 
 def read_violations(text: str) -> list[Any] | None:
     """The list of a reply, a fence around it taken off; None where the reply is not such JSON."""
-    fenced = _FENCE.match(text)
-    try:
-        row = json.loads(fenced.group(1) if fenced else text)
-    except (json.JSONDecodeError, RecursionError):
-        return None
+    row = read_json(text)
     found = row.get("violations") if isinstance(row, dict) else row
     return found if isinstance(found, list) else None
 

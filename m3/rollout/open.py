@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 from collections.abc import AsyncGenerator, Mapping
 from pathlib import Path
 
 from m3.rollout.chat import Budget, ChatClient
+from m3.text.jsonl import read_values
 from m3kernels.checks import refuse
 
 FORMS = "'http://host:port/v1#model' (several URLs with commas), 'embedded:MODEL' or 'scripted:FILE'"
@@ -88,15 +88,9 @@ def read_replies(file: Path) -> list[str]:
         ValueError: names file and line.
     """
     replies = []
-    for line, text in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
-        if not text.strip():
-            continue
-        try:
-            reply = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{file}:{line}: want a JSON string; {error.msg}") from error
+    for place, reply in read_values(file):
         if not isinstance(reply, str):
-            raise ValueError(f"{file}:{line}: want a JSON string; got {type(reply).__name__}")
+            raise ValueError(f"{place}: want a JSON string; got {type(reply).__name__}")
         replies.append(reply)
     if not replies:
         raise ValueError(f"{file}: want one reply or more, one a line; got none")

@@ -127,7 +127,13 @@ class OpenAIChat:
                 self.budget.take()
             try:
                 reply = _read(await self._create(request, json_schema))
-            except (openai.OpenAIError, json.JSONDecodeError) as error:
+            except UnicodeEncodeError:  # of what was to be sent: the caller's
+                raise
+            except (
+                openai.OpenAIError,
+                ValueError,
+                RecursionError,
+            ) as error:  # the last two: of reading a strange answer
                 raise self._failed(error) from error
             if self.budget is not None:
                 self.budget.add(reply.usage)
@@ -168,28 +174,36 @@ class OpenAIChat:
 
 
 def _read(answer: Any) -> Reply:
-    """What a chat completion says; the first choice.
+    """What a chat completion says; the first choice. Counts that are no whole numbers are unknown.
 
     Raises:
         ChatError: unreachable: it is no chat completion.
     """
     choices = getattr(answer, "choices", None)
-    if not choices or getattr(choices[0], "message", None) is None:
+    choice: Any = choices[0] if isinstance(choices, list) and choices else None
+    message: Any = getattr(choice, "message", None)
+    if not hasattr(message, "content"):
         raise ChatError(Failure.unreachable, f"want a chat completion; got {type(answer).__name__} without a choice")
-    message, usage = choices[0].message, answer.usage
-    details = None if usage is None else usage.prompt_tokens_details
+    text = message.content or getattr(message, "refusal", None) or ""
+    if not isinstance(text, str):
+        raise ChatError(Failure.unreachable, f"want a chat completion; got content that is a {type(text).__name__}")
+    usage, finish_reason, model = answer.usage, choice.finish_reason, answer.model
+    details = getattr(usage, "prompt_tokens_details", None)
     return Reply(
-        text=message.content or getattr(message, "refusal", None) or "",
-        finish_reason=choices[0].finish_reason or "stop",
-        usage=Usage()
-        if usage is None
-        else Usage(
-            prompt_tokens=usage.prompt_tokens,
-            completion_tokens=usage.completion_tokens,
-            cached_tokens=None if details is None else details.cached_tokens,
+        text=text.encode(errors="replace").decode(),  # half a character ("\ud83d") could not be written down
+        finish_reason=finish_reason if isinstance(finish_reason, str) and finish_reason else "stop",
+        usage=Usage(
+            prompt_tokens=_count(usage, "prompt_tokens"),
+            completion_tokens=_count(usage, "completion_tokens"),
+            cached_tokens=_count(details, "cached_tokens"),
         ),
-        model=answer.model or "",
+        model=model if isinstance(model, str) else "",
     )
+
+
+def _count(counts: Any, name: str) -> int | None:
+    value = getattr(counts, name, None)
+    return value if type(value) is int and value >= 0 else None
 
 
 class EndpointPool:

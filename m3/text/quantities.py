@@ -95,6 +95,11 @@ _NAMES: tuple[tuple[str, float, str], ...] = (
     ("J", 4.184, "cal calorie calories"),
     ("J", 1e3, "kJ kilojoule kilojoules"),
     ("Gy", 1.0, "Gy gray grays"),
+    ("Bq", 1.0, "Bq"),
+    ("Bq", 1e-3, "mBq"),
+    ("Bq", 1e3, "kBq"),
+    ("Bq", 1e9, "GBq"),
+    ("Bq", 1e6, "MBq"),
     ("Sv", 1e-3, "mSv millisievert millisieverts"),
     ("Hz", 1.0, "Hz hertz"),
     ("W", 1.0, "W watt watts"),
@@ -120,7 +125,7 @@ _GLYPHS = {"½": 1 / 2, "⅓": 1 / 3, "⅔": 2 / 3, "¼": 1 / 4, "¾": 3 / 4, "�
 _ORDINALS = "first second third fourth fifth sixth seventh eighth ninth tenth eleventh twelfth".split()
 _DECADES = {f"{word[:-1]}ies": 10.0 * i for i, word in enumerate(_TENS.split(), 2)}
 _TIMES = {"once": 1.0, "twice": 2.0, "thrice": 3.0}
-_PERIODS = {"hourly": 3600.0, "daily": 86400.0, "nightly": 86400.0, "weekly": 7 * 86400.0}
+_PERIODS = {"hourly": 3600.0, "daily": 86400.0, "weekly": 7 * 86400.0}
 _PERIODS |= {"monthly": 30.4375 * 86400.0, "yearly": 365.25 * 86400.0, "annually": 365.25 * 86400.0}
 _LATIN = {"qd": 1.0, "od": 1.0, "bid": 2.0, "b.i.d.": 2.0, "tid": 3.0, "t.i.d.": 3.0, "qid": 4.0, "q.i.d.": 4.0}
 _ROMAN = {"I": 1.0, "II": 2.0, "III": 3.0, "IV": 4.0, "V": 5.0, "VI": 6.0, "VII": 7.0, "VIII": 8.0}
@@ -322,7 +327,8 @@ def _read_unit(text: str, at: int) -> tuple[str, float, float, int] | None:
     if name.lower() in ("mm", "cm") and (
         column := re.match(r"\s*(?:of\s+)?(Hg|mercury|H2O)\b", text[match.end() :], re.I)
     ):
-        return "Pa", 98.0665 if column[1].lower() == "h2o" else 133.322, 0.0, match.end() + column.end()
+        column_of = 98.0665 if column[1].lower() == "h2o" else 1333.22 if name.lower() == "cm" else 133.322
+        return "Pa", column_of, 0.0, match.end() + column.end()
     return unit, factor, 0.0, match.end()
 
 

@@ -17,7 +17,11 @@ _WORD = re.compile(r"\d+(?:[.,:/]\d+)*|[^\W\d_]+(?:['’\-][^\W\d_]+|\d+)*|[%<>+
 _ABBREVIATIONS = "".join(
     rf"(?<!\b{one}\.)" for one in ("Dr", "Mr", "Mrs", "Ms", "St", "vs", "approx", r"e\.g", r"i\.e")
 )
-_SENTENCE_END = re.compile(r"(?<=[.!?。！？])" + _ABBREVIATIONS + r"[\"')\]]*\s+(?=[\"'(\[]?[A-Z0-9À-ÖØ-Þ*\-])|\n+")
+_LIST_NUMBERS = r"(?<!^\d\.)(?<!^\d\d\.)"  # of a list: at the beginning of a line
+_SENTENCE_END = re.compile(
+    r"(?<=[.!?。！？])" + _ABBREVIATIONS + _LIST_NUMBERS + r"[\"')\]]*\s+(?=[\"'(\[]?[A-Z0-9À-ÖØ-Þ*\-])|\n+",
+    re.MULTILINE,
+)
 NEGATIONS = frozenset(
     "no not none never without denies deny denied negative neither nor nothing cannot can't don't doesn't didn't isn't "
     "aren't wasn't weren't haven't hasn't hadn't won't wouldn't couldn't shouldn't absent absence unlikely free".split()
@@ -62,7 +66,8 @@ def content_stems(text: str) -> list[str]:
 
 
 def sentences(text: str) -> list[str]:
-    """Sentences in order, stripped, none empty; a line break ends one, the dot of a common abbreviation does not."""
+    """Sentences in order, stripped, none empty. A line break ends one; the dot of an abbreviation or of a list's number
+    does not."""
     return [part.strip() for part in _SENTENCE_END.split(text) if part and part.strip()]
 
 

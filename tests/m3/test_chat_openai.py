@@ -189,8 +189,18 @@ def test_no_server_is_unreachable():
         JSONResponse({"choices": []}),
         JSONResponse({"choices": [{"index": 0}]}),
         JSONResponse({"choices": "no"}),
+        JSONResponse({"choices": {"a": 1}}),
+        JSONResponse({"choices": [{"message": "hi"}]}),
+        JSONResponse({"choices": [{"message": {"content": [{"type": "text", "text": "hi"}]}}]}),
+        JSONResponse({"choices": [{"message": {"content": None, "refusal": {"a": 1}}}]}),
+        Response(b"[" * 100_000, media_type="application/json"),
+        Response(b'{"choices": ' + b"1" * 5000 + b"}", media_type="application/json"),
+        Response(b'{"choices": [{"message": {"content": "\xff"}}]}', media_type="application/json"),
     ],
-    ids=["html", "broken", "empty", "list", "no-choice", "no-message", "text"],
+    ids=[
+        *("html", "broken", "empty", "list", "no-choice", "no-message", "text", "object", "message-text", "parts"),
+        *("refusal-object", "deep", "many-digits", "no-utf8"),
+    ],
 )
 def test_an_answer_that_is_no_completion_is_unreachable(response, theirs):
     async def answer(request: Request) -> Response:
@@ -198,6 +208,35 @@ def test_an_answer_that_is_no_completion_is_unreachable(response, theirs):
 
     theirs.answer = answer
     assert failure(OpenAIChat(theirs.url, "m", max_retries=0)).failure is Failure.unreachable
+
+
+STRANGE_USAGE = {
+    "text": "many",
+    "list": [1],
+    "words": {"prompt_tokens": "a", "completion_tokens": None},
+    "negative": {"prompt_tokens": -5, "completion_tokens": 2.5},
+    "details": {"prompt_tokens_details": "x"},
+}
+
+
+@pytest.mark.parametrize("usage", STRANGE_USAGE.values(), ids=STRANGE_USAGE)
+def test_counts_that_are_no_numbers_are_unknown(usage, theirs):
+    async def answer(request: Request) -> Response:
+        choice = {"message": {"content": "hi"}, "finish_reason": [1]}
+        return JSONResponse({"choices": [choice], "usage": usage, "model": 7})
+
+    theirs.answer = answer
+    budget = Budget(tokens=100)
+    reply = asyncio.run(one(OpenAIChat(theirs.url, "m", max_retries=0, budget=budget)))
+    assert (reply, budget.tokens_used) == (Reply(text="hi"), 0)
+
+
+def test_half_a_character_can_be_written_down(theirs):
+    async def answer(request: Request) -> Response:
+        return Response(b'{"choices": [{"message": {"content": "\\ud83d yes"}}]}', media_type="application/json")
+
+    theirs.answer = answer
+    assert asyncio.run(one(OpenAIChat(theirs.url, "m", max_retries=0))).text.encode() == b"? yes"
 
 
 def test_cancelling_a_call_ends_the_work(url):

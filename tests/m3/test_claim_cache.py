@@ -212,6 +212,12 @@ def test_wilson(events, trials, wanted):
     assert wilson(events, trials) == pytest.approx(wanted, abs=2e-5)
 
 
+@pytest.mark.parametrize(("events", "trials"), [(0, 3), (7, 7), (0, 10**18), (10**18, 10**18)])
+def test_wilson_holds_the_share_itself(events, trials):
+    share, low, high = wilson(events, trials, z=1.0)
+    assert 0 <= low <= share <= high <= 1
+
+
 def test_wilson_of_nothing():
     with pytest.raises(ValueError, match="trials"):
         wilson(0, 0)
@@ -281,3 +287,34 @@ def test_an_unwritable_store_is_an_error(tmp_path):
     (tmp_path / "claims.sqlite").write_text("this is no database, and long enough to be one by its size alone" * 20)
     with pytest.raises(sqlite3.DatabaseError):
         SqliteStore(tmp_path / "claims.sqlite")
+
+
+def test_a_full_disk_costs_no_verdict(tmp_path):
+    store = SqliteStore(tmp_path / "claims.db")
+    cache, verifier = make_cache(store), Verifier(seconds=0.05)
+    ask(cache, verifier, CLAIM)
+    pages = store._db.execute("PRAGMA page_count").fetchone()[0]
+    store._db.execute(f"PRAGMA max_page_count = {pages}")
+    long = "Ibuprofen " + "may cause nausea in adults " * 400
+
+    async def run():
+        return await asyncio.gather(*(cache.ask(long, verifier.of(long)) for _ in range(32)))
+
+    assert {found.verdict.label for found in asyncio.run(run())} == {Label.supported}
+    assert verifier.asked[long] == 1
+    assert cache.stats.unkept == 1 and cache.stats.asked == 33
+
+
+@pytest.mark.parametrize("label", [Label.timeout, None])
+def test_a_failed_audit_leaves_the_hit(label):
+    cache = make_cache(audit_rate=1.0)
+    ask(cache, Verifier(Label.refuted), CLAIM)
+
+    async def broken() -> FactVerdict:
+        if label is None:
+            raise RuntimeError("down")
+        return FactVerdict(claim=REWORDED, label=label)
+
+    found = asyncio.run(cache.ask(REWORDED, broken))
+    assert (found.source, found.verdict.label) == (Source.l2, Label.refuted)
+    assert (cache.stats.l2_hits, cache.stats.audits, cache.stats.failures) == (1, 0, 0)

@@ -29,7 +29,7 @@ PATIENT = dict(timeout=1.0, first_wait=0.02, last_wait=0.1)  # a machine under l
 
 
 class Server:
-    """A redis-server on loopback that keeps nothing on disk."""
+    """A redis-server on loopback that writes to disk only what SAVE says, and reads that when it starts."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -294,3 +294,54 @@ def test_a_local_file_needs_a_server(tmp_path):
 def test_timeout_out_of_range():
     with pytest.raises(ValueError, match="timeout: want seconds > 0"):
         RedisStore("redis://127.0.0.1:1/0", timeout=0)
+
+
+def test_a_server_that_comes_back_with_an_old_snapshot_gets_the_rest_again(server):
+    cache, other, verifier = make_cache(server), make_cache(server), Verifier()
+    ask(cache, verifier, dose(0))
+    with redis.Redis.from_url(server.url) as client:
+        client.save()
+    ask(cache, verifier, *map(dose, range(1, 6)))
+    ask(other, verifier, *map(dose, range(6)))
+    server.kill()
+    server.start()
+    time.sleep(0.2)
+    ask(cache, verifier, *map(dose, range(6, 8)))
+    assert cache._store.flush() == 0
+    assert server.claims() == {cache.key(dose(i)) for i in range(8)}
+    other._store.near(np.ones(LexicalEmbedder().dim, np.float32), 1)
+    assert other._store.local.count() == 8
+
+
+def test_what_cannot_be_read_is_left_out_and_said(server, caplog):
+    cache, verifier = make_cache(server), Verifier()
+    ask(cache, verifier, dose(0))
+    prefix = cache._store._prefix
+    with redis.Redis.from_url(server.url) as client, caplog.at_level(logging.WARNING):
+        client.set(prefix + "v:bad", "{not json")
+        client.rpush(prefix + "log", "bad")
+        assert ask(cache, verifier, dose(1)) == [Source.verified]
+    assert ask(make_cache(server), verifier, dose(0), dose(1)) == [Source.l1, Source.l1]
+    assert "cannot be read" in caplog.text
+
+
+def test_a_cancelled_worker_gives_its_lease_back(server):
+    cache, verifier = make_cache(server), Verifier(seconds=0.01)
+    acquire = cache._store.acquire
+
+    def late(flight: str, token: str) -> bool:
+        taken = acquire(flight, token)
+        time.sleep(0.2)
+        return taken
+
+    async def run():
+        cache._store.acquire = late
+        asking = asyncio.create_task(cache.ask(dose(0), verifier.of(dose(0))))
+        await asyncio.sleep(0.1)
+        asking.cancel()
+        await asyncio.wait([asking])
+        cache._store.acquire = acquire
+        await asyncio.sleep(0.4)
+        return await asyncio.wait_for(cache.ask(dose(0), verifier.of(dose(0))), 5)
+
+    assert asyncio.run(run()).source == Source.verified

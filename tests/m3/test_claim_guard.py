@@ -22,7 +22,7 @@ ALIKE = {
     "of": ("The risk of cancer is higher", "Cancer risk is higher"),
     "passive": ("Measles is not caused by bacteria", "Bacteria do not cause measles"),
     "one_word": ("Health care costs money", "Healthcare costs money"),
-    "inflection": ("It treats infections", "It treated an infection"),
+    "inflection": ("It treats infections", "It treats an infection"),
     "brackets": ("Lexapro (escitalopram) helps", "Lexapro escitalopram helps."),
 }
 APART = {
@@ -89,10 +89,11 @@ def test_others_stay_apart_and_say_why(one, other, reason):
 
 @given(st.permutations(WORDS), st.integers(1, len(WORDS)), st.integers(0, len(WORDS) - 1))
 def test_a_word_left_out_is_seen(order, length, at):
-    """Of any jumble: only "the", a comma and an article may go."""
+    """Of any jumble: only "the", a comma, and an "and" that begins it may go."""
     words = order[:length]
-    left = [word for i, word in enumerate(words) if i != at % length]
-    if words[at % length] not in ("the", ","):
+    gone = at % length
+    left = [word for i, word in enumerate(words) if i != gone]
+    if words[gone] not in ("the", ",") and (gone or words[gone] != "and"):
         assert same(" ".join(words), " ".join(left)) != ""
 
 
@@ -157,3 +158,57 @@ def test_inflections_share_a_base(one, other):
 )
 def test_derivations_and_other_words_do_not(one, other):
     assert base(one) != base(other)
+
+
+ALMOST = {
+    "tense": ("She smokes", "She smoked"),
+    "irregular tense": ("He drinks alcohol", "He drank alcohol"),
+    "role": ("The infecting organism dies", "The infected organism dies"),
+    "gerund": ("A fasting test is needed", "A fast test is needed"),
+    "organ": ("The tests were removed", "The testes were removed"),
+    "only": ("It affects just women", "It affects women"),
+    "own": ("The immune system attacks its own cells", "The immune system attacks cells"),
+    "enhance": ("Caffeine enhances headache", "Caffeine improves headache"),
+    "in case": ("Carry epinephrine in case you react", "Carry epinephrine if you react"),
+    "jointly": ("Alcohol together with aspirin harms", "Alcohol and aspirin harm"),
+    "the cause": ("Smoking is the cause of it", "Smoking is a cause of it"),
+    "whom": ("About 2% of people have seizures", "About 2% of patients have seizures"),
+    "ability": ("Newborns can see", "Newborns might see"),
+    "permission": ("You may eat before surgery", "You might eat before surgery"),
+    "answer": ("No, antibiotics help", "No antibiotics help"),
+    "letter a": ("HEPATITIS A IS SPREAD BY FOOD", "HEPATITIS IS SPREAD BY FOOD"),
+    "genotype": ("The genotype Aa causes it", "The genotype aa causes it"),
+    "antigen": ("Anti-K antibodies cause it", "Anti-k antibodies cause it"),
+    "mega": ("Give 370 MBq of iodine", "Give 370 mBq of iodine"),
+    "mercury": ("A pressure of 10 mm Hg", "A pressure of 10 cm Hg"),
+    "negative": ("Rh(-) mothers need it", "Rh mothers need it"),
+    "ranked": ("Causes include A1, B2, and C3, in that order", "Causes include B2, A1, and C3, in that order"),
+    "owner": ("Viruses infect cells of animals", "Animal viruses infect cells"),
+    "lost": ("It causes loss of vision and headache", "It causes loss of headache and vision"),
+    "attachment": ("In mice, it kills cells that grow in humans", "It kills cells that grow in humans in mice"),
+    "relative": ("Patients, who smoke, die", "Patients who smoke die"),
+    "night": ("Take it daily", "Take it nightly"),
+    "few": ("Multiple doses are needed", "A few doses are needed"),
+}
+
+
+@pytest.mark.parametrize(("one", "other"), ALMOST.values(), ids=ALMOST)
+def test_small_words_and_endings_keep_claims_apart(one, other):
+    assert same(one, other)
+    assert same(other, one)
+    assert normalise(one) != normalise(other)
+
+
+STILL = {
+    "passive": ("Measles is caused by a virus", "A virus causes measles"),
+    "synonym with its own ending": ("STDs can be prevented", "Sexually transmitted diseases can be prevented"),
+    "linked": ("It is linked to cancer", "It is associated with cancer"),
+    "chance": ("It can cause nausea", "It might cause nausea"),
+    "who has a disease": ("People with diabetes need care", "Patients with diabetes need care"),
+    "the most": ("It is the most common cause", "It is most common cause"),
+}
+
+
+@pytest.mark.parametrize(("one", "other"), STILL.values(), ids=STILL)
+def test_endings_do_not_part_rewordings(one, other):
+    assert (same(one, other), same(other, one)) == ("", "")

@@ -7,7 +7,7 @@ import json
 
 import pytest
 
-from m3.rewards.claims import ChatExtractor, Claim, Extractor, ScriptedExtractor, extract_claims, read_object
+from m3.rewards.claims import ChatExtractor, Claim, Extractor, ScriptedExtractor, extract_claims
 from m3.rewards.fact_verdicts import Label
 from m3.rollout.chat import ChatError, Failure, Reply
 
@@ -240,22 +240,3 @@ def test_an_empty_response_is_not_asked_about():
 def test_retries_are_checked():
     with pytest.raises(ValueError, match="ChatExtractor: retries: want an integer >= 0; got -1"):
         ChatExtractor(Script(), retries=-1)
-
-
-REPLIES = {
-    "plain": ('{"a": 1}', {"a": 1}),
-    "fenced": ('```json\n{"a": {"b": "}"}}\n```', {"a": {"b": "}"}}),
-    "words_around": ('Sure: {"a": 1}. Done.', {"a": 1}),
-    "said_twice": ('{"a": 1} {"a": 1}', {"a": 1}),
-    "two_that_differ": ('{"a": 1} {"a": 2}', None),
-    "broken": ('{"a": 1', None),
-    "a_brace_before": ('{ so {"a": 1}', {"a": 1}),
-    "a_list": ("[1, 2]", None),
-    "nothing": ("", None),
-    "deep": ('{"a":' * 100_000, None),
-}
-
-
-@pytest.mark.parametrize(("reply", "wanted"), REPLIES.values(), ids=REPLIES)
-def test_an_object_is_read(reply, wanted):
-    assert read_object(reply) == wanted

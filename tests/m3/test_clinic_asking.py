@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from clinic_cases import small_case, small_row
 
-from m3.environment.asking import MAX_SENTENCE_WORDS, AskKind, asked, is_closing, is_request, says_enough
+from m3.environment.asking import MAX_SENTENCE_WORDS, AskKind, asked, is_closing, is_request, says_enough, things
 from m3.environment.case import Case, own_cases
 from m3.environment.lay_terms import CONCEPTS, topic_stems
 from m3.text.words import words
@@ -100,6 +100,41 @@ def test_medication_is_not_medical():
 def test_tag_question_asks_nothing():
     assert asked(small_case(), "It may be a fever, OK?") == []
     assert len(asked(small_case(), "Do you have a fever, OK?")) == 1
+
+
+THINGS = {
+    "one": ("Do you smoke?", 1),
+    "enumeration": ("Any fever, chills or a rash?", 3),
+    "two_clauses": ("Where is it, exactly, and does it go anywhere?", 2),
+    "no_comma": ("Do you have fever cough rash itch cramp sweat pain numbness?", 2),
+    "zero_width": ("Any fever\u200bcough\u200brash\u200bitch\u200bcramp\u200bsweat\u200bpain\u200bnumbness?", 2),
+    "nothing": ("?", 1),
+}
+
+
+@pytest.mark.parametrize(("sentence", "count"), THINGS.values(), ids=THINGS)
+def test_things_that_a_question_names(sentence, count):
+    assert things(sentence) == count
+
+
+POLITE = (
+    "How can I help you today?",
+    "Can you walk me through it?",
+    "Would you like a glass of water?",
+    "Would you like to sit down?",
+    "Can you lie down for me?",
+    "Is now a good time to talk?",
+    "How has your day been?",
+    "Can I take your hand?",
+    "Does that help you?",
+)
+
+
+@pytest.mark.parametrize("sentence", POLITE)
+def test_politeness_names_no_fact_of_our_cases(sentence):
+    assert [
+        (case.id, ask.reasons) for case in own_cases() for ask in asked(case, sentence) if ask.kind == "specific"
+    ] == []
 
 
 def test_generic_word_alone_asks_for_nothing():

@@ -152,6 +152,29 @@ def test_a_foreign_line_is_named(tmp_path):
         list(read_trajectories(path))
 
 
+FOREIGN = {
+    "list": ("[1]", "want a JSON object; got list"),
+    "deep": ("[" * 100_000, "want JSON"),
+    "bytes": (b"\xff\xfe", "want JSON"),
+    "content": (
+        to_line({**trajectory().to_json(), "messages": [{"role": "user", "content": 5}]}),
+        "content: want text",
+    ),
+    "turn": (
+        to_line({**trajectory().to_json(), "messages": [{"role": "user", "content": "x", "m3": {"turn": -3}}]}),
+        "turn: want an integer >= 0; got -3",
+    ),
+}
+
+
+@pytest.mark.parametrize(("line", "message"), FOREIGN.values(), ids=FOREIGN)
+def test_a_malformed_line_is_named(tmp_path, line, message):
+    path = tmp_path / "t.jsonl"
+    path.write_bytes(line if isinstance(line, bytes) else line.encode())
+    with pytest.raises(ValueError, match=rf"t\.jsonl:1: .*{message}"):
+        list(read_trajectories(path))
+
+
 def span(turn: int, value: float, criterion: str) -> SpanReward:
     return SpanReward(turn=turn, token_start=0, token_end=3, value=value, criterion=criterion)
 

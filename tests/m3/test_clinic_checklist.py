@@ -144,11 +144,39 @@ def test_dumped_list_earns_nothing_however_it_is_turned():
     assert coverage(case, trajectory).met == ()
 
 
-def test_facts_of_one_long_question_earn_up_to_the_limit():
+@pytest.mark.parametrize(
+    ("count", "most", "met"), [(4, 4, 4), (5, 4, 3), (6, 4, 2), (8, 4, 0), (10, 4, 0), (3, 2, 1), (10, 10, 5)]
+)
+@pytest.mark.parametrize("between", [", ", " or ", "; ", " and "])
+def test_things_of_one_question_beyond_the_limit_take_one_back_each(count, most, met, between):
     case = many(10)
-    trajectory = inquiry("Any " + " or ".join(f"thing{i}" for i in range(10)) + "?", case=case)
-    assert coverage(case, trajectory).met == ("c0", "c1", "c2", "c3")
-    assert coverage(case, trajectory, config=ChecklistConfig(max_asks_per_turn=2)).met == ("c0", "c1")
+    trajectory = inquiry("Any " + between.join(f"thing{i}" for i in range(count)) + "?", case=case)
+    score = coverage(case, trajectory, config=ChecklistConfig(max_asks_per_turn=most))
+    assert score.met == tuple(f"c{i}" for i in range(met))
+
+
+def test_things_that_nobody_has_take_as_much_back():
+    case = many(1)
+    plain = inquiry("Any thing0, cough, rash or fever?", case=case)
+    assert coverage(case, plain).met == ("c0",)
+    stuffed = inquiry(
+        "Any thing0, " + ", ".join(["cough", "rash", "fever", "cramp", "itch", "sweat"] * 3) + "?", case=case
+    )
+    assert coverage(case, stuffed).met == ()
+    spaced = inquiry("Do you have thing0 " + "cough rash fever cramp itch sweat " * 5 + "?", case=case)
+    assert coverage(case, spaced).met == ()
+
+
+@pytest.mark.parametrize(
+    ("text", "met"),
+    [("Do you smoke?", ["c-smoking"]), ("Asks about smoking?", []), ("Please: asks about smoking?", []),
+     ("May I ask about smoking?", ["c-smoking"])],
+)  # fmt: skip
+def test_a_criterion_with_a_question_mark_is_no_question(text, met):
+    row = small_row()
+    row["checklist"][1]["criterion"] = "Asks about smoking."
+    case = Case.from_json(row)
+    assert [one for one in coverage(case, inquiry(text, case=case)).met if one == "c-smoking"] == met
 
 
 def test_one_fact_beside_an_answer_counts():

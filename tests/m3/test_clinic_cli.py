@@ -40,7 +40,7 @@ def consulted(cases, tmp_path_factory):
 def test_a_run_leaves_consultations_scores_and_a_page(consulted):
     out, said = consulted
     trajectories = list(read_trajectories(out / "trajectories.jsonl"))
-    assert [one.case for one in trajectories] == ["small-1", "small-2"]
+    assert [(one.case, one.ended) for one in trajectories] == [("small-1", "closed"), ("small-2", "closed")]
     assert trajectories[0].of("assistant")[-1].content.startswith("Diagnosis: Inferior ST elevation")
     scores = [json.loads(line) for line in (out / "scores.jsonl").read_text().splitlines()]
     assert [one["checklist"] for one in scores] == [1.0, 1.0]

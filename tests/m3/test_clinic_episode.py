@@ -76,7 +76,7 @@ def test_seed_of_a_message_is_of_its_place():
     places = [(9, 4, 0), (9, 4, 1), (9, 5, 0), (8, 4, 0)]
     seeds = {message_seed(seed, CASE, rollout, turn, Phase.inquiry) for seed, rollout, turn in places}
     assert len(seeds) == len(places)
-    assert message_seed(0, CASE, 0, 0, Phase.inquiry) == 1081228908
+    assert message_seed(0, CASE, 0, 0, Phase.inquiry) == 2115912832
 
 
 def test_no_turns():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import re
+import time
 
 import pytest
 from clinic_cases import small_case, small_row
@@ -110,6 +111,12 @@ def entries(answer):
     """What the ledger says of an answer to a question for each fact."""
     ledgers = {case.id: Ledger(case) for case in own_cases()}
     return [(fact.id, ledgers[case.id].check(f"May I ask you: {fact.keys[0]}?", answer(fact))) for case, fact in ASKED]
+
+
+def test_a_patient_who_says_blanks_costs_no_time():
+    began = time.process_time()
+    assert Ledger(small_case()).check("Do you smoke?", "x" + " " * 50_000 + "y").clean
+    assert time.process_time() - began < 2.0
 
 
 def test_facts_in_other_words_are_disclosed_and_not_blamed():

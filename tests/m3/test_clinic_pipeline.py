@@ -20,7 +20,8 @@ from m3.environment.consultation import SimulatedConsultation
 from m3.environment.journal import Journal
 from m3.environment.modes import ModeConfig
 from m3.environment.pipeline import Config, Pipeline, PipelineError, Progress
-from m3.environment.segment import Batch, Segment, derive_seed
+from m3.environment.seeds import derive_seed
+from m3.environment.segment import Batch, Segment, StageScore
 from m3.environment.stages import PHASES
 from m3.environment.trajectory import to_line
 from m3.rewards.verdict import UnjudgedError
@@ -289,6 +290,22 @@ def test_a_defect_comes_out_though_the_reader_has_left():
         asyncio.run(read_one())
 
 
+def test_a_call_that_is_cancelled_inside_does_not_lose_its_group_without_a_word():
+    async def cancelled(context) -> None:
+        if context.id == "case-1@2":
+            raise asyncio.CancelledError
+
+    with pytest.raises(PipelineError, match="a slot of the stage inquiry was cancelled by what it waited for"):
+        run(consultation=SpokenBySeed(before=cancelled))
+
+
+@pytest.mark.parametrize(("reward", "quality", "name"), [(math.nan, None, "reward"), (0.5, math.inf, "quality")])
+def test_a_score_that_is_no_number_is_refused(reward, quality, name):
+    """Not a number is on neither side of the gate: the pair would neither go on nor be discarded."""
+    with pytest.raises(ValueError, match=f"StageScore: {name}: want a finite number"):
+        StageScore(reward=reward, quality=quality)
+
+
 # -- stopping and going on --------------------------------------------------------------------------------------------
 def test_cancelled_it_stops_its_slots_and_goes_on_from_its_journal(tmp_path: Path):
     path = tmp_path / "run.jsonl"
@@ -337,6 +354,28 @@ def test_a_reader_with_a_cursor_gets_the_batches_it_has_not_read(tmp_path: Path,
     assert sorted(names) == sorted(lines(run()[0]))
 
 
+def test_a_reader_that_gives_up_waiting_gets_the_batch_when_it_asks_again(tmp_path: Path):
+    async def read(journal: Journal) -> list[str]:
+        names: list[str] = []
+        moments = random.Random(3)
+        async with Pipeline(CASES, SpokenBySeed(), REWARDS, CONFIG, journal=journal) as pipeline:
+            while True:
+                waiting = asyncio.ensure_future(anext(pipeline))
+                for _ in range(moments.randrange(40)):
+                    await asyncio.sleep(0)
+                if moments.random() < 0.7:
+                    waiting.cancel()
+                try:
+                    names += [segment.id for segment in (await waiting).segments]
+                except asyncio.CancelledError:
+                    continue
+                except StopAsyncIteration:
+                    return names
+
+    with Journal(tmp_path / "run.jsonl", run={}) as journal:
+        assert sorted(asyncio.run(read(journal))) == sorted(lines(run()[0]))
+
+
 def test_a_finished_run_gives_nothing_again(tmp_path: Path):
     with Journal(tmp_path / "run.jsonl", run={}) as journal:
         first = drain(Pipeline(CASES, SpokenBySeed(), REWARDS, CONFIG, journal=journal))
@@ -370,6 +409,7 @@ REFUSED = {
     "pool": ({"pool": 1}, "pool: want at least carry, 2; got 1"),
     "timeout": ({"timeout": float("nan")}, "timeout: want seconds > 0"),
     "stages": ({"stages": PHASES[1:]}, "stages: want the first stages"),
+    "tau_nan": ({"tau": dict.fromkeys(PHASES, math.nan)}, "tau: want numbers; got nan for inquiry"),
     "tau": ({"tau": {Phase.inquiry: 0.5}}, "tau: want a number for each .*; got none for differential"),
 }
 

@@ -51,6 +51,15 @@ READ = {
         "ranked",
         ["Gout", "Septic arthritis"],
     ),
+    "marker_at_the_end": ("Frozen shoulder is the most likely diagnosis.", "decided", ["Frozen shoulder"]),
+    "lone_letter_ends_no_sentence": ("C. difficile infection.", "decided", ["C. difficile infection"]),
+    "alternatives_in_brackets": ("Final Diagnosis: Neonatal rash (measles or rubella)", "decided", ["Neonatal rash"]),
+    "several_causes": (
+        "Final Diagnosis: Jaundice due to biliary atresia or sepsis",
+        "decided",
+        ["Jaundice"],
+    ),
+    "examination": ("Final Diagnosis: MRI of the brain.", "absent", []),
     "empty": ("", "absent", []),
     "question": ("How long have you had the rash?", "absent", []),
     "refusal": ("Final Diagnosis: Unable to determine without examination.", "absent", []),
@@ -100,12 +109,45 @@ COMPARED = [
     ("Gout", "pseudogout", "none"),
     ("Pulmonary embolism", "pulmonary edema", "none"),
     ("Measles", "", "none"),
+    ("Crohn\N{RIGHT SINGLE QUOTATION MARK}s disease", "Crohn's disease", "same"),
+    ("Seborrheic keratosis", "seborrheic keratoses", "same"),
+    ("\N{GREEK SMALL LETTER BETA}-thal major", "beta thalassemia major", "same"),
+    ("Papillary carcinoma of the thyroid", "papillary thyroid cancer", "same"),
+    ("Endometritis", "endometrial cancer", "none"),
+    ("Non-Hodgkin lymphoma", "Hodgkin lymphoma", "none"),
+    ("Non-Hodgkin lymphoma", "non-Hodgkin lymphoma", "same"),
+    ("Gallstone pancreatitis", "pancreatitis", "none"),
+    ("Transient global amnesia", "amnesia", "none"),
+    ("Advanced sleep phase disorder", "delayed sleep phase disorder", "none"),
+    ("Adjustment disorder with depressed mood", "major depressive disorder", "none"),
+    ("Rotavirus infection", "rotavirus-associated intussusception", "none"),
+    ("Acute stress disorder", "post-traumatic stress disorder", "none"),
+    ("Hemophilia A", "hemophilia", "none"),
+    ("Hepatitis B", "hepatitis A", "none"),
+    ("Angioedema", "drug-induced angioedema", "narrower"),
 ]
 
 
 @pytest.mark.parametrize(("reference", "label", "rule"), COMPARED)
 def test_compare(reference, label, rule):
     assert compare(reference, label) == rule
+
+
+# a word and the same misspelt: which of the two is met must not depend on the order of a set
+TWINS = (
+    "sarcoidosis",
+    "endometriosis",
+    "histiocytosis",
+    "mastocytosis",
+    "blastomycosis",
+    "actinomycosis",
+)
+
+
+@pytest.mark.parametrize("word", TWINS)
+def test_the_word_itself_is_met_before_one_that_is_like_it(word):
+    twin = word[:-4] + "e" + word[-3:]
+    assert compare(f"{word} ocularis", f"{word} ocularis mother father sister brother uncle {twin}") == "narrower"
 
 
 def test_broader_names_can_be_refused():
@@ -172,6 +214,22 @@ def test_without_a_reference_code_there_is_no_credit():
     assert score(Reference(label="Gout"), "").credit is None
 
 
+@pytest.mark.parametrize(
+    ("reference", "said", "correct"),
+    [
+        ("Early ovarian failure (primary ovarian insufficiency)", "primary ovarian insufficiency", True),
+        ("Adrenal adenoma (Conn's syndrome)", "Conn syndrome", True),
+        ("Toxic epidermal necrolysis (TEN)", "TEN", True),
+        ("Toxic epidermal necrolysis (TEN)", "epidermal necrolysis, toxic", True),
+        ("Drug-induced hyperprolactinaemia (domperidone)", "Stops domperidone", False),
+        ("Carbuncle (acute)", "acute gout", False),
+    ],
+)
+def test_brackets_of_a_reference(reference, said, correct):
+    """Another name or initials count; a cause or a qualifier does not."""
+    assert score(Reference(label=reference), said).correct is correct
+
+
 def test_acceptable_alternative():
     reference = Reference(
         label="Lyme disease", code="A69.20", acceptable=(CodedLabel(icd10cm="B88.8", label="Tick bite", credit=0.4),)
@@ -193,6 +251,33 @@ def test_claiming_many_diseases_at_once_does_not_pay():
     claimed = "Diagnosis: gout, asthma, measles, heart attack"
     assert not score(STEMI, claimed).correct
     assert score(STEMI, claimed).credit == pytest.approx(-0.1)
+
+
+COMMON = "gout; asthma; sepsis; stroke; measles; malaria; migraine; eczema; cholera; epilepsy; scabies; mumps".split(
+    "; "
+)
+LISTS = {
+    "right_one_first": "Diagnosis: " + ", ".join(["heart attack", *COMMON]),
+    "joined": "Diagnosis: " + " with ".join(["heart attack", *COMMON]),
+    "in_brackets": "Diagnosis: illness (" + ") (".join([*COMMON, "heart attack"]) + ")",
+    "without_marks": "Diagnosis: " + " ".join([*COMMON, "heart attack"]),
+    "alternatives_after_a_cause": "Diagnosis: heart attack due to stress or " + " or ".join(COMMON),
+}
+
+
+@pytest.mark.parametrize("text", LISTS.values(), ids=LISTS)
+def test_a_list_is_no_diagnosis(text):
+    found = score(STEMI, text)
+    assert not found.correct
+    assert found.credit < 0.25
+
+
+@pytest.mark.parametrize(("others", "share"), [(0, 1.0), (2, 1.0), (3, 3 / 4), (5, 3 / 6)])
+def test_credit_is_shared_among_all_that_is_claimed(others, share):
+    one = score(STEMI, "Diagnosis: " + ", ".join(["heart attack", *COMMON[:others]]))
+    alone = score(STEMI, "Diagnosis: heart attack")
+    assert one.correct
+    assert one.credit == pytest.approx(alone.credit * share)
 
 
 def test_levels_are_reported():

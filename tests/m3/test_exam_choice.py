@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 from clinic_cases import small_case, small_row
 
@@ -109,6 +111,13 @@ def test_weights_are_configured():
         Config(essential=1, optional=1)
     with pytest.raises(ValueError, match=r"exam_choice\.Config: harmful: want"):
         Config(harmful=0.5)
+
+
+@pytest.mark.parametrize("name", ["essential", "harmful", "unknown"])
+@pytest.mark.parametrize("weight", [math.nan, math.inf])
+def test_weights_are_numbers(name, weight):
+    with pytest.raises(ValueError, match=r"exam_choice\.Config: .*, finite"):
+        Config(**{name: weight})
 
 
 @pytest.mark.parametrize("case", own_cases(), ids=lambda case: case.id)

@@ -252,6 +252,7 @@ def test_no_claims_no_clusters():
 
 WRONG = {
     "tau": ({"tau_min": 0.95}, "tau_min: want a number < tau_max 0.95; got 0.95"),
+    "tau_inf": ({"tau_max": math.inf}, r"tau_max: want tau_max - tau_min finite; got \(0.75, inf\)"),
     "threshold": ({"cluster_threshold": 1.5}, r"cluster_threshold: want a number in \[-1, 1\]; got 1.5"),
     "unjudged": ({"max_unjudged": -0.1}, r"max_unjudged: want a number in \[0, 1\]; got -0.1"),
     "kappa": ({"kappa": 0.0}, "kappa: want a number > 0; got 0.0"),
@@ -269,6 +270,21 @@ def test_config_is_checked(changes, message):
 def test_a_task_reward_that_is_no_number(task):
     with pytest.raises(ValueError, match="fact_reward: task_reward: want a finite number; got"):
         fact_reward(RESPONSE, [], LEXICAL, task)
+
+
+@pytest.mark.parametrize("broken", ["Aspirin thins the blood.", RESPONSE])
+def test_an_embedding_that_is_no_number(broken):
+    """Of the claim, or of a sentence of the response."""
+
+    class Broken:
+        name, dim = "broken", 2
+
+        def __call__(self, texts):
+            return np.array([[math.nan, 0.0] if text in broken else [1.0, 0.0] for text in texts], np.float32)
+
+    verdicts = [FactVerdict(claim="Aspirin thins the blood.", label=Label.refuted)]
+    with pytest.raises(ValueError, match="embedder: want rows of finite numbers; got nan or inf by broken"):
+        fact_reward(RESPONSE, verdicts, Broken(), 0.9)
 
 
 def test_a_verdict_survives_json():

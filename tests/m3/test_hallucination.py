@@ -224,6 +224,18 @@ def test_a_folder_holds_one_run(tmp_path, name, changed):
         go(tmp_path, **changed)
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"concurrency": 0}, "concurrency: want an integer >= 1; got 0"),
+        ({"responses": RESPONSES[:1] * 2}, "responses: want ids used once; got 2 responses with fewer ids"),
+    ],
+)
+def test_a_run_that_cannot_end_is_refused(tmp_path, options, message):
+    with pytest.raises(ValueError, match=f"hallucination.run: {message}"):
+        go(tmp_path, **options)
+
+
 def test_a_verifier_of_a_model_is_not_scripted(tmp_path):
     class Model(ScriptedVerifier):
         scripted = False
@@ -252,6 +264,8 @@ BAD = {
     "no_text": ('{"id": 1}', ':1: want "response", "completion" or "answer"; got [\'id\']'),
     "twice": ('{"id": 1, "answer": ""}\n{"id": 1, "answer": ""}', ":2: id: want one used once; got '1' again"),
     "no_json": ("{", ":1: want JSON"),
+    "many_digits": ('{"id": ' + "1" * 5000 + "}", ":1: want JSON"),
+    "half_a_character": ('{"answer": "\\ud83d"}', ":1: want JSON"),
     "no_object": ("[]", ":1: want a JSON object; got list"),
 }
 

@@ -181,6 +181,11 @@ def test_rubric_without_positive_clause_has_no_score():
         healthbench.example_metrics(row(9, ("bad", -1)), [True])
 
 
+def test_name_of_an_outcome_is_not_true():
+    with pytest.raises(ValueError, match="met: want true or false of each clause; got <Outcome"):
+        healthbench.example_metrics(row(9, ("good", 1)), [Outcome.not_met])
+
+
 # -- a run ------------------------------------------------------------------------------------------------------------
 class Answerer:
     """Answers "answer to <question>", seed by seed; stops after ``calls`` calls."""
@@ -243,8 +248,8 @@ def test_run_end_to_end(tmp_path):
 def test_file_holds_the_answer_and_its_public_id_and_nothing_of_the_row(tmp_path):
     run(tmp_path / "run.jsonl", rows=ROWS[:1])
     header, line = (tmp_path / "run.jsonl").read_text(encoding="utf-8").splitlines()
-    assert json.loads(header)["template"] == "healthbench-exact"
-    fields = json.loads(line)
+    assert json.loads(header)["record"]["run"]["template"] == "healthbench-exact"
+    fields = json.loads(line)["record"]["answer"]
     assert fields["response"] == "answer 0 to Question number 0."
     assert fields["completion_id"] == hashlib.sha256(b"p0" + fields["response"].encode()).hexdigest()
     assert "CRITERION" not in line and "CANARY" not in line
@@ -268,8 +273,7 @@ def test_torn_answer_is_given_again(tmp_path):
     whole = run(path)
     path.write_bytes(path.read_bytes()[:-7])
     again = Answerer()
-    with pytest.warns(UserWarning, match=r"run.jsonl:5: the last line was cut short"):
-        assert run(path, client=again) == whole
+    assert run(path, client=again) == whole
     assert again.made == 1
 
 
@@ -297,9 +301,16 @@ def test_scripted_judge_tells_no_score(tmp_path):
     assert report.outcomes == {Outcome.met: 8}
 
 
+def test_rubric_that_gives_no_score_is_refused_before_anything_is_spent(tmp_path):
+    client = Answerer()
+    with pytest.raises(ValueError, match="rubric of 'p9': want a clause with positive points; got none"):
+        run(tmp_path / "run.jsonl", client=client, rows=[*ROWS, row(9, ("CRITERION bad", -1))])
+    assert client.made == 0
+
+
 def test_settings_of_a_run_are_kept(tmp_path):
     run(tmp_path / "run.jsonl")
-    with pytest.raises(ValueError, match=r"JsonLog: .*run.jsonl: want a file begun with .*prefix-first"):
+    with pytest.raises(ValueError, match=r"run.jsonl belongs to; got template = 'prefix-first', where"):
         run(tmp_path / "run.jsonl", template="prefix-first")
 
 

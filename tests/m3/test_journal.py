@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from m3.environment.journal import Journal, Sync, read_line, to_journal_line
+from m3.environment.journal import Journal, Sync, read_journal, read_line, to_journal_line
 
 RUN = {"seed": 7, "cases": ["a", "b"]}
 ROWS = [{"kind": "segment", "id": f"s{i}", "text": text} for i, text in enumerate(["one", "naïve\n\u2028", "三"])]
@@ -37,6 +37,19 @@ def test_records_come_back_in_order(written):
         assert journal.get("segment", "s1") == ROWS[1]
         assert journal.get("segment", "none") is None
         assert ("segment", "s2") in journal and ("batch", "s2") not in journal
+
+
+def test_a_reader_writes_nothing_and_passes_over_a_torn_end(written):
+    torn = written.read_bytes()[:-5]
+    written.write_bytes(torn)
+    assert read_journal(written) == (RUN, ROWS[:2])
+    assert written.read_bytes() == torn
+
+
+def test_a_reader_reads_while_another_writes(written):
+    with Journal(written, run=RUN) as journal:
+        journal.append({"kind": "batch", "id": "0"})
+        assert read_journal(written)[1] == [*ROWS, {"kind": "batch", "id": "0"}]
 
 
 def crc32(text: bytes) -> int:

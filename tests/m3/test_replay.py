@@ -55,6 +55,13 @@ def test_one_consultation_by_hand(tmp_path):
     assert found.credit == 1.0, "the code of the label Gout is looked up"
 
 
+@pytest.mark.parametrize("verdict", [-1, None])
+def test_what_was_not_answered_or_graded_is_no_failure_of_a_grader(tmp_path, verdict):
+    found = score(next(read_recorded(recorded(tmp_path, ROW | {"frq": None, "frq_eval": verdict}))))
+    assert found.graded is None
+    assert str(found.diagnosis.reading) == "absent"
+
+
 def test_turns_of_a_doctor_who_speaks_first(tmp_path):
     messages = next(read_recorded(recorded(tmp_path, ROW, name="r.jsonl.gz"))).trajectory.messages
     assert [(m.role, m.turn) for m in messages] == [
@@ -81,7 +88,11 @@ def test_trajectories_of_cases(tmp_path):
 
 @pytest.mark.parametrize(
     ("line", "message"),
-    [("{", "want m3.trajectory/v1 or a CRAFT-MD replay"), ("{}", "missing field 'turns'"), ("[]", "r.jsonl:2")],
+    [
+        ("{", "r.jsonl:2: want JSON"),
+        ("{}", "missing field 'turns'"),
+        ("[]", "r.jsonl:2: want a JSON object; got list"),
+    ],
 )
 def test_broken_lines_are_named(tmp_path, line, message):
     path = tmp_path / "r.jsonl"

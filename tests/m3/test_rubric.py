@@ -82,6 +82,8 @@ REFUSED = {
     "weight_0": (lambda: rubric_reward([1, 0], [True, True]), "want numbers in [-10, 10], none 0; got 0"),
     "weight_11": (lambda: rubric_reward([11], [True]), "want numbers in [-10, 10], none 0; got 11"),
     "not_a_number": (lambda: rubric_reward([float("nan")], [True]), "none 0; got nan"),
+    "name_for_met": (lambda: rubric_reward([3], [Outcome.not_met]), "met: want true or false of each clause; got <Out"),
+    "nan_for_met": (lambda: rubric_reward([3], [float("nan")]), "met: want true or false of each clause; got nan"),
     "lengths": (lambda: rubric_reward([1, 2], [True]), "met: want 2 of them, one a clause; got 1"),
     "points": (lambda: RubricItem(id="a", criterion="x", points=True), "points of 'a': want a number in [-10, 10]"),
     "criterion": (lambda: RubricItem(id="a", criterion=" ", points=1), "criterion of 'a': want text"),
@@ -193,7 +195,10 @@ def changed(**fields):
 
 BROKEN = {
     "json": ('{"prompt_id": ', "rows.jsonl:2: want JSON"),
-    "top": ("[]", "rows.jsonl:2: (top): want an object; got list"),
+    "many_digits": ('{"a": ' + "1" * 5000 + "}", "rows.jsonl:2: want JSON"),
+    "deep": ("[" * 100_000, "rows.jsonl:2: want JSON"),
+    "half_a_character": (changed(prompt_id="\ud83d"), "rows.jsonl:2: want JSON"),
+    "top": ("[]", "rows.jsonl:2: want a JSON object; got list"),
     "no_rubrics": (
         json.dumps({"prompt_id": "q", "prompt": ROW["prompt"], "example_tags": []}),
         ": rubrics: want the",
@@ -210,7 +215,7 @@ BROKEN = {
     ),
     "criterion": (changed(prompt_id="q", rubrics=[{"points": 5, "tags": []}]), ":2: rubrics.0.criterion: want text"),
     "tags": (changed(prompt_id="q", example_tags=["a", "a"]), ":2: example_tags: want each tag once; got ('a', 'a')"),
-    "twice": (changed(), ":2: prompt_id: want an id used once; got 'p-1', also at line 1"),
+    "twice": (changed(), ":2: prompt_id: want an id used once; got 'p-1', also at "),
 }
 
 

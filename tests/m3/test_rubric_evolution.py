@@ -174,6 +174,12 @@ def test_tail_of_many_responses():
     assert binomial_tail(80, 1000, 0.05) == pytest.approx(float(exact_tail(80, 1000, Fraction(1, 20))), rel=1e-10)
 
 
+@pytest.mark.parametrize(("k", "n", "tail"), [(50_500, 10**6, 0.0110411223911), (50_010_000, 10**9, 0.0734099)])
+def test_tail_of_huge_counts(k, n, tail):
+    """Against mpmath with 40 digits; summed without a term for each of a thousand million responses."""
+    assert binomial_tail(k, n, 0.05) == pytest.approx(tail, rel=3e-15 * n)
+
+
 EDGES = {"none": (0, 5, 0.1, 1.0), "p_0": (1, 5, 0.0, 0.0), "p_1": (5, 5, 1.0, 1.0), "nothing": (0, 0, 0.5, 1.0)}
 
 

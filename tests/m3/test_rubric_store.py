@@ -8,7 +8,7 @@ import re
 
 import pytest
 
-from m3.rewards.json_log import JsonLog, TornLineWarning, read_rows
+from m3.environment.journal import Journal
 from m3.rewards.rubric import RubricItem
 from m3.rewards.rubric_store import (
     Measured,
@@ -179,9 +179,8 @@ def test_event_cut_short_anywhere_is_ignored_and_reported(store):
     found = []
     for cut in cuts:
         store.path.write_bytes(whole[:cut])
-        with pytest.warns(TornLineWarning, match=r"rubrics.jsonl:6: the last line was cut short; it is ignored"):
-            assert read_state(store.path).entries["d1"].status is Status.drafted
-        with pytest.warns(TornLineWarning), RubricStore(store.path, clock=lambda: "2026-01-01T00:00:04") as again:
+        assert read_state(store.path).entries["d1"].status is Status.drafted
+        with RubricStore(store.path, clock=lambda: "2026-01-01T00:00:04") as again:
             assert again.torn
             again.approve("d1", "Dr B")
         found.append(store.path.read_bytes())
@@ -193,7 +192,7 @@ def test_damage_elsewhere_is_refused_by_line(store):
     lines = store.path.read_bytes().split(b"\n")
     lines[2] = lines[2][:-5]
     store.path.write_bytes(b"\n".join(lines))
-    with pytest.raises(ValueError, match=r"rubrics.jsonl:3: want one JSON object"):
+    with pytest.raises(ValueError, match=r"rubrics.jsonl:3: want a line as it was written"):
         RubricStore(store.path)
 
 
@@ -206,18 +205,19 @@ def test_event_that_cannot_have_happened_is_refused_by_line(store):
 
 
 def test_one_writer(store):
-    with pytest.raises(ValueError, match="want one writer; got another that has it open"):
+    with pytest.raises(ValueError, match="want a journal that no other run is writing"):
         RubricStore(store.path)
 
 
 def test_file_of_something_else(tmp_path):
-    with JsonLog(tmp_path / "log.jsonl", {"schema": "other"}) as log:
-        log.append({"a": 1})
-    assert read_rows(tmp_path / "log.jsonl") == ([{"schema": "other"}, {"a": 1}], False)
-    with pytest.raises(ValueError, match=r"want a file begun with .*m3.rubrics/v1"):
+    Journal(tmp_path / "log.jsonl", run={"schema": "other"}).close()
+    with pytest.raises(ValueError, match=r"got schema = 'm3.rubrics/v1', where the run that began it had 'other'"):
         RubricStore(tmp_path / "log.jsonl")
-    with pytest.raises(ValueError, match=r"want a file begun with .*m3.rubrics/v1"):
+    with pytest.raises(ValueError, match=r"want the journal of .*m3.rubrics/v1.*; got .*other"):
         read_state(tmp_path / "log.jsonl")
+    (tmp_path / "notes.jsonl").write_text('{"a": 1}\n')
+    with pytest.raises(ValueError, match=r"read_journal: path: want a journal"):
+        read_state(tmp_path / "notes.jsonl")
 
 
 # -- the expert's file ------------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import time
 
 import pytest
 
@@ -81,8 +82,16 @@ NO_VERDICTS = {
     "cut": '{"explanation": "it is", "criteria_met": tr',
     "two": '{"criteria_met": true} {"criteria_met": false}',
     "deep": "[" * 200_000,
+    "half_a_character": '{"explanation": "\\ud83d", "criteria_met": true}',
     "long_number": '{"criteria_met": ' + "1" * 5000 + "}",
 }
+
+
+@pytest.mark.parametrize("text", ["{" + " " * 200_000 + "x", "```json" + "\n" * 200_000 + "x"], ids=["spaces", "lines"])
+def test_a_model_that_writes_blanks_to_the_end_costs_no_time(text):
+    began = time.process_time()
+    assert read_verdict(text) is None
+    assert time.process_time() - began < 1.0
 
 
 @pytest.mark.parametrize("text", NO_VERDICTS.values(), ids=NO_VERDICTS)

@@ -183,6 +183,7 @@ ERRORS = {
     "penalty_of_one": (lambda: spar.Config(penalties={"a": 1.0}), f"{PENALTY}1.0"),
     "penalty_of_zero": (lambda: spar.Config(penalties={"a": 0.0}), f"{PENALTY}0.0"),
     "penalty_nan": (lambda: spar.Config(penalties={"a": math.nan}), f"{PENALTY}nan"),
+    "eps_nan": (lambda: spar.Config(eps=math.nan), "spar.Config: eps: want a number > 0; got nan"),
     "min_std": (lambda: spar.Config(min_std=0.0), "spar.Config: min_std: want a number > 0; got 0.0"),
     "unknown_violation": (
         lambda: spar.step_factor(["redundant_questions"]),

@@ -36,6 +36,9 @@ DIFFERENTIAL = {
     "right_alone": ("1. Heart attack\n2. Angina", 0.5 / 0.8),
     "excluded_alone": ("- Aortic dissection", 0.3 / 0.8),
     "an_eleventh_line": ("\n".join(f"{i}. Angina" for i in range(1, 11)) + "\n11. Heart attack", 0.0),
+    "many_in_brackets": ("1. Illness (gout) (stroke) (heart attack) (aortic dissection)", 0.0),
+    "many_in_one_line": ("1. Gout, stroke, asthma, heart attack, aortic dissection", 0.0),
+    "many_without_marks": ("1. Gout stroke asthma sepsis migraine heart attack aortic dissection", 0.0),
     "nothing": ("", 0.0),
 }
 

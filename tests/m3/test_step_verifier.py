@@ -6,6 +6,7 @@ import asyncio
 import dataclasses
 import gzip
 import json
+import time
 from collections.abc import Sequence
 
 import pytest
@@ -240,6 +241,16 @@ def test_who_must_be_escalated_is(text, count):
     assert found(trajectory, CASE) == wanted and found(trajectory, calm) == []
 
 
+@pytest.mark.parametrize(
+    ("advice", "count"),
+    [("Stay at home.", 1), ("Wait and see.", 1), ("No need for hospital.", 1), ("Do not go home.", 0),
+     ("Never stay home alone.", 0), ("Shall you go home?", 0)],
+)  # fmt: skip
+def test_escalating_and_sending_home_at_once(advice, count):
+    said = dialogue(*CLEAN_INQUIRY, differential="1. Angina", diagnosis=f"Go to the emergency department. {advice}")
+    assert [note for _, _, note in found(said, CASE)].count("escalates and sends home") == count
+
+
 def test_a_red_flag_told_unasked_must_be_taken_up():
     opening = (OPENING + " It goes down my left arm.", "pain", "radiation")
     other = ("Any cough?", "Do you smoke?", "Any fever?", "Any rash?", "Do you drink?", "Do you travel?")
@@ -288,6 +299,13 @@ LITERACY["profile"] = {**LITERACY["profile"], "persona": {"literacy": "low"}}
 PHRASING = {
     "four_questions": ("Any cough? Any rash? Any fever? Any chills?", OPENING, None, ["4 questions at once"]),
     "three_questions": ("Any cough? Any rash? Any fever?", OPENING, None, []),
+    "keywords": (
+        "Any cough, rash, fever, chills, itch, pain or cramp?",
+        OPENING,
+        None,
+        ["one question about 7 things"],
+    ),
+    "six_things": ("Any cough, rash, fever, chills, itch or pain?", OPENING, None, []),
     "a_list": ("Please tell me about:\n- cough\n- fever\n- rash", OPENING, None, ["a list of 3 lines"]),
     "distress": ("Any cough?", "I'm so scared, doctor.", None, ["no word for the patient's distress"]),
     "distress_heard": ("I understand. Any cough?", "I'm so scared, doctor.", None, []),
@@ -442,6 +460,17 @@ def test_an_unreadable_reply_is_asked_for_again():
     judgement, client = judge("I think that it is fine.", '{"violations": 3}', '{"violations": []}')
     assert judgement.spans == () and judgement.replies == 3
     assert len({options["seed"] for _, options in client.asked}) == 3
+
+
+BLANK = "```json" + "\n" * 20_000 + "x"
+
+
+@pytest.mark.parametrize("reply", [BLANK, '{"violations": ' + "1" * 5000 + "}"], ids=["blanks", "many-digits"])
+def test_a_strange_reply_is_unreadable_and_costs_no_time(reply):
+    began = time.process_time()
+    with pytest.raises(UnjudgedError, match="step verifier: 3 unparsable"):
+        judge(reply, reply, reply)
+    assert time.process_time() - began < 2.0
 
 
 def test_no_readable_reply_is_no_clean_bill():
