@@ -369,7 +369,7 @@ class EngineCore:
             reason = "length"
         for place, token in enumerate(kept):
             if token in params.stop_token_ids or (token in self._ends and not params.ignore_eos):
-                kept, reason = kept[:place], "stop"  # the end token is not part of the answer
+                kept, reason = kept[: place + params.keep_end], "stop"
                 break
         request.tokens += kept
         request.computed = len(request.tokens) - 1

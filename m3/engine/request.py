@@ -27,7 +27,8 @@ class SamplingParams:
     temperature: 0 is greedy. top_k: 0 is none. top_p, min_p: as in m3kernels.spec_decode.tree_verify, in that order.
     seed: None lets the engine draw one; any int64. max_tokens: new tokens.
     stop: text that ends the answer and is not part of it. stop_token_ids: tokens that end it and are not part of it,
-        beside the model's own end tokens, which ignore_eos turns off.
+        beside the model's own end tokens, which ignore_eos turns off. keep_end: the token that ends the answer is part
+        of it after all, with its log-probability: a trainer teaches a policy to stop through it.
     logprobs: of the tokens drawn: "raw" under softmax(logits), "sampling" under the law after temperature and filters.
     top_logprobs: the likeliest tokens at every position, under softmax(logits). prompt_logprobs: of every prompt token
         but the first, under softmax(logits).
@@ -43,6 +44,7 @@ class SamplingParams:
     stop: tuple[str, ...] = ()
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
+    keep_end: bool = False
     logprobs: str = "none"
     top_logprobs: int = 0
     prompt_logprobs: bool = False

@@ -124,17 +124,24 @@ class SimulatedConsultation:
         if context.phase != Phase.inquiry:
             said = await run_stage(case, self._policy(case), messages, context.phase, seed=seed, rollout=rollout)
             return Answer(messages=(said,))
-        name, opened = messages[-1].meta["mode"], messages[-1].meta["opened"]
-        snippet = () if name == PASSIVE_MODE else messages[1:]
-        patient = _Opened(self._patient(case, seed=_patient_seed(opened)), None if snippet else messages[-1])
+        snippet = () if messages[-1].meta["mode"] == PASSIVE_MODE else messages[1:]
+        return await self._inquire(context, seed=seed, rollout=rollout, snippet=snippet, max_turns=self._max_turns)
+
+    async def _inquire(
+        self, context: Context, *, seed: int, rollout: int, snippet: tuple[Message, ...], max_turns: int
+    ) -> Answer:
+        """The rest of an inquiry. ``snippet``: messages of the context that the patient has not heard."""
+        case, messages = context.case, context.messages
+        began = next(message.meta for message in messages if "opened" in message.meta)
+        patient = _Opened(self._patient(case, seed=_patient_seed(began["opened"])), None if snippet else messages[-1])
         trajectory = await run_inquiry(
             case,
             self._policy(case),
             patient,
             seed=seed,
             rollout=rollout,
-            max_turns=self._max_turns,
-            mode=Mode(name=name, snippet=snippet),
+            max_turns=max_turns,
+            mode=Mode(name=began["mode"], snippet=snippet),
         )
         return Answer(messages=trajectory.messages[len(messages) :], ended=trajectory.ended)
 

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 from m3.environment.asking import is_closing
 from m3.environment.case import Case, Phase
@@ -54,6 +54,58 @@ def view_of(case: Case) -> CaseView:
     )
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Said:
+    """A message of the physician whose tokens are known; one stream of tokens runs through all of a consultation.
+
+    ``text``: as others hear it. ``given_ids``: what the sampler was given after the last tokens it drew in this
+    consultation (or from its beginning): words of others, and the template's. ``token_ids``: what it then drew, the
+    token that ended the message included; ``logprobs`` (nats, filters included) and ``versions`` (of the weights) of
+    each. ``finish``: "stop" or "length".
+    """
+
+    text: str
+    given_ids: tuple[int, ...]
+    token_ids: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    versions: tuple[int, ...]
+    finish: str
+
+    def message(self, **fields: Any) -> Message:
+        """It as a message; ``meta["sampled"]`` holds what Message has no field for."""
+        sampled = {
+            "given_ids": list(self.given_ids),
+            "logprobs": list(self.logprobs),
+            "versions": list(self.versions),
+            "finish": self.finish,
+        }
+        return Message(
+            role="assistant", content=self.text, token_ids=self.token_ids, meta={"sampled": sampled}, **fields
+        )
+
+    @classmethod
+    def of(cls, message: Message) -> Said | None:
+        """What ``message`` was made of; None where its tokens are not known."""
+        sampled = message.meta.get("sampled")
+        if sampled is None or message.token_ids is None:
+            return None
+        return cls(
+            text=message.content,
+            given_ids=tuple(sampled["given_ids"]),
+            token_ids=message.token_ids,
+            logprobs=tuple(sampled["logprobs"]),
+            versions=tuple(sampled["versions"]),
+            finish=sampled["finish"],
+        )
+
+
+def said_message(said: str | Said, *, turn: int, phase: Phase, action: Action) -> Message:
+    """What a policy said, as a message."""
+    if isinstance(said, Said):
+        return said.message(turn=turn, phase=phase, action=action)
+    return Message(role="assistant", content=said, turn=turn, phase=phase, action=action)
+
+
 @runtime_checkable
 class Patient(Protocol):
     """Whoever plays the patient. Messages it is given end with the physician's; turns it sets are its own count."""
@@ -75,7 +127,7 @@ class Policy(Protocol):
     def name(self) -> str:
         """As reports call it."""
 
-    async def act(self, view: CaseView, messages: Sequence[Message], phase: Phase, seed: int) -> str:
+    async def act(self, view: CaseView, messages: Sequence[Message], phase: Phase, seed: int) -> str | Said:
         """The physician's next message; messages end with the patient's or with a stage's instruction."""
         ...
 
@@ -122,17 +174,12 @@ async def run_inquiry(
     turn = seen[-1].turn
     ended = "turns"
     for count in range(1, max_turns + 1):
-        text = await policy.act(
+        spoken = await policy.act(
             view, tuple(seen), Phase.inquiry, message_seed(seed, case, rollout, turn, Phase.inquiry)
         )
-        closing = is_closing(text)
-        said = Message(
-            role="assistant",
-            content=text,
-            turn=turn,
-            phase=Phase.inquiry,
-            action=Action.close if closing else Action.ask,
-        )
+        closing = is_closing(spoken if isinstance(spoken, str) else spoken.text)
+        action = Action.close if closing else Action.ask
+        said = said_message(spoken, turn=turn, phase=Phase.inquiry, action=action)
         seen.append(said)
         heard.append(said)
         if closing:
@@ -164,8 +211,8 @@ async def run_stage(
 ) -> Message:
     """The physician's one message of a stage after the inquiry; ``context`` ends with the stage's instruction."""
     turn = context[-1].turn
-    text = await policy.act(view_of(case), tuple(context), phase, message_seed(seed, case, rollout, turn, phase))
-    return Message(role="assistant", content=text, turn=turn, phase=phase, action=_ACTIONS[phase])
+    said = await policy.act(view_of(case), tuple(context), phase, message_seed(seed, case, rollout, turn, phase))
+    return said_message(said, turn=turn, phase=phase, action=_ACTIONS[phase])
 
 
 def open_stage(case: Case, context: Sequence[Message], answer: Sequence[Message], phase: Phase) -> tuple[Message, ...]:

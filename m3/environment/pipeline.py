@@ -331,16 +331,22 @@ class Pipeline:
     # -- one group ----------------------------------------------------------------------------------------------------
     async def _begin(self, empty: Context) -> None:
         """The group of a case's inquiry; its context is opened first."""
+        context = await self._opened(empty)
+        if context is not None:
+            await self._roll(context)
+
+    async def _opened(self, empty: Context) -> Context | None:
+        """The context of a case's inquiry; None: it failed, and is counted."""
         seed = derive_seed(self.config.seed, "open", empty.id)
         try:
             messages = await self._attempts(lambda: self._consultation.open(empty.case, seed=seed))
         except (ChatError, UnjudgedError, TimeoutError) as error:
             self._count_failure(empty.phase, error)
-            return
-        await self._roll(dataclasses.replace(empty, messages=messages))
+            return None
+        return dataclasses.replace(empty, messages=messages)
 
-    async def _roll(self, context: Context) -> None:
-        """All rollouts of a context, then the gate."""
+    async def _rollouts(self, context: Context) -> tuple[tuple[Segment, ...], dict[str, str]]:
+        """All rollouts of a context: (segments, names of failures by segment)."""
         try:
             async with asyncio.TaskGroup() as group:
                 rollouts = [group.create_task(self._segment(context, i)) for i in range(self.config.rollouts)]
@@ -348,7 +354,11 @@ class Pipeline:
             raise errors.exceptions[0] from None
         found = [task.result() for task in rollouts]
         segments = tuple(one for one in found if isinstance(one, Segment))
-        failed = {context.segment(i): one for i, one in enumerate(found) if not isinstance(one, Segment)}
+        return segments, {context.segment(i): one for i, one in enumerate(found) if not isinstance(one, Segment)}
+
+    async def _roll(self, context: Context) -> None:
+        """All rollouts of a context, then the gate."""
+        segments, failed = await self._rollouts(context)
         carried, discarded = self._gate(context, segments)
         record = {
             "kind": "group",

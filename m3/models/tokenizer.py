@@ -70,20 +70,26 @@ class Tokenizer:
         self, messages: Sequence[dict[str, str]], *, add_generation_prompt: bool = True, **variables: Any
     ) -> list[int]:
         """Token ids of a conversation of {"role", "content"} in the model's own template."""
+        text = self.render(messages, add_generation_prompt=add_generation_prompt, **variables)
+        return self.encode(text, special_tokens=False)
+
+    def render(
+        self, messages: Sequence[dict[str, str]], *, add_generation_prompt: bool = True, **variables: Any
+    ) -> str:
+        """The text whose ids are those of ``chat``."""
         if self.template is None:
             raise refuse("tokenizer", "chat_template", "a model with a chat template", "none: use a plain prompt")
         environment = jinja2.sandbox.ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
         environment.globals["raise_exception"] = _raise
         special = {key: value for key, value in self.special.items() if value is not None}
         try:
-            text = environment.from_string(self.template).render(
+            return environment.from_string(self.template).render(
                 messages=list(messages), add_generation_prompt=add_generation_prompt, **special, **variables
             )
         except jinja2.TemplateError as error:
             raise refuse(
                 "tokenizer", "chat_template", "a template that renders these messages", f"{error}"[:200]
             ) from error
-        return self.encode(text, special_tokens=False)
 
 
 def _content(token: Any) -> str | None:
