@@ -8,16 +8,12 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from m3.terminal import Bar, Debug, Threads, console, one_line_errors, set_threads
 from m3kernels.checks import refuse
-
-if TYPE_CHECKING:
-    from m3.train.loop import Outcome
-    from m3.train.recipe import Recipe
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=None, help="Train a clinical model.")
 pipeline_app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=None, help="Stages as one job.")
@@ -119,6 +115,7 @@ def _command(
 ) -> None:
     from m3.train.plan import plan_of
     from m3.train.recipe import read
+    from m3.train.run_stage import run_stage
 
     set_threads(threads)
     recipe = read(config, overrides or (), stage=stage)
@@ -135,14 +132,7 @@ def _command(
             shown = " ".join(f"{name} {metrics[name]:.3f}" for name in ("reward", "loss") if name in metrics)
             bar.fetch(shown, done, steps)
 
-        ended = run(recipe, out, told)
+        ended = asyncio.run(run_stage(recipe, out, told)).outcome
     if ended.signal is not None:
         raise typer.Exit(128 + ended.signal)
     console.print(f"{ended.model}: {ended.step} steps", highlight=False, soft_wrap=True)
-
-
-def run(recipe: Recipe, out: Path, progress: object) -> Outcome:
-    """One stage, to its end or a signal."""
-    from m3.train.run_stage import run_stage
-
-    return asyncio.run(run_stage(recipe, out, progress)).outcome

@@ -141,7 +141,7 @@ class Loss:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Optim(OptimConfig):
-    """The optimiser's numbers, and how far the run goes: ``steps`` batches, each in ``minibatches`` ``epochs`` times."""
+    """The optimiser's numbers, and the run's length: ``steps`` batches, each in ``minibatches``, ``epochs`` times."""
 
     steps: int = 100
     minibatches: int = 1
