@@ -225,6 +225,7 @@ class Scale:
     Args:
         engine: "here" (m3's loop), "verl" or "trl": whose configuration is built from the recipe.
         device: "cpu" or "cuda". nodes, gpus_per_node: of the run. tensor_parallel: GPUs of one copy of the sampler.
+        offload: trainer and sampler take turns on the devices, the other's state in host memory ("verl").
         memory_gib: of one device, for plans; 0: not said.
         max_tokens: of a microbatch. deterministic: as TrainConfig.
         tokens_per_second: trained by all devices together, as measured; for plans. 0: not known.
@@ -235,6 +236,7 @@ class Scale:
     nodes: int = 1
     gpus_per_node: int = 1
     tensor_parallel: int = 1
+    offload: bool = False
     memory_gib: float = 0.0
     max_tokens: int = 4096  # as TrainConfig
     deterministic: bool = True
