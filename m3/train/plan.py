@@ -75,7 +75,9 @@ class Plan:
         lines.append(f"model        {many}" + (f", {self.active / 1e9:.3f} active" if self.parameters else ""))
         if self.learning != self.parameters:
             lines.append(f"learning     {self.learning / 1e6:.1f} million (LoRA)")
-        lines.append(f"a step       {self.sequences} sequences, at most {self.tokens} tokens, {self.drawn} of them drawn")
+        lines.append(
+            f"a step       {self.sequences} sequences, at most {self.tokens} tokens, {self.drawn} of them drawn"
+        )
         lines.append(f"the run      {recipe.optim.steps} steps, at most {recipe.optim.steps * self.tokens} tokens")
         for title, parts in (("training", self.memory), ("sampler", self.sampler)):
             if parts:
@@ -85,8 +87,12 @@ class Plan:
             verdict = "fits" if self.fits else "does not fit"
             turns = "taking turns" if recipe.scale.offload else "side by side"
             lines.append(f"device       {recipe.scale.memory_gib:g} GiB: {verdict}, training and sampler {turns}")
-        hours = "not known: give scale.tokens_per_second" if self.seconds is None else f"{self.seconds / 3600:.2f} hours"
-        lines.append(f"time         {hours}" + (f", at most, from {self.rate_from}" if self.seconds is not None else ""))
+        hours = (
+            "not known: give scale.tokens_per_second" if self.seconds is None else f"{self.seconds / 3600:.2f} hours"
+        )
+        lines.append(
+            f"time         {hours}" + (f", at most, from {self.rate_from}" if self.seconds is not None else "")
+        )
         return "\n".join(lines)
 
 
