@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -17,6 +17,9 @@ from m3kernels.checks import refuse
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=None, help="Train a clinical model.")
 pipeline_app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=None, help="Stages as one job.")
+
+if TYPE_CHECKING:
+    from m3.train.recipe import Recipe
 
 RecipeFile = Annotated[Path, typer.Option("--config", "-c", help="The recipe, TOML (or the recipe.json of a run).")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="section.key=value, over the recipe.")]
@@ -121,6 +124,8 @@ def _command(
     recipe = read(config, overrides or (), stage=stage)
     if dry_run:
         console.print(plan_of(recipe, out).text(), markup=False, highlight=False, soft_wrap=True)
+        for line in _engine_lines(recipe):
+            console.print(line, markup=False, highlight=False, soft_wrap=True)
         return
     if recipe.scale.engine != "here":
         raise refuse("train", "scale.engine", "'here', or --dry-run", f"{recipe.scale.engine!r}, run by its launcher")
@@ -136,3 +141,14 @@ def _command(
     if ended.signal is not None:
         raise typer.Exit(128 + ended.signal)
     console.print(f"{ended.model}: {ended.step} steps", highlight=False, soft_wrap=True)
+
+
+def _engine_lines(recipe: Recipe) -> list[str]:
+    """What the recipe is in the words of its engine."""
+    from m3.train.engine_configs import agent_loop_yaml, trl_arguments, verl_overrides
+
+    if recipe.scale.engine == "verl":
+        return ["", "python -m verl.trainer.main_ppo", *verl_overrides(recipe), "", agent_loop_yaml(recipe)]
+    if recipe.scale.engine == "trl":
+        return ["", "SPARConfig or GRPOConfig", *(f"{key}={value!r}" for key, value in trl_arguments(recipe).items())]
+    return []

@@ -205,15 +205,12 @@ def _training(recipe: Recipe, shape: Shape, parameters: int, learning: int, toke
     computed = 2 if recipe.scale.engine == "verl" else size
     taken = max(shape.experts_per_token, 1)
     layer = 12 * shape.hidden + 4 * shape.intermediate * taken + (shape.heads + 2 * shape.kv_heads) * shape.head_dim
-    if recipe.model.gradient_checkpointing:
-        values = shape.layers * shape.hidden + layer
-    else:
-        values = shape.layers * layer
+    kept = shape.layers * shape.hidden + layer if recipe.model.gradient_checkpointing else shape.layers * layer
     found = {
         "weights": parameters * size / devices,
         "gradients": learning * size / devices,
         "moments": 2 * learning * size / devices,
-        "activations": float(values * tokens * computed),
+        "activations": float(kept * tokens * computed),
         "logits": float(min(WORKSPACE[recipe.scale.device], tokens * shape.vocabulary * 4)),
     }
     if devices > 1:
