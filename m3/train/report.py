@@ -1,6 +1,6 @@
 """A run as one self-contained HTML page: curves, rewards by stage, step penalties, rollouts with each turn's credit.
 
-Everything comes from the run's own files: recipe.json, metrics.jsonl, timings.jsonl and the newest of samples/. The page
+Everything comes from the run's own files: recipe.json, metrics.jsonl, timings.jsonl, the newest of samples/. The page
 needs no network and no script.
 """
 
