@@ -50,8 +50,8 @@ def test_values_of_the_file_go_over_defaults_and_overrides_over_both(file):
 @pytest.mark.parametrize(
     ("line", "told"),
     [
-        ('stage = "task-rl"\n[optim]\nstpes = 3', r"recipe.toml:3: want a key of \[optim\]; got 'stpes'; nearest is 'steps'"),
-        ('stage = "task-rl"\n\n[modle]\nname = "x"', "recipe.toml:3: want a key of a recipe; got 'modle'; nearest is 'model'"),
+        ('stage = "task-rl"\n[optim]\nstpes = 3', r"toml:3: want a key of \[optim\]; got 'stpes'; nearest is 'steps'"),
+        ('stage = "task-rl"\n\n[modle]\nname = "x"', "toml:3: want a key of a recipe; got 'modle'; nearest is 'model'"),
         ('stage = "task-rl"\n[optim]\nlr = "fast"', "recipe.toml:3: want optim.lr = a number; got 'fast'"),
         ('stage = "task-rl"\n[optim]\nsteps = true', "optim.steps = an integer; got True"),
         ('stage = "task-rl"\n[optim]\nlr = -1.0', r"lr_end <= lr.*recipe.toml:2"),
@@ -123,8 +123,8 @@ def test_shipped_plans_fit_their_devices(name):
 
 
 def test_a_plan_by_hand():
-    found = plan_of(recipes.read(SHIPPED / "qwen3_8b" / "task_rl_trl.toml", ["scale.tokens_per_second=1000.0",
-                                                                             "rollout.tokens_per_second=500.0"]))  # fmt: skip
+    rates = ["scale.tokens_per_second=1000.0", "rollout.tokens_per_second=500.0"]
+    found = plan_of(recipes.read(SHIPPED / "qwen3_8b" / "task_rl_trl.toml", rates))
     assert (found.sequences, found.tokens, found.drawn) == (256, 256 * 16384, 256 * 20 * 512)
     assert found.memory["weights"] == found.parameters * 2 / 8 and found.memory["moments"] == found.parameters * 4 / 8
     assert found.sampler["KV cache"] == 2 * 36 * 8 * 128 * 2 * 16 * 16384
