@@ -168,7 +168,7 @@ def shape_of_config(config: dict[str, Any]) -> Shape:
         heads=heads,
         kv_heads=config.get("num_key_value_heads") or heads,
         head_dim=config.get("head_dim") or config["hidden_size"] // heads,
-        intermediate=config.get("moe_intermediate_size") if experts and "moe_intermediate_size" in config
+        intermediate=config["moe_intermediate_size"] if experts and "moe_intermediate_size" in config
         else config["intermediate_size"],
         vocabulary=config["vocab_size"],
         experts=experts,

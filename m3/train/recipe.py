@@ -285,7 +285,7 @@ class Recipe:
         Raises:
             ValueError: a number that the algorithm does not have; names the nearest.
         """
-        name, numbers = self.algorithm, dict(self.objective.numbers)
+        name, numbers = self.algorithm, dict[str, Any](self.objective.numbers)
         kind: Any = {"clip_forward_kl": clip_forward_kl.Config, "mopd": mopd.Config}.get(name) or ALGORITHMS.get(name)
         known = () if kind is None else tuple(one.name for one in dataclasses.fields(kind) if one.name != "penalties")
         for key in numbers:
@@ -309,7 +309,7 @@ class Recipe:
         if self.algorithm == "mopd":
             return Objective(spec=mopd.loss_spec(config))
         level = None if self.objective.sampler_level == "none" else self.objective.sampler_level
-        changes = {"sampler_level": level, "sampler_high": self.objective.sampler_high}
+        changes: dict[str, Any] = {"sampler_level": level, "sampler_high": self.objective.sampler_high}
         return Objective(spec=dataclasses.replace(loss_spec(config), **changes))
 
     def train_config(self) -> TrainConfig:

@@ -109,7 +109,7 @@ async def consult(recipe: Recipe) -> AsyncIterator[Stage]:
     reference = load_frozen(recipe, recipe.model.reference) if recipe.model.reference else None
 
     async def held_out() -> dict[str, float]:
-        found = {}
+        found: dict[str, float] = {}
         for domain in DEPARTMENTS:
             cases = draw_cases(HELD_OUT, "held out", held_out=True, department=domain)
             scored = summary(await evaluate(model, cases))
