@@ -1,0 +1,154 @@
+"""``m3 train``: a stage of training from a recipe, its report; ``m3 pipeline``: several stages as one job.
+
+m3.cli adds ``app`` and ``pipeline_app``; what a command needs is imported when it runs.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from m3.terminal import Bar, Debug, Threads, console, one_line_errors, set_threads
+from m3kernels.checks import refuse
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=None, help="Train a clinical model.")
+pipeline_app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=None, help="Stages as one job.")
+
+if TYPE_CHECKING:
+    from m3.train.recipe import Recipe
+
+RecipeFile = Annotated[Path, typer.Option("--config", "-c", help="The recipe, TOML (or the recipe.json of a run).")]
+Overrides = Annotated[list[str] | None, typer.Argument(help="section.key=value, over the recipe.")]
+RunFolder = Annotated[Path | None, typer.Option("--out", "-o", help="Folder of the run; the same goes on.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop: tokens, memory, time.")]
+
+
+@app.command("task-rl")
+@one_line_errors
+def task_rl(
+    config: RecipeFile,
+    overrides: Overrides = None,
+    out: RunFolder = None,
+    dry_run: DryRun = False,
+    threads: Threads = None,
+    debug: Debug = False,
+) -> None:
+    """Stage 1: an expert learns from its own consultations (SPAR and its siblings)."""
+    _command("task-rl", config, overrides, out, dry_run, threads)
+
+
+@app.command("offline-distill")
+@one_line_errors
+def offline_distill(
+    config: RecipeFile,
+    overrides: Overrides = None,
+    out: RunFolder = None,
+    dry_run: DryRun = False,
+    threads: Threads = None,
+    debug: Debug = False,
+) -> None:
+    """Stage 2: a student learns from what experts said (Clip-Forward-KL)."""
+    _command("offline-distill", config, overrides, out, dry_run, threads)
+
+
+@app.command()
+@one_line_errors
+def mopd(
+    config: RecipeFile,
+    overrides: Overrides = None,
+    out: RunFolder = None,
+    dry_run: DryRun = False,
+    threads: Threads = None,
+    debug: Debug = False,
+) -> None:
+    """Stage 3: the student speaks, the expert of the domain judges its tokens (MOPD)."""
+    _command("mopd", config, overrides, out, dry_run, threads)
+
+
+@app.command()
+@one_line_errors
+def report(
+    run: Annotated[Path, typer.Argument(help="Folder of a run.")],
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="The page; default RUN/report.html.")] = None,
+    debug: Debug = False,
+) -> None:
+    """Write one HTML page of a run: curves, rewards, step penalties, rollouts."""
+    from m3.train.report import write_report
+
+    path = write_report(run, out)
+    console.print(str(path), highlight=False, soft_wrap=True)
+
+
+@pipeline_app.command("run")
+@one_line_errors
+def run_pipeline(
+    job: Annotated[Path, typer.Argument(help="The pipeline, TOML.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the job; the same command goes on.")],
+    dry_run: DryRun = False,
+    threads: Threads = None,
+    debug: Debug = False,
+) -> None:
+    """Experts, distillation, MOPD: each stage starts from what those before it made. The same command goes on."""
+    from m3.train import pipeline_job
+    from m3.train.plan import plan_of
+
+    set_threads(threads)
+    found = pipeline_job.read(job)
+    if dry_run:
+        for stage in found.stages:
+            console.print(f"== {stage.name}", markup=False)
+            recipe = pipeline_job.recipe_of(found, stage, out)
+            console.print(plan_of(recipe).text(), markup=False, highlight=False, soft_wrap=True)
+        return
+    with Bar("pipeline") as bar:
+        ended = pipeline_job.run(found, out, progress=lambda what, done, total: bar.fetch(what, done, total))
+    if ended.signal is not None:
+        raise typer.Exit(128 + ended.signal)
+    console.print(pipeline_job.table(ended.records))
+    console.print(f"{out}: {len(ended.records)} stages", highlight=False, soft_wrap=True)
+
+
+# -- parts ------------------------------------------------------------------------------------------------------------
+def _command(
+    stage: str, config: Path, overrides: list[str] | None, out: Path | None, dry_run: bool, threads: int | None
+) -> None:
+    from m3.train.plan import plan_of
+    from m3.train.recipe import read
+    from m3.train.run_stage import run_stage
+
+    set_threads(threads)
+    recipe = read(config, overrides or (), stage=stage)
+    if dry_run:
+        console.print(plan_of(recipe, out).text(), markup=False, highlight=False, soft_wrap=True)
+        for line in _engine_lines(recipe):
+            console.print(line, markup=False, highlight=False, soft_wrap=True)
+        return
+    if recipe.scale.engine != "here":
+        raise refuse("train", "scale.engine", "'here', or --dry-run", f"{recipe.scale.engine!r}, run by its launcher")
+    if out is None:
+        raise refuse("train", "--out", "a folder", "none")
+    with Bar(stage) as bar:
+
+        def told(done: int, steps: int, metrics: Mapping[str, float]) -> None:
+            shown = " ".join(f"{name} {metrics[name]:.3f}" for name in ("reward", "loss") if name in metrics)
+            bar.fetch(shown, done, steps)
+
+        ended = asyncio.run(run_stage(recipe, out, told)).outcome
+    if ended.signal is not None:
+        raise typer.Exit(128 + ended.signal)
+    console.print(f"{ended.model}: {ended.step} steps", highlight=False, soft_wrap=True)
+
+
+def _engine_lines(recipe: Recipe) -> list[str]:
+    """What the recipe is in the words of its engine."""
+    from m3.train.engine_configs import agent_loop_yaml, trl_arguments, verl_overrides
+
+    if recipe.scale.engine == "verl":
+        return ["", "python -m verl.trainer.main_ppo", *verl_overrides(recipe), "", agent_loop_yaml(recipe)]
+    if recipe.scale.engine == "trl":
+        return ["", "SPARConfig or GRPOConfig", *(f"{key}={value!r}" for key, value in trl_arguments(recipe).items())]
+    return []

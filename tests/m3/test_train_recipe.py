@@ -1,0 +1,196 @@
+"""Recipes: what is refused and where, overrides, what a run remembers; plans; other engines' configurations."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from m3.train import recipe as recipes
+from m3.train.cli import app
+from m3.train.engine_configs import trl_arguments, verl_overrides, vllm_arguments
+from m3.train.metrics import RunLog
+from m3.train.plan import count, lora_count, plan_of
+from m3.train.report import grouped, write_report
+from m3kernels.policy_loss.types import DistillSpec
+
+SHIPPED = Path(recipes.__file__).parent.parent / "recipes"
+TEXT = """stage = "task-rl"
+[model]
+name = "here"
+[optim]
+lr = 1e-5
+steps = 7
+[objective.numbers]
+min_std = 0.2
+[rewards.penalties]
+safety_risk = 0.25
+"""
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    path = tmp_path / "recipe.toml"
+    path.write_text(TEXT)
+    return path
+
+
+def test_values_of_the_file_go_over_defaults_and_overrides_over_both(file):
+    found = recipes.read(file, ["optim.lr=3e-5", "model.teachers.chest=/a folder", "source.stages=['inquiry']"])
+    assert (found.optim.lr, found.optim.steps, found.optim.clip) == (3e-5, 7, 1.0)
+    assert found.model.teachers == {"chest": "/a folder"} and found.source.stages == ("inquiry",)
+    config = found.algorithm_config()
+    assert (config.min_std, config.penalties["safety_risk"], config.penalties["rigid_phrasing"]) == (0.2, 0.25, 0.9)
+    assert found.train_config().optim.lr == 3e-5 and found.train_config().steps == 7
+
+
+@pytest.mark.parametrize(
+    ("line", "told"),
+    [
+        ('stage = "task-rl"\n[optim]\nstpes = 3', r"toml:3: want a key of \[optim\]; got 'stpes'; nearest is 'steps'"),
+        ('stage = "task-rl"\n\n[modle]\nname = "x"', "toml:3: want a key of a recipe; got 'modle'; nearest is 'model'"),
+        ('stage = "task-rl"\n[optim]\nlr = "fast"', "recipe.toml:3: want optim.lr = a number; got 'fast'"),
+        ('stage = "task-rl"\n[optim]\nsteps = true', "optim.steps = an integer; got True"),
+        ('stage = "task-rl"\n[optim]\nlr = -1.0', r"lr_end <= lr.*recipe.toml:2"),
+        ('stage = "task-rl"\n[objective.numbers]\nmin_sdt = 1.0', "'min_sdt'; nearest is 'min_std'"),
+        ('stage = "mopd"\n[objective]\nalgorithm = "spar"', "objective.algorithm"),
+        ("seed = 1", "want a value of 'stage'; got none"),
+        ("stage = ", "want TOML"),
+    ],
+)  # fmt: skip
+def test_a_mistake_is_told_with_its_place(tmp_path, line, told):
+    (tmp_path / "recipe.toml").write_text(line)
+    with pytest.raises(ValueError, match=told):
+        recipes.read(tmp_path / "recipe.toml")
+
+
+@pytest.mark.parametrize("override", ["optim.lr", "=3", "stage.x=1"])
+def test_an_override_that_is_none_is_refused(file, override):
+    with pytest.raises(ValueError, match="override"):
+        recipes.read(file, [override])
+
+
+def test_the_resolved_recipe_reads_as_itself_and_holds_a_run_to_it(file, tmp_path):
+    found = recipes.read(file)
+    assert recipes.read(recipes.save(found, tmp_path / "run")) == found
+    recipes.save(dataclasses.replace(found, checkpoint=recipes.Checkpoint(every=1)), tmp_path / "run")
+    with pytest.raises(ValueError, match=r"optim\.lr = 1e-05; got 0\.5"):
+        recipes.save(recipes.read(file, ["optim.lr=0.5"]), tmp_path / "run")
+
+
+@pytest.mark.parametrize("path", sorted(SHIPPED.rglob("*.toml")), ids=lambda path: f"{path.parent.name}-{path.stem}")
+def test_shipped_recipes_are_read(path):
+    if path.stem == "pipeline":
+        from m3.train.pipeline_job import read
+
+        assert [stage.name for stage in read(path).stages][-1] == "mopd"
+    else:
+        assert recipes.read(path).to_json()["stage"] in recipes.STAGES
+
+
+def test_the_objective_of_a_stage(file):
+    spec = recipes.read(file, ["objective.sampler_level=none"]).loss().spec
+    assert spec.sampler_level is None and spec.ratio_level == "sequence" and spec.clip_low == 3e-4
+    distill = recipes.Recipe(stage="offline-distill", objective=recipes.Loss(algorithm="forward_kl")).loss()
+    assert distill.spec == DistillSpec(divergence="forward")
+    assert recipes.Recipe(stage="mopd").loss().spec.kl_in == "reward"
+
+
+# -- plans ------------------------------------------------------------------------------------------------------------
+QWEN = {
+    "qwen3_8b": (8_190_735_360, 8_190_735_360),
+    "qwen3_235b_a22b": (235_093_634_560, 22_190_000_000),
+}  # of the model cards; heads' norms, which are not counted, are less than 1e-4
+
+
+@pytest.mark.parametrize("name", QWEN)
+def test_parameters_are_those_of_the_model_card(name):
+    found = count(recipes.read(SHIPPED / name / "task_rl.toml").model.shape)
+    assert found == pytest.approx(QWEN[name], rel=1e-4)
+
+
+def test_adapters_are_counted_by_hand():
+    shape = recipes.Shape(hidden=4, layers=2, heads=2, kv_heads=1, head_dim=3, intermediate=5, vocabulary=7)
+    assert lora_count(shape, 2) == 2 * 2 * ((4 + 6) + (6 + 4) + 2 * (4 + 3) + 2 * (4 + 5) + (5 + 4))
+
+
+@pytest.mark.parametrize("name", ["qwen3_8b/task_rl", "qwen3_8b/task_rl_trl", "qwen3_235b_a22b/task_rl"])
+def test_shipped_plans_fit_their_devices(name):
+    assert plan_of(recipes.read(SHIPPED / f"{name}.toml")).fits
+
+
+def test_a_plan_by_hand():
+    rates = ["scale.tokens_per_second=1000.0", "rollout.tokens_per_second=500.0"]
+    found = plan_of(recipes.read(SHIPPED / "qwen3_8b" / "task_rl_trl.toml", rates))
+    assert (found.sequences, found.tokens, found.drawn) == (256, 256 * 16384, 256 * 20 * 512)
+    assert found.memory["weights"] == found.parameters * 2 / 8 and found.memory["moments"] == found.parameters * 4 / 8
+    assert found.sampler["KV cache"] == 2 * 36 * 8 * 128 * 2 * 16 * 16384
+    assert found.seconds == pytest.approx(200 * (found.tokens / 1000 + found.drawn / 500))
+
+
+def test_dry_run_prints_the_plan_and_the_engines_words():
+    path = str(SHIPPED / "qwen3_235b_a22b" / "task_rl.toml")
+    found = CliRunner().invoke(app, ["task-rl", "-c", path, "--dry-run", "optim.steps=3"])
+    assert found.exit_code == 0 and "235.094 billion parameters, 22.191 active" in found.output
+    assert "algorithm.adv_estimator" in found.output and "total_training_steps=3" in found.output
+
+
+def test_the_command_must_be_the_recipes_stage(file):
+    found = CliRunner().invoke(app, ["mopd", "-c", str(file), "--dry-run"])
+    assert found.exit_code == 1
+
+
+# -- other engines ----------------------------------------------------------------------------------------------------
+def test_trl_takes_its_arguments(tmp_path):
+    trl = pytest.importorskip("trl")
+    found = trl_arguments(recipes.read(SHIPPED / "qwen3_8b" / "task_rl_trl.toml", ["objective.algorithm=gspo"]))
+    made = trl.GRPOConfig(output_dir=str(tmp_path), use_cpu=True, **{**found, "bf16": False})
+    assert (made.generation_batch_size * 8, made.num_generations) == (256, 8)
+    assert (made.epsilon, made.importance_sampling_level) == (3e-4, "sequence")
+
+
+@pytest.mark.parametrize("name", ["qwen3_8b", "qwen3_235b_a22b"])
+def test_verl_takes_its_overrides(name):
+    verl = pytest.importorskip("verl")
+    hydra = pytest.importorskip("hydra")
+    folder = str(Path(verl.__file__).parent / "trainer" / "config")
+    with hydra.initialize_config_dir(folder, version_base=None):
+        found = hydra.compose("ppo_trainer", verl_overrides(recipes.read(SHIPPED / name / "task_rl.toml")))
+    assert found.algorithm.adv_estimator == "spar" and found.actor_rollout_ref.rollout.n == 8
+
+
+def test_verl_and_vllm_say_what_the_recipe_says():
+    recipe = recipes.read(SHIPPED / "qwen3_235b_a22b" / "task_rl.toml")
+    given = dict(one.split("=", 1) for one in verl_overrides(recipe))
+    assert json.loads(given["actor_rollout_ref.actor.policy_loss.loss_mode"]) == "spar"
+    assert int(given["data.max_prompt_length"]) + int(given["data.max_response_length"]) == recipe.rollout.context
+    assert vllm_arguments(recipe)["tensor_parallel_size"] == 8
+
+
+# -- the report -------------------------------------------------------------------------------------------------------
+def test_the_page_of_a_run(tmp_path, file):
+    recipes.save(recipes.read(file), tmp_path)
+    log = RunLog(tmp_path, tensorboard=False)
+    for step in (1, 2, 3):
+        log.step(step, {"reward": step / 10, "violations/safety_risk": 0.5 / step, "lr": 1.0}, {"batch_seconds": 0.1})
+    log.close()
+    (tmp_path / "samples").mkdir()
+    (tmp_path / "samples" / "step-000003.txt").write_text("==== a<b\n-- policy: step 0, gamma 0.1\nAny <pain>?\n")
+    page = write_report(tmp_path).read_text()
+    assert page.count("<svg") == 2 and "Step penalties" in page  # lr and batch_seconds stand still
+    assert "a&lt;b" in page and '<span class="policy">Any &lt;pain&gt;?</span>' in page
+    assert "<td>reward</td><td>0.1</td><td>0.3</td>" in page and "<script" not in page
+
+
+def test_a_folder_without_a_step_has_no_page(tmp_path):
+    with pytest.raises(ValueError, match=r"metrics\.jsonl"):
+        write_report(tmp_path)
+
+
+def test_metrics_are_grouped_by_the_first_that_fits():
+    assert grouped(["gamma_mean", "reward/lab", "odd"]) == [
+        ("Rewards", ["reward/lab"]), ("Step penalties", ["gamma_mean"]), ("Others", ["odd"]),
+    ]  # fmt: skip
