@@ -19,6 +19,8 @@ from m3.environment.cli import app as clinic_app
 from m3.evaluate.cli import app as evaluate_app
 from m3.serve.cli import serve
 from m3.terminal import Bar, Debug, Threads, console, one_line_errors, open_model, say, set_threads
+from m3.train.cli import app as train_app
+from m3.train.cli import pipeline_app
 
 if TYPE_CHECKING:
     from m3.models.decoder import Decoder
@@ -31,6 +33,8 @@ app = typer.Typer(
 app.add_typer(draft_app, name="draft")
 app.add_typer(clinic_app, name="clinic")
 app.add_typer(evaluate_app, name="evaluate")
+app.add_typer(train_app, name="train")
+app.add_typer(pipeline_app, name="pipeline")
 app.command()(serve)
 
 MODEL = "SmolLM2-135M-Instruct"

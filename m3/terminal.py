@@ -34,9 +34,13 @@ def one_line_errors(command: Callable[..., None]) -> Callable[..., None]:
         from m3.rewards.rubric_evolution import MiningError
         from m3.rewards.verdict import UnjudgedError
         from m3.rollout.chat import ChatError
+        from m3.train.stage import NonFiniteError
         from m3kernels import BackendError
 
-        known = (ValueError, OSError, FetchError, BackendError, ChatError, MiningError, PipelineError, UnjudgedError)
+        known = (
+            *(ValueError, OSError, FetchError, BackendError, ChatError),
+            *(MiningError, NonFiniteError, PipelineError, UnjudgedError),
+        )
 
         try:
             command(*args, debug=debug, **kwargs)

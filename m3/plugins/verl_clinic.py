@@ -35,7 +35,8 @@ from m3.environment.case import Case, Phase, own_cases, read_cases
 from m3.environment.episode import MAX_TURNS, CaseView, run_consultation, run_inquiry
 from m3.environment.modes import draw
 from m3.environment.patient import ScriptedPatient
-from m3.environment.segment import Context, StageScore, derive_seed
+from m3.environment.seeds import derive_seed
+from m3.environment.segment import Context, StageScore
 from m3.environment.stages import PHASES, instruction
 from m3.environment.trajectory import Message, Trajectory, chat, to_line
 from m3.plugins.verl_spar import token_rewards

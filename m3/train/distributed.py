@@ -193,11 +193,9 @@ class Relayed:
     async def batch(self, step: int) -> StepBatch | None:
         """Raises: what rank 0's source raises; on the other ranks a RuntimeError that tells it."""
         batch, failure = None, None
-        if self.source is not None:
-            try:
-                batch = await self.source.batch(step)
-            except Exception as error:  # the others wait: told first, raised below
-                failure = error
+        if self.source is not None:  # the others wait: a failure is told first, raised below
+            (found,) = await asyncio.gather(self.source.batch(step), return_exceptions=True)
+            batch, failure = (None, found) if isinstance(found, BaseException) else (found, None)
         told: list[Any] = [batch, None if failure is None else repr(failure)]
         await asyncio.to_thread(dist.broadcast_object_list, told, src=0, group=self.ranks.words)
         if failure is not None:

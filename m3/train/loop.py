@@ -35,10 +35,10 @@ import torch
 
 from m3.train import checkpoint, objective
 from m3.train.metrics import Decode, RunLog, save_batch, told_by
-from m3.train.objective import MetricSum, NonFiniteError
+from m3.train.objective import MetricSum
 from m3.train.optim import OptimConfig, Optimizer
 from m3.train.policy_model import PolicyModel
-from m3.train.stage import Source, StepBatch
+from m3.train.stage import NonFiniteError, Source, StepBatch
 from m3.train.streams import Sample, microbatches, pack
 from m3kernels.checks import refuse
 

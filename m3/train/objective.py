@@ -18,17 +18,13 @@ import torch
 from torch import Tensor
 
 from m3.train.policy_model import PolicyModel, moved
-from m3.train.stage import Objective
+from m3.train.stage import NonFiniteError, Objective
 from m3.train.streams import Packed, Sample, pack
 from m3kernels.checks import refuse
 from m3kernels.policy_loss import METRICS, DistillSpec, LossSpec, linear_distill_loss, linear_policy_loss
 from m3kernels.policy_loss.types import COUNTS
 
 OP = "train"
-
-
-class NonFiniteError(RuntimeError):
-    """A stream, a loss or a gradient is nan or inf; the message says which."""
 
 
 def needed(objective: Objective, samples: Sequence[Sample], updates: int = 1) -> tuple[str, ...]:

@@ -13,8 +13,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from m3.train.objective import NonFiniteError
 from m3.train.policy_model import PolicyModel, whole
+from m3.train.stage import NonFiniteError
 from m3kernels.checks import refuse
 from m3kernels.policy_loss.types import check_choice
 

@@ -10,6 +10,10 @@ from m3.train.streams import Sample
 from m3kernels.policy_loss.types import DistillSpec, LossSpec
 
 
+class NonFiniteError(RuntimeError):
+    """A stream, a loss or a gradient is nan or inf; the message says which."""
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Objective:
     """The loss of a batch: a policy loss, or a distillation from stored log-probabilities of teachers.

@@ -18,10 +18,9 @@ from train_cases import OBJECTIVES, PRELOADED, STREAMS, DrawnSource, config, run
 from m3.train import checkpoint, objective
 from m3.train.loop import MODEL, train
 from m3.train.metrics import load_batch, read_metrics
-from m3.train.objective import NonFiniteError
 from m3.train.optim import OptimConfig
 from m3.train.policy_model import PolicyModel
-from m3.train.stage import Objective, StepBatch
+from m3.train.stage import NonFiniteError, Objective, StepBatch
 from m3kernels.policy_loss import LossSpec
 
 one_thread = pytest.fixture(autouse=True, scope="module")(with_one_thread)

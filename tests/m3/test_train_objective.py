@@ -10,9 +10,9 @@ from torch import Tensor
 from train_cases import OBJECTIVES, STREAMS, draw_samples, with_one_thread
 
 from m3.train import objective
-from m3.train.objective import MetricSum, NonFiniteError
+from m3.train.objective import MetricSum
 from m3.train.policy_model import PolicyModel
-from m3.train.stage import Objective
+from m3.train.stage import NonFiniteError, Objective
 from m3.train.streams import Sample, pack
 from m3kernels.policy_loss import DistillSpec, LossSpec
 

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from train_cases import with_one_thread
 
-from m3.train.objective import NonFiniteError
 from m3.train.optim import OptimConfig, Optimizer
 from m3.train.policy_model import PolicyModel
+from m3.train.stage import NonFiniteError
 
 one_thread = pytest.fixture(autouse=True, scope="module")(with_one_thread)
 
