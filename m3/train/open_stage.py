@@ -29,7 +29,8 @@ class Stage:
 
     Args:
         reference, teachers, decode: as there.
-        evaluate: scores of the model as it is, on cases that nothing is trained on; None: there are none.
+        evaluate: scores of the model as it is, on cases that nothing is trained on: "reward/DOMAIN", perhaps with
+            "standard_error/DOMAIN" of it, and others by any name. None: there are no such cases.
     """
 
     model: PolicyModel
@@ -61,8 +62,25 @@ def opener(recipe: Recipe) -> Opener:
         raise refuse(OP, "source.kind", want, f"{kind!r}: {error}") from error
 
 
+def check(recipe: Recipe) -> None:
+    """Refuse what can be known not to open before anything is loaded.
+
+    An opener ``f`` may have a function ``check_f`` of the recipe beside it, which raises ValueError.
+
+    Raises:
+        ValueError: as ``opener``; no teacher for stage 3; what the opener's own check refuses.
+    """
+    found = opener(recipe)
+    if recipe.stage == "mopd" and not recipe.model.teachers:
+        raise refuse(OP, "model.teachers", "a checkpoint by domain, for mopd", "none")
+    own = getattr(importlib.import_module(found.__module__), f"check_{found.__name__}", None)
+    if own is not None:
+        own(recipe)
+
+
 def opened(recipe: Recipe) -> AbstractAsyncContextManager[Stage]:
     """The stage of a recipe, as a context manager; the model's random parts follow from the recipe's seed."""
+    check(recipe)
     torch.manual_seed(recipe.seed)
     random.seed(recipe.seed)
     return opener(recipe)(recipe)

@@ -33,6 +33,7 @@ class Plan:
     """Of one step, and of the run; bytes are of one device.
 
     Args:
+        shape: of the model; None: not known.
         parameters, active: of the model; that a token meets (fewer with experts). 0: shape not known.
         learning: parameters that learn.
         sequences: samples of a step. tokens, drawn: of a step, at most.
@@ -41,6 +42,7 @@ class Plan:
     """
 
     recipe: Recipe
+    shape: Shape | None
     parameters: int
     active: int
     learning: int
@@ -96,15 +98,16 @@ class Plan:
         return "\n".join(lines)
 
 
-def plan_of(recipe: Recipe, out: str | Path | None = None) -> Plan:
+def plan_of(recipe: Recipe, out: str | Path | None = None, shape: Shape | None = None) -> Plan:
     """The plan of a recipe.
 
     Args:
         out: a run of this recipe; its measured rates go before those of the recipe.
+        shape: of a model that is not there yet.
     Raises:
         ValueError: a shape that is not whole.
     """
-    shape = shape_of(recipe)
+    shape = shape_of(recipe) or shape
     parameters, active = count(shape) if shape else (0, 0)
     rank = recipe.model.lora_rank
     learning = lora_count(shape, rank) if shape and rank else parameters
@@ -122,6 +125,7 @@ def plan_of(recipe: Recipe, out: str | Path | None = None) -> Plan:
     seconds, told = _seconds(recipe, tokens, drawn, out)
     return Plan(
         recipe=recipe,
+        shape=shape,
         parameters=parameters,
         active=active,
         learning=learning,
@@ -155,6 +159,15 @@ def shape_of(recipe: Recipe) -> Shape | None:
     name = recipe.model.name
     folder = built_in_path(name) if name in BUILT_IN else Path(name)
     path = folder / "config.json"
+    if not name and recipe.source.kind == "consult":
+        from m3.train.tasks.consult import WORDS
+        from m3.train.tasks.consult_policy import DecoderConfig
+
+        made = DecoderConfig()
+        return Shape(
+            hidden=made.hidden, layers=made.layers, heads=made.heads, kv_heads=made.heads,
+            head_dim=made.hidden // made.heads, intermediate=made.intermediate, vocabulary=len(WORDS), tied=True,
+        )  # fmt: skip
     return shape_of_config(json.loads(path.read_text(encoding="utf-8"))) if name and path.is_file() else None
 
 

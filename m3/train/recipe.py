@@ -34,6 +34,7 @@ from m3kernels.policy_loss.types import DistillSpec, check_choice
 OP = "recipe"
 STAGES = ("task-rl", "offline-distill", "mopd")
 RESOLVED = "recipe.json"
+SHIPPED = Path(__file__).parents[1] / "recipes"
 DISTILL = ("clip_forward_kl", "forward_kl")
 DEFAULT_ALGORITHM = {"task-rl": "spar", "offline-distill": "clip_forward_kl", "mopd": "mopd"}
 FREE = ("checkpoint", "scale.tokens_per_second", "rollout.tokens_per_second")  # may differ when a run goes on
@@ -349,6 +350,22 @@ def read(path: str | Path, overrides: Sequence[str] = (), *, stage: str = "") ->
     if stage and found.stage != stage:
         raise refuse(OP, str(path), f"a recipe of {stage}", f"one of {found.stage}")
     return found
+
+
+def located(path: str | Path) -> Path:
+    """A recipe's file: as given, else a shipped one: "tiny_cpu/start.toml", with or without "recipes/" before it.
+
+    Raises:
+        ValueError: neither is there; names the shipped ones.
+    """
+    path = Path(path)
+    if path.is_file() or path.is_absolute():
+        return path
+    parts = path.parts[1:] if path.parts[:1] == (SHIPPED.name,) else path.parts
+    if SHIPPED.joinpath(*parts).is_file():
+        return SHIPPED.joinpath(*parts)
+    names = ", ".join(sorted(one.relative_to(SHIPPED).as_posix() for one in SHIPPED.rglob("*.toml")))
+    raise refuse(OP, "path", f"a file, or a shipped recipe ({names})", str(path))
 
 
 def parse(kind: type[T], path: str | Path, overrides: Sequence[str] = ()) -> T:

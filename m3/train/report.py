@@ -1,12 +1,13 @@
-"""A run as one self-contained HTML page: curves, rewards by stage, step penalties, rollouts with each turn's credit.
+"""A run as one self-contained HTML page: curves, rewards by domain and rubric, step penalties, rollouts with credit.
 
-Everything comes from the run's own files: recipe.json, metrics.jsonl, timings.jsonl, the newest of samples/. The page
-needs no network and no script.
+Everything comes from the run's own files: recipe.json, metrics.jsonl, timings.jsonl, scores.json, the newest of
+samples/. The page needs no network and no script.
 """
 
 from __future__ import annotations
 
 import io
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,35 +16,46 @@ import jinja2
 
 from m3.train.metrics import METRICS, SAMPLES, TIMINGS, read_metrics
 from m3.train.recipe import RESOLVED, flat, read
+from m3.train.run_stage import SCORES
 from m3kernels.checks import refuse
 
 PAGE = "report.html"
 DISCLAIMER = "Research software: not a medical device, not for the care of patients."
+OTHERS = "Others"
 Rows = Sequence[Mapping[str, float]]
-GROUPS: tuple[tuple[str, tuple[str, ...]], ...] = (  # title, names or their beginnings; the first that fits takes it
+GROUPS: tuple[tuple[str, tuple[str, ...]], ...] = (  # title, names or their beginnings; the longest that fits takes it
     ("Rewards", ("reward", "group_std", "coverage", "diagnosis")),
+    ("Rewards per stage or domain", ("reward/",)),
+    ("Rewards per rubric", ("rubric/",)),
     ("Step penalties", ("violations/", "gamma", "repeat_score", "logical_score", "phrasing_score", "safe")),
     ("Consultations", ("turns", "discarded/", "rollouts_failed", "groups", "cut")),
-    ("Policy", ("entropy", "kl", "approx_kl", "ratio", "clip", "dual_clip", "sampler", "advantage")),
+    ("Policy", ("entropy", "kl", "approx_kl", "ratio", "clip", "dual_clip", "sampler", "advantage", "reverse_kl",
+                "outcome")),
     ("Optimiser", ("loss", "grad_norm", "lr")),
     ("Tokens", ("tokens", "samples", "rows_")),
     ("Time and memory", ("batch_seconds", "logprobs_seconds", "update_seconds", "refresh_seconds", "rollout_seconds",
                          "peak_memory")),
-    ("Others", ("",)),
+    (OTHERS, ("",)),
 )  # fmt: skip
-TEMPLATE = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><title>{{ title }}</title><style>
+STYLE = """
 body { font: 15px/1.45 system-ui, sans-serif; max-width: 1080px; margin: 2em auto; padding: 0 1em; color: #1c2733 }
 h1, h2 { line-height: 1.2 } .note { color: #5d6b78 } .curves { display: flex; flex-wrap: wrap; gap: 8px }
 figure { margin: 0 } table { border-collapse: collapse } td, th { padding: 2px 10px; text-align: right }
 td:first-child, th:first-child { text-align: left } tr:nth-child(even) { background: #f3f6f8 }
 pre { white-space: pre-wrap; background: #f3f6f8; padding: 10px } .policy { color: #0b5c7a; font-weight: 600 }
-</style></head><body>
+tr.title td { font-weight: 600; background: #fff; padding-top: 10px } img { max-width: 100% }
+"""
+TEMPLATE = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><title>{{ title }}</title><style>{{ style }}</style></head><body>
 <h1>{{ title }}</h1><p class="note">{{ disclaimer }}</p><p>{{ subtitle }}</p>
+{% if scores %}<h2>Held-out cases, after the last step</h2>
+<table>{% for name, value in scores %}<tr><td>{{ name }}</td><td>{{ value }}</td></tr>
+{% endfor %}</table>{% endif %}
 <h2>First and last steps</h2>
 <table><tr><th>metric</th><th>first {{ window }}</th><th>last {{ window }}</th></tr>
-{% for row in summary %}<tr><td>{{ row.name }}</td><td>{{ row.first }}</td><td>{{ row.last }}</td></tr>
-{% endfor %}</table>
+{% for title, rows in summary %}<tr class="title"><td colspan="3">{{ title }}</td></tr>
+{% for row in rows %}<tr><td>{{ row.name }}</td><td>{{ row.first }}</td><td>{{ row.last }}</td></tr>
+{% endfor %}{% endfor %}</table>
 {% for section in sections %}<h2>{{ section.title }}</h2><div class="curves">
 {% for svg in section.svgs %}<figure>{{ svg }}</figure>
 {% endfor %}</div>
@@ -81,6 +93,7 @@ def render(run: Path) -> str:
         raise refuse("report", str(run), f"a run with {METRICS}", "none, or no step")
     timings = read_metrics(run / TIMINGS) if (run / TIMINGS).is_file() else []
     recipe = read(run / RESOLVED) if (run / RESOLVED).is_file() else None
+    scores = json.loads((run / SCORES).read_text(encoding="utf-8")) if (run / SCORES).is_file() else {}
     rollouts, rollouts_of = newest_rollouts(run)
     window = max(1, len(metrics) // 10)
     names = grouped([*columns(metrics), *columns(timings)])
@@ -94,12 +107,23 @@ def render(run: Path) -> str:
     return environment.from_string(TEMPLATE).render(
         title=f"Training run {run.resolve().name}",
         disclaimer=DISCLAIMER,
+        style=STYLE,
         subtitle=f"{what}{int(metrics[-1]['step'])} steps",
         window=window,
+        scores=[(name, f"{value:.4g}") for name, value in scores.items()],
         summary=[
-            {"name": name, "first": _mean(name, found[name][:window]), "last": _mean(name, found[name][-window:])}
-            for _, some in names
-            for name in some
+            (
+                title,
+                [
+                    {
+                        "name": name,
+                        "first": _mean(name, found[name][:window]),
+                        "last": _mean(name, found[name][-window:]),
+                    }
+                    for name in some
+                ],
+            )
+            for title, some in names
         ],
         sections=[section for section in sections if section["svgs"]],
         rollouts=rollouts,
@@ -114,11 +138,17 @@ def columns(rows: Rows) -> list[str]:
 
 
 def grouped(names: Sequence[str]) -> list[tuple[str, list[str]]]:
-    """(title, names) of GROUPS; groups without a name are left out."""
+    """(title, names) of GROUPS; groups without a name are left out. "DOMAIN/name" is grouped as "name" is."""
     found: dict[str, list[str]] = {title: [] for title, _ in GROUPS}
     for name in names:
-        found[next(title for title, begins in GROUPS if name.startswith(begins))].append(name)
+        title = _group(name)
+        found[title if title != OTHERS else _group(name.partition("/")[2] or name)].append(name)
     return [(title, some) for title, some in found.items() if some]
+
+
+def _group(name: str) -> str:
+    fitting = [(len(begin), title) for title, begins in GROUPS for begin in begins if name.startswith(begin)]
+    return max(fitting)[1]
 
 
 def curve(name: str, rows: Rows) -> Any:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Mapping
 from pathlib import Path
 
 from m3.train.loop import Outcome, Progress, train
 from m3.train.open_stage import opened
 from m3.train.recipe import Recipe, save
+
+SCORES = "scores.json"  # of the trained model on held-out cases, by name
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -40,4 +43,5 @@ async def run_stage(recipe: Recipe, out: str | Path, progress: Progress = lambda
         scores: Mapping[str, float] = {}
         if outcome.signal is None and stage.evaluate is not None:
             scores = await stage.evaluate()
+            (Path(out) / SCORES).write_text(json.dumps(dict(scores), indent=1) + "\n", encoding="utf-8")
     return Ended(outcome=outcome, scores=scores)

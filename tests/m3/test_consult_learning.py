@@ -17,6 +17,7 @@ from m3.train.streams import pack
 from m3.train.tasks import consult as task
 from m3.train.tasks import consult_policy as policy
 from m3.train.tasks import consult_rl as rl
+from m3.train.tasks.open_consult import TeacherSource
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -52,6 +53,18 @@ def copied() -> PolicyModel:
     model = policy.decoder(SMALL)
     model.load_state_dict(started().state_dict())
     return model
+
+
+def test_teachers_samples_leave_out_the_word_that_was_given() -> None:
+    source = TeacherSource({"belly": policy.decoder(SMALL)}, rl.Objective(spec=spar.loss_spec()), seed=1, batch=8)
+    samples = asyncio.run(source.batch(0)).samples
+    ended = [sample for sample in samples if int(sample.steps.max()) == task.MAX_TURNS - 1]
+    assert len(ended) > 4  # random weights seldom make a diagnosis of themselves
+    for sample in ended:
+        at = policy.OPENING + policy.STEP * (task.MAX_TURNS - 1)
+        assert sample.ids[at] == task.DIAGNOSIS and sample.mask[at] == 0 and sample.mask[at + 1] == 1
+        assert sample.drawn == 2 * task.MAX_TURNS - 1
+        assert torch.equal(sample.teacher_logprobs != 0, sample.mask > 0)
 
 
 def test_scripted_samples_carry_the_physicians_tokens_alone() -> None:

@@ -10,7 +10,7 @@ import pytest
 from typer.testing import CliRunner
 
 from m3.train import recipe as recipes
-from m3.train.cli import app
+from m3.train.cli import app, default_out
 from m3.train.engine_configs import trl_arguments, verl_overrides, vllm_arguments
 from m3.train.metrics import RunLog
 from m3.train.plan import count, lora_count, plan_of
@@ -89,6 +89,28 @@ def test_shipped_recipes_are_read(path):
         assert [stage.name for stage in read(path).stages][-1] == "mopd"
     else:
         assert recipes.read(path).to_json()["stage"] in recipes.STAGES
+
+
+@pytest.mark.parametrize("name", ["recipes/tiny_cpu/start.toml", "tiny_cpu/start.toml"])
+def test_a_shipped_recipe_is_found_from_anywhere(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    assert recipes.located(name) == SHIPPED / "tiny_cpu" / "start.toml"
+    (tmp_path / name).parent.mkdir(parents=True)
+    (tmp_path / name).write_text(TEXT)  # one's own goes first
+    assert recipes.located(name) == Path(name)
+
+
+def test_a_recipe_that_is_nowhere_is_told_with_the_shipped_ones():
+    with pytest.raises(ValueError, match=r"tiny_cpu/start\.toml.*got tiny_cpu/strat\.toml"):
+        recipes.located("tiny_cpu/strat.toml")
+
+
+@pytest.mark.parametrize(
+    ("path", "out"),
+    [("/a/tiny_cpu/start.toml", "runs/tiny_cpu/start"), ("/a/run/recipe.json", "/a/run")],
+)
+def test_where_a_run_lies_by_default(path, out):
+    assert default_out(Path(path)) == Path(out)
 
 
 def test_the_objective_of_a_stage(file):
@@ -190,7 +212,13 @@ def test_a_folder_without_a_step_has_no_page(tmp_path):
         write_report(tmp_path)
 
 
-def test_metrics_are_grouped_by_the_first_that_fits():
-    assert grouped(["gamma_mean", "reward/lab", "odd"]) == [
-        ("Rewards", ["reward/lab"]), ("Step penalties", ["gamma_mean"]), ("Others", ["odd"]),
-    ]  # fmt: skip
+def test_metrics_are_grouped_by_the_longest_beginning_also_behind_a_domain():
+    names = ["gamma_mean", "rubric/diagnosis", "reward/lab", "reward", "chest/reverse_kl", "chest/rubric/stem", "odd"]
+    assert grouped(names) == [
+        ("Rewards", ["reward"]),
+        ("Rewards per stage or domain", ["reward/lab"]),
+        ("Rewards per rubric", ["rubric/diagnosis", "chest/rubric/stem"]),
+        ("Step penalties", ["gamma_mean"]),
+        ("Policy", ["chest/reverse_kl"]),
+        ("Others", ["odd"]),
+    ]

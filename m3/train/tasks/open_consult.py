@@ -12,7 +12,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 import random
+import statistics
 from collections.abc import AsyncIterator, Mapping
 from typing import Any
 
@@ -26,7 +28,7 @@ from m3.train.tasks.consult_policy import ScriptedSource, decoder, rolled_out, s
 from m3.train.tasks.consult_rl import ConsultConfig, ConsultSource, evaluate, summary
 from m3kernels.checks import refuse
 
-HELD_OUT = 100  # ours: consultations of each department; the standard error of a mean reward is about 0.02
+HELD_OUT = 400  # ours: consultations of each department; the standard error of a mean reward is about 0.015
 ARMS = {"spar": "spar", "grpo": "grpo"}
 
 
@@ -34,9 +36,6 @@ class TeacherSource:
     """Consultations of frozen teachers, department by department, with the log-probabilities of their tokens."""
 
     def __init__(self, teachers: Mapping[str, PolicyModel], objective: Objective, *, seed: int, batch: int) -> None:
-        for name in teachers:
-            if name not in DEPARTMENTS:
-                raise refuse(OP, "model.teachers", f"departments, {list(DEPARTMENTS)}", repr(name))
         self.teachers, self.objective, self.seed, self.size = teachers, objective, seed, batch
 
     async def batch(self, step: int) -> StepBatch:
@@ -47,7 +46,14 @@ class TeacherSource:
             rollouts = await rolled_out(teacher, cases, f"teachers {self.seed} {step} {domain}")
             for index, one in enumerate(rollouts):
                 name = f"{step}-{domain}-{index}"
-                sample = sample_of(one.ids, one.score, name=name, sampler_logprobs=one.logprobs, domain=domain)
+                sample = sample_of(
+                    one.ids,
+                    one.score,
+                    name=name,
+                    prompted=one.prompted,
+                    sampler_logprobs=one.logprobs,
+                    domain=domain,
+                )
                 samples.append(dataclasses.replace(sample, teacher_logprobs=sample.sampler_logprobs))
             metrics[f"reward/{domain}"] = summary([one.score for one in rollouts])["reward"]
         return StepBatch(step=step, samples=samples, metrics=metrics)
@@ -82,6 +88,21 @@ class StudentSource(ConsultSource):
         ]
 
 
+def check_consult(recipe: Recipe) -> None:
+    """What ``consult`` refuses before it loads anything. Raises ValueError as there."""
+    department, teachers = recipe.source.department, recipe.model.teachers
+    if department not in ("", *DEPARTMENTS):
+        raise refuse(OP, "source.department", f"one of {list(DEPARTMENTS)}", repr(department))
+    other = sorted(set(teachers) - set(DEPARTMENTS))
+    if other:
+        raise refuse(OP, "model.teachers", f"departments, {list(DEPARTMENTS)}", repr(other[0]))
+    missing = sorted(set([department] if department else DEPARTMENTS) - set(teachers))
+    if recipe.stage == "mopd" and missing:
+        raise refuse(OP, "model.teachers", "a teacher of each department", f"none of {missing}")
+    if recipe.stage == "task-rl" and recipe.algorithm not in ARMS:
+        raise refuse(OP, "objective.algorithm", f"one of {sorted(ARMS)} on this task", repr(recipe.algorithm))
+
+
 @contextlib.asynccontextmanager
 async def consult(recipe: Recipe) -> AsyncIterator[Stage]:
     """The stage of a recipe on this task; ``model.name`` may be "", a decoder with random weights.
@@ -89,12 +110,11 @@ async def consult(recipe: Recipe) -> AsyncIterator[Stage]:
     Raises:
         ValueError: an algorithm that the task has not; a department that it has not; no teacher for stage 3.
     """
+    check_consult(recipe)
     model = load_model(recipe) if recipe.model.name else decoder()
     teachers = load_teachers(recipe)
     source: Source
     department = recipe.source.department or None
-    if department not in (None, *DEPARTMENTS):
-        raise refuse(OP, "source.department", f"one of {list(DEPARTMENTS)}", repr(department))
     if recipe.stage == "offline-distill":
         size = recipe.source.groups * recipe.source.rollouts
         if teachers:
@@ -103,17 +123,16 @@ async def consult(recipe: Recipe) -> AsyncIterator[Stage]:
             source = ScriptedSource(seed=recipe.seed, batch=size, department=department)
     else:
         source = _rollouts(recipe, model, department)
-    missing = sorted(set(DEPARTMENTS if department is None else [department]) - set(teachers))
-    if recipe.stage == "mopd" and missing:
-        raise refuse(OP, "model.teachers", "a teacher of each department", f"none of {missing}")
     reference = load_frozen(recipe, recipe.model.reference) if recipe.model.reference else None
 
     async def held_out() -> dict[str, float]:
         found: dict[str, float] = {}
         for domain in DEPARTMENTS:
             cases = draw_cases(HELD_OUT, "held out", held_out=True, department=domain)
-            scored = summary(await evaluate(model, cases))
-            found |= {f"{name}/{domain}": value for name, value in scored.items()}
+            scores = await evaluate(model, cases)
+            found |= {f"{name}/{domain}": value for name, value in summary(scores).items()}
+            spread = statistics.stdev(score.reward for score in scores)
+            found[f"standard_error/{domain}"] = spread / math.sqrt(len(scores))
         return found
 
     yield Stage(model=model, source=source, reference=reference, teachers=teachers, decode=text, evaluate=held_out)
@@ -134,6 +153,4 @@ def _rollouts(recipe: Recipe, model: PolicyModel, department: str | None) -> Sou
     )
     if recipe.stage == "mopd":
         return StudentSource(model, config, algorithm)
-    if recipe.algorithm not in ARMS:
-        raise refuse(OP, "objective.algorithm", f"one of {sorted(ARMS)} on this task", repr(recipe.algorithm))
     return ConsultSource(model, config)
