@@ -196,9 +196,9 @@ def _print_plans(job: Job, out: Path) -> None:
         shape = plans[stage.start].shape if stage.start else None
         plans[stage.name] = plan_of(recipe_of(job, stage, out), out / stage.name, shape)
         console.print(plans[stage.name].text(), markup=False, highlight=False, soft_wrap=True)
-    seconds = [plan.seconds for plan in plans.values()]
-    if None not in seconds:
-        console.print(f"== all: {sum(filter(None, seconds)) / 60:.1f} minutes, at most", markup=False, highlight=False)
+    seconds = [plan.seconds for plan in plans.values() if plan.seconds is not None]
+    if len(seconds) == len(plans):
+        console.print(f"== all: {sum(seconds) / 60:.1f} minutes", markup=False, highlight=False)
 
 
 def _engine_lines(recipe: Recipe) -> list[str]:

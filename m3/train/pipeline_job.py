@@ -32,7 +32,7 @@ from typing import Any
 from m3.train.loop import MODEL
 from m3.train.metrics import TIMINGS, read_metrics
 from m3.train.open_stage import check, folder_of
-from m3.train.recipe import OP, Recipe, flat, parse
+from m3.train.recipe import FREE, OP, Recipe, flat, parse
 from m3.train.recipe import read as read_recipe
 from m3.train.run_stage import run_stage
 from m3kernels import __version__
@@ -248,9 +248,8 @@ def _inputs(stage: JobStage, recipe: Recipe, records: Mapping[str, Record]) -> d
 
 def _recipe_hash(recipe: Recipe) -> str:
     """Of what decides the stage. Models of earlier stages are named by their hashes, wherever they lie."""
-    data = recipe.to_json()
-    del data["checkpoint"]
-    kept = {key: value for key, value in flat(data) if not key.startswith(("model.name", "model.teachers"))}
+    data = flat(recipe.to_json())
+    kept = {key: value for key, value in data if not key.startswith((*FREE, "model.name", "model.teachers"))}
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
 
 

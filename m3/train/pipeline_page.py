@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import jinja2
 
 from m3.train import report
-from m3.train.pipeline_job import ERROR, REWARD, Record
+from m3.train.pipeline_job import ERROR, RECORD, REWARD, Record
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -77,11 +77,14 @@ def write_page(records: Sequence[Record], out: str | Path) -> Path:
         ValueError: no record, or a stage without metrics.
     """
     out = Path(out)
-    links = {record.stage: f"{record.stage}/{report.write_report(out / record.stage).name}" for record in records}
+    for record in records:
+        page = out / record.stage / report.PAGE
+        if not page.is_file() or page.stat().st_mtime < (out / record.stage / RECORD).stat().st_mtime:
+            report.write_report(out / record.stage)
     drawn = draw(records, out / PICTURE) if _domains(records) else None
     path = out / PAGE
     part = path.with_name(path.name + ".part")
-    part.write_text(_render(records, out.resolve().name, links, drawn), encoding="utf-8")
+    part.write_text(_render(records, out.resolve().name, drawn), encoding="utf-8")
     part.replace(path)
     return path
 
@@ -133,7 +136,7 @@ def _cell(record: Record, name: str) -> str:
     return f"{mean:.3f}" if error is None else f"{mean:.3f} ± {error:.3f}"
 
 
-def _render(records: Sequence[Record], title: str, links: dict[str, str], picture: Path | None) -> str:
+def _render(records: Sequence[Record], title: str, picture: Path | None) -> str:
     domains = _domains(records)
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
     last = records[-1]
@@ -145,7 +148,7 @@ def _render(records: Sequence[Record], title: str, links: dict[str, str], pictur
         rows=[
             {
                 "stage": record.stage,
-                "link": links[record.stage],
+                "link": f"{record.stage}/{report.PAGE}",
                 "how": f"{record.kind}, {record.algorithm}",
                 "start": ", ".join(record.inputs) or "random weights, or the source's own",
                 "rewards": [_cell(record, name) for name in domains],

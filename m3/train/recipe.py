@@ -37,7 +37,9 @@ RESOLVED = "recipe.json"
 SHIPPED = Path(__file__).parents[1] / "recipes"
 DISTILL = ("clip_forward_kl", "forward_kl")
 DEFAULT_ALGORITHM = {"task-rl": "spar", "offline-distill": "clip_forward_kl", "mopd": "mopd"}
-FREE = ("checkpoint", "scale.tokens_per_second", "rollout.tokens_per_second")  # may differ when a run goes on
+FREE = (  # may differ when a run goes on
+    "checkpoint", "scale.tokens_per_second", "rollout.tokens_per_second", "source.usual_turns",
+)  # fmt: skip
 T = TypeVar("T")
 
 
@@ -93,6 +95,7 @@ class Source:
         cases: file or folder of cases; "": our own. split: "train", "held_out", "": both.
         groups: contexts of a step. rollouts: of a context. epochs: times that a case is taken; they bound the run.
         resample: as TaskRLConfig. stages: of a consultation, the first ones. max_turns: of an inquiry.
+        usual_turns: of an inquiry, as measured; for plans. 0: not known.
         fragments: only the next reply is reinforced (M2). interruption: share of interrupted beginnings.
         domain: names the teacher that is trained. department: of the small task's cases; "": both.
         options: of a source of one's own.
@@ -107,6 +110,7 @@ class Source:
     resample: int = 0
     stages: tuple[str, ...] = tuple(str(phase) for phase in PHASES)
     max_turns: int = 20
+    usual_turns: float = 0.0
     fragments: bool = False
     interruption: float = 0.25
     domain: str = "inquiry"
@@ -114,7 +118,7 @@ class Source:
     options: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        _least("source", self, groups=1, rollouts=1, epochs=1, resample=0, max_turns=1)
+        _least("source", self, groups=1, rollouts=1, epochs=1, resample=0, max_turns=1, usual_turns=0)
         check_choice(OP, "source.split", self.split, ("", "train", "held_out"))
         for name in self.stages:
             check_choice(OP, "source.stages", name, tuple(str(phase) for phase in PHASES))

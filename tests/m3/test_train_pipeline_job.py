@@ -20,7 +20,7 @@ from m3.cli import app
 from m3.train import pipeline_job, pipeline_page
 from m3.train.open_stage import Stage, load_model, load_teachers, opener
 from m3.train.recipe import Recipe
-from tests.m3.train_cases import DrawnSource, with_one_thread
+from tests.m3.train_cases import PRELOADED, DrawnSource, with_one_thread
 
 KILL = "M3_TEST_KILL"  # "stage seed, step": where the process kills itself
 one_thread = pytest.fixture(autouse=True)(with_one_thread)
@@ -100,11 +100,13 @@ def test_rewards_over_domains_are_their_mean_with_its_error(unbroken):
 
 def test_the_command_on_a_job_that_is_done_prints_its_table_and_page(job_file, unbroken):
     out, ended = unbroken
-    found = CliRunner().invoke(app, ["pipeline", "run", str(job_file), "-o", str(out)])
-    assert found.exit_code == 0 and "0.500 ± 0.040" in found.output and "expert-b" in found.output
+    path = job_file.parent / "one.toml"
+    path.write_text('[[stages]]\nname = "expert-a"\nrecipe = "expert-a.toml"\n')
+    found = CliRunner().invoke(app, ["pipeline", "run", str(path), "-o", str(out)])
+    assert found.exit_code == 0 and "expert-a" in found.output and "0.500 ± 0.040" in found.output
     page = (out / pipeline_page.PAGE).read_text()
-    assert '<a href="fused/report.html">fused</a>' in page and (out / "fused" / "report.html").is_file()
-    assert ended.records[3].output.sha256 in page and "<td>7.000</td>" in page
+    assert '<a href="expert-a/report.html">expert-a</a>' in page and (out / "expert-a" / "report.html").is_file()
+    assert ended.records[0].output.sha256 in page and "<td>7.000</td>" in page
     assert (out / pipeline_page.PICTURE).read_bytes()[:4] == b"\x89PNG"
 
 
@@ -115,7 +117,9 @@ def run_apart(job: str, out: str, kill: str) -> None:
 
 
 def test_a_job_that_was_killed_goes_on_to_the_same_models(job_file, unbroken, tmp_path):
-    process = multiprocessing.get_context("spawn").Process(target=run_apart, args=(str(job_file), str(tmp_path), "3 2"))
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
+    process = context.Process(target=run_apart, args=(str(job_file), str(tmp_path), "3 2"))
     process.start()
     process.join(120)
     assert process.exitcode == -signal.SIGKILL
