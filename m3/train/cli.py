@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -119,9 +119,13 @@ def run_pipeline(
         _print_plans(found, out)
         return
     with _told_how_to_go_on(out), StageBars() as bars:
-        ended = pipeline_job.run(
-            found, out, progress=bars.told, finished=functools.partial(pipeline_page.write_page, out=out)
-        )
+
+        def finished(records: Sequence[pipeline_job.Record]) -> None:
+            last = records[-1]
+            bars.scored(last.stage, ", ".join(f"{name} {value:.3f}" for name, (value, _) in last.rewards.items()))
+            pipeline_page.write_page(records, out)
+
+        ended = pipeline_job.run(found, out, progress=bars.told, finished=finished)
     if ended.signal is not None:
         _say_how_to_go_on(out)
         raise typer.Exit(128 + ended.signal)

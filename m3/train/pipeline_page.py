@@ -3,7 +3,7 @@
     rewards.png   held-out reward of each domain, stage by stage, with 95 % intervals (1.96 standard errors)
     index.html    the table, the picture, all scores, what each stage took and left; links to the stages' own pages
 
-Both lie in the job's folder and hold relative paths alone: the folder can be moved.
+Both lie in the job's folder; links are relative, so the folder can be moved.
 """
 
 from __future__ import annotations
@@ -126,10 +126,12 @@ def draw(records: Sequence[Record], path: Path) -> Path:
 
 # -- parts ------------------------------------------------------------------------------------------------------------
 def _domains(records: Sequence[Record]) -> list[str]:
+    """Those that have a reward in some record, and "all"."""
     return list(dict.fromkeys(name for record in records for name in record.rewards))
 
 
 def _cell(record: Record, name: str) -> str:
+    """A domain's mean reward and its standard error, "0.785 ± 0.012"; "": the record has none."""
     if name not in record.rewards:
         return ""
     mean, error = record.rewards[name]
@@ -150,8 +152,8 @@ def _render(records: Sequence[Record], title: str, picture: Path | None) -> str:
                 "stage": record.stage,
                 "link": f"{record.stage}/{report.PAGE}",
                 "how": f"{record.kind}, {record.algorithm}",
-                "start": ", ".join(record.inputs) or "random weights, or the source's own",
-                "rewards": [_cell(record, name) for name in domains],
+                "start": ", ".join(record.inputs) or "the source's own model",
+                "rewards": [_cell(record, name).replace(" ", "\N{NO-BREAK SPACE}") for name in domains],
                 "steps": record.steps,
                 "minutes": f"{record.seconds / 60:.1f}",
             }

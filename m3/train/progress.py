@@ -21,8 +21,6 @@ from rich.progress import (
 
 from m3.terminal import errors
 
-SHOWN = ("reward", "loss")
-
 
 class StageBars:
     """Shown while it is entered; ``told`` after each step."""
@@ -48,13 +46,20 @@ class StageBars:
 
     def told(self, stage: str, done: int, steps: int, metrics: Mapping[str, float]) -> None:
         """``done`` of ``steps`` are; ``metrics`` of the last one."""
-        shown = " ".join(f"{name} {metrics[name]:.3f}" for name in SHOWN if name in metrics)
+        names = ("reward", "loss") if "advantage" in metrics else ("loss",)  # else the reward is that of its teachers
+        shown = " ".join(f"{name} {metrics[name]:.3f}" for name in names if name in metrics)
         if stage not in self._tasks:
             self._begun[stage] = time.monotonic(), done
             self._tasks[stage] = self.progress.add_task(stage, total=steps, completed=done, told=shown)
         self.progress.update(self._tasks[stage], completed=done, told=shown)
         if not errors.is_terminal and done and (done == steps or done % max(1, steps // 10) == 0):
             errors.print(f"{stage} {done}/{steps}, {self._left(stage, done, steps)} left, {shown}", soft_wrap=True)
+
+    def scored(self, stage: str, text: str) -> None:
+        """What held-out cases say of a stage that is done."""
+        self.progress.update(self._tasks[stage], told=text)
+        if not errors.is_terminal:
+            errors.print(f"{stage} done, {text}", soft_wrap=True)
 
     def _left(self, stage: str, done: int, steps: int) -> str:
         begun, first = self._begun[stage]

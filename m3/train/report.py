@@ -22,12 +22,15 @@ from m3kernels.checks import refuse
 PAGE = "report.html"
 DISCLAIMER = "Research software: not a medical device, not for the care of patients."
 OTHERS = "Others"
+PER_DOMAIN, PER_RUBRIC, PENALTIES = "Rewards per stage or domain", "Rewards per rubric", "Step penalties"
+TOGETHER = (PER_DOMAIN, PER_RUBRIC, PENALTIES)  # sections of one figure: their metrics have one scale
+COLOURS = ("#0b5c7a", "#d1603d", "#4b8f52", "#8a5aa8", "#b8860b", "#c2457f", "#5d6b78", "#2f9c95", "#7a4b2a", "#000000")
 Rows = Sequence[Mapping[str, float]]
 GROUPS: tuple[tuple[str, tuple[str, ...]], ...] = (  # title, names or their beginnings; the longest that fits takes it
     ("Rewards", ("reward", "group_std", "coverage", "diagnosis")),
-    ("Rewards per stage or domain", ("reward/",)),
-    ("Rewards per rubric", ("rubric/",)),
-    ("Step penalties", ("violations/", "gamma", "repeat_score", "logical_score", "phrasing_score", "safe")),
+    (PER_DOMAIN, ("reward/",)),
+    (PER_RUBRIC, ("rubric/",)),
+    (PENALTIES, ("violations/", "gamma", "repeat_score", "logical_score", "phrasing_score", "safe")),
     ("Consultations", ("turns", "discarded/", "rollouts_failed", "groups", "cut")),
     ("Policy", ("entropy", "kl", "approx_kl", "ratio", "clip", "dual_clip", "sampler", "advantage", "reverse_kl",
                 "outcome")),
@@ -49,13 +52,9 @@ TEMPLATE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>{{ title }}</title><style>{{ style }}</style></head><body>
 <h1>{{ title }}</h1><p class="note">{{ disclaimer }}</p><p>{{ subtitle }}</p>
 {% if scores %}<h2>Held-out cases, after the last step</h2>
-<table>{% for name, value in scores %}<tr><td>{{ name }}</td><td>{{ value }}</td></tr>
+<table><tr><th></th>{% for name in domains %}<th>{{ name }}</th>{% endfor %}</tr>
+{% for name, values in scores %}<tr><td>{{ name }}</td>{% for value in values %}<td>{{ value }}</td>{% endfor %}</tr>
 {% endfor %}</table>{% endif %}
-<h2>First and last steps</h2>
-<table><tr><th>metric</th><th>first {{ window }}</th><th>last {{ window }}</th></tr>
-{% for title, rows in summary %}<tr class="title"><td colspan="3">{{ title }}</td></tr>
-{% for row in rows %}<tr><td>{{ row.name }}</td><td>{{ row.first }}</td><td>{{ row.last }}</td></tr>
-{% endfor %}{% endfor %}</table>
 {% for section in sections %}<h2>{{ section.title }}</h2><div class="curves">
 {% for svg in section.svgs %}<figure>{{ svg }}</figure>
 {% endfor %}</div>
@@ -66,6 +65,11 @@ TEMPLATE = """<!doctype html>
 <pre>{% for line in rollout.lines %}<span class="{{ line.kind }}">{{ line.text }}</span>
 {% endfor %}</pre></details>
 {% endfor %}{% endif %}
+<h2>First and last steps</h2>
+<table><tr><th>metric</th><th>first {{ window }}</th><th>last {{ window }}</th></tr>
+{% for title, rows in summary %}<tr class="title"><td colspan="3">{{ title }}</td></tr>
+{% for row in rows %}<tr><td>{{ row.name }}</td><td>{{ row.first }}</td><td>{{ row.last }}</td></tr>
+{% endfor %}{% endfor %}</table>
 <h2>Recipe</h2><table>{% for key, value in recipe %}<tr><td>{{ key }}</td><td>{{ value }}</td></tr>
 {% endfor %}</table></body></html>
 """
@@ -99,9 +103,10 @@ def render(run: Path) -> str:
     names = grouped([*columns(metrics), *columns(timings)])
     found = {name: (metrics if name in columns(metrics) else timings) for _, some in names for name in some}
     sections = [
-        {"title": title, "svgs": [curve(name, found[name]) for name in some if _moves(name, found[name])]}
+        {"title": title, "svgs": figures(title, {name: found[name] for name in some if _moves(name, found[name])})}
         for title, some in names
     ]
+    domains = list(dict.fromkeys(name.partition("/")[2] for name in scores))
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
     what = "" if recipe is None else f"{recipe.stage}, {recipe.algorithm}, seed {recipe.seed}; "
     return environment.from_string(TEMPLATE).render(
@@ -110,7 +115,17 @@ def render(run: Path) -> str:
         style=STYLE,
         subtitle=f"{what}{int(metrics[-1]['step'])} steps",
         window=window,
-        scores=[(name, f"{value:.4g}") for name, value in scores.items()],
+        domains=domains,
+        scores=[
+            (
+                name,
+                [
+                    f"{scores[one]:.3f}" if (one := f"{name}/{domain}".rstrip("/")) in scores else ""
+                    for domain in domains
+                ],
+            )
+            for name in dict.fromkeys(name.partition("/")[0] for name in scores)
+        ],
         summary=[
             (
                 title,
@@ -151,21 +166,58 @@ def _group(name: str) -> str:
     return max(fitting)[1]
 
 
+def figures(title: str, metrics: Mapping[str, Rows]) -> list[Any]:
+    """SVGs of a section: one of each metric, or one of all."""
+    if title in TOGETHER:
+        return [curves(metrics)] if metrics else []
+    return [curve(name, rows) for name, rows in metrics.items()]
+
+
 def curve(name: str, rows: Rows) -> Any:
     """An SVG of a metric over the steps: the points, and their mean over a tenth of the run."""
-    import markupsafe
-    from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
 
-    points = [(row["step"], row[name]) for row in rows if name in row]
-    steps, values = zip(*points, strict=True)
-    width = max(1, len(values) // 10)
-    smooth = [sum(values[max(0, at - width + 1) : at + 1]) / min(at + 1, width) for at in range(len(values))]
     figure = Figure(figsize=(3.4, 2.1), layout="constrained")
     axes = figure.add_subplot()
+    steps, values, smooth = _smoothed(name, rows)
     axes.plot(steps, values, color="#9fb8c6", linewidth=0.8)
-    axes.plot(steps, smooth, color="#0b5c7a", linewidth=1.6)
+    axes.plot(steps, smooth, color=COLOURS[0], linewidth=1.6)
     axes.set_title(name, fontsize=9, parse_math=False)
+    return _svg(figure)
+
+
+def curves(metrics: Mapping[str, Rows]) -> Any:
+    """An SVG of several metrics of one scale: of each its mean over a tenth of the run."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10.4, 3.2), layout="constrained")
+    axes = figure.add_subplot()
+    for index, (name, rows) in enumerate(metrics.items()):
+        steps, values, smooth = _smoothed(name, rows)
+        colour = COLOURS[index % len(COLOURS)]
+        axes.plot(steps, values, color=colour, linewidth=0.5, alpha=0.25)
+        dashed = "-" if index < len(COLOURS) else "--"
+        axes.plot(steps, smooth, color=colour, linewidth=1.6, linestyle=dashed, label=name)
+    figure.legend(loc="outside right upper", fontsize=8, frameon=False)
+    return _svg(figure)
+
+
+def _smoothed(name: str, rows: Rows) -> tuple[list[float], list[float], list[float]]:
+    """(steps, values, their means over a tenth of the run)."""
+    steps = [row["step"] for row in rows if name in row]
+    values = [row[name] for row in rows if name in row]
+    width = max(1, len(values) // 10)
+    smooth = [sum(values[max(0, at - width + 1) : at + 1]) / min(at + 1, width) for at in range(len(values))]
+    return steps, values, smooth
+
+
+def _svg(figure: Any) -> Any:
+    import markupsafe
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+    from matplotlib.ticker import MaxNLocator
+
+    axes = figure.axes[0]
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
     axes.tick_params(labelsize=7)
     axes.spines[["top", "right"]].set_visible(False)
     FigureCanvasSVG(figure)
