@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from m3.train.loop import Outcome, Progress, train
-from m3.train.open_stage import opened
+from m3.train.open_stage import check, opened
 from m3.train.recipe import Recipe, save
 
 SCORES = "scores.json"  # of the trained model on held-out cases, by name
@@ -28,6 +28,7 @@ async def run_stage(recipe: Recipe, out: str | Path, progress: Progress = lambda
     Raises:
         ValueError: the run under ``out`` was begun with another recipe. What ``loop.train`` raises.
     """
+    check(recipe)  # first: a folder belongs to the recipe that is saved there
     save(recipe, out)
     async with opened(recipe) as stage:
         outcome = await train(

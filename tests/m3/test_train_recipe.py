@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 import json
+import re
 from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
 from m3.train import recipe as recipes
-from m3.train.cli import app, default_out
+from m3.train.cli import app, default_out, pipeline_app
 from m3.train.engine_configs import trl_arguments, verl_overrides, vllm_arguments
 from m3.train.metrics import RunLog
 from m3.train.plan import count, lora_count, plan_of
+from m3.train.progress import StageBars
 from m3.train.report import grouped, write_report
+from m3.train.run_stage import SCORES, run_stage
 from m3kernels.policy_loss.types import DistillSpec
 
 SHIPPED = Path(recipes.__file__).parent.parent / "recipes"
@@ -153,6 +157,32 @@ def test_a_plan_by_hand():
     assert found.seconds == pytest.approx(200 * (found.tokens / 1000 + found.drawn / 500))
 
 
+def test_a_plan_of_the_small_task_by_hand():
+    """Twenty turns at most, nine usually; the students' batches are drawn, and each teacher passes over them once."""
+    teachers = ["model.teachers.chest=a", "model.teachers.belly=b"]
+    found = plan_of(recipes.read(SHIPPED / "tiny_cpu" / "mopd.toml", teachers))
+    assert (found.tokens, found.drawn) == (64 * (3 + 3 * 20), 64 * 2 * 20)
+    assert (found.usual_tokens, found.usual_drawn) == (round(64 * 63 * 9 / 20), 64 * 2 * 9)
+    step = found.usual_tokens * (1 + 1 / 3) / 6000 + found.usual_drawn / 7000
+    assert found.seconds == pytest.approx(80 * step)
+    layer = 4 * 160 * 160 + 3 * 160 * 480 + 2 * 160
+    assert found.parameters == 72 * 160 + 160 + 3 * layer
+    assert found.memory["process"] == 430 * 2**20 and found.memory["frozen models"] == 2 * 4 * found.parameters
+
+
+def test_a_distillation_draws_where_its_teachers_do():
+    without = plan_of(recipes.read(SHIPPED / "tiny_cpu" / "distill.toml"))
+    drawn = plan_of(recipes.read(SHIPPED / "tiny_cpu" / "distill.toml", ["model.teachers.chest=a"]))
+    assert drawn.seconds - without.seconds == pytest.approx(120 * drawn.usual_drawn / 7000)
+
+
+def test_the_plan_of_a_pipeline_knows_models_that_are_not_made_yet(tmp_path):
+    path = str(SHIPPED / "tiny_cpu" / "pipeline.toml")
+    found = CliRunner().invoke(pipeline_app, [path, "--dry-run", "-o", str(tmp_path)])
+    assert found.exit_code == 0 and found.output.count("1.011 million parameters") == 5
+    assert re.search(r"^== all: \d\.\d minutes$", found.output, re.MULTILINE)
+
+
 def test_dry_run_prints_the_plan_and_the_engines_words():
     path = str(SHIPPED / "qwen3_235b_a22b" / "task_rl.toml")
     found = CliRunner().invoke(app, ["task-rl", "-c", path, "--dry-run", "optim.steps=3"])
@@ -163,6 +193,23 @@ def test_dry_run_prints_the_plan_and_the_engines_words():
 def test_the_command_must_be_the_recipes_stage(file):
     found = CliRunner().invoke(app, ["mopd", "-c", str(file), "--dry-run"])
     assert found.exit_code == 1
+
+
+def test_progress_in_a_log_is_a_line_at_each_tenth(capsys):
+    with StageBars() as bars:
+        for done in range(21):
+            bars.told("expert", done, 20, {"reward": 0.5, "loss": 1.0, "advantage": 0.1})
+        bars.told("distilled", 20, 20, {"reward": 0.5, "loss": 1.0})
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.split(",")[0] for line in lines] == [*(f"expert {at}/20" for at in range(2, 21, 2)), "distilled 20/20"]
+    assert lines[9] == "expert 20/20, 0:00 left, reward 0.500 loss 1.000"
+    assert lines[10] == "distilled 20/20, ? left, loss 1.000"  # the reward is that of whom it learns from
+
+
+def test_a_recipe_that_cannot_open_leaves_its_folder_free(tmp_path):
+    with pytest.raises(ValueError, match=r"model\.teachers"):
+        asyncio.run(run_stage(recipes.read(SHIPPED / "tiny_cpu" / "mopd.toml"), tmp_path))
+    assert not list(tmp_path.iterdir())
 
 
 # -- other engines ----------------------------------------------------------------------------------------------------
@@ -197,12 +244,16 @@ def test_the_page_of_a_run(tmp_path, file):
     recipes.save(recipes.read(file), tmp_path)
     log = RunLog(tmp_path, tensorboard=False)
     for step in (1, 2, 3):
-        log.step(step, {"reward": step / 10, "violations/safety_risk": 0.5 / step, "lr": 1.0}, {"batch_seconds": 0.1})
+        moving = {"reward": step / 10, "violations/safety_risk": 0.5 / step, "rubric/a": step / 9, "rubric/b": step / 8}
+        log.step(step, {**moving, "lr": 1.0}, {"batch_seconds": 0.1})
     log.close()
+    (tmp_path / SCORES).write_text('{"reward/chest": 0.75, "reward/belly": 0.5, "turns/belly": 9}')
     (tmp_path / "samples").mkdir()
     (tmp_path / "samples" / "step-000003.txt").write_text("==== a<b\n-- policy: step 0, gamma 0.1\nAny <pain>?\n")
     page = write_report(tmp_path).read_text()
-    assert page.count("<svg") == 2 and "Step penalties" in page  # lr and batch_seconds stand still
+    assert page.count("<svg") == 3 and "Step penalties" in page  # lr and batch_seconds stand still
+    assert "<h2>Rewards per rubric</h2>" in page and "<!-- rubric/b -->" in page  # the figure's words
+    assert "<td>reward</td><td>0.750</td><td>0.500</td>" in page and "<td>turns</td><td></td><td>9.000</td>" in page
     assert "a&lt;b" in page and '<span class="policy">Any &lt;pain&gt;?</span>' in page
     assert "<td>reward</td><td>0.1</td><td>0.3</td>" in page and "<script" not in page
 
