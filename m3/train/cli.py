@@ -129,9 +129,7 @@ def run_pipeline(
     if ended.signal is not None:
         _say_how_to_go_on(out)
         raise typer.Exit(128 + ended.signal)
-    page = out / pipeline_page.PAGE
-    if not page.is_file():
-        pipeline_page.write_page(ended.records, out)
+    page = pipeline_page.page_of(ended.records, out)
     console.print(pipeline_page.table(ended.records))
     console.print(f"models: {out}/<stage>/model   page: {page}", markup=False, highlight=False, soft_wrap=True)
 

@@ -78,8 +78,7 @@ def write_page(records: Sequence[Record], out: str | Path) -> Path:
     """
     out = Path(out)
     for record in records:
-        page = out / record.stage / report.PAGE
-        if not page.is_file() or page.stat().st_mtime < (out / record.stage / RECORD).stat().st_mtime:
+        if _lacks(out / record.stage / report.PAGE, out, [record]):
             report.write_report(out / record.stage)
     drawn = draw(records, out / PICTURE) if _domains(records) else None
     path = out / PAGE
@@ -87,6 +86,12 @@ def write_page(records: Sequence[Record], out: str | Path) -> Path:
     part.write_text(_render(records, out.resolve().name, drawn), encoding="utf-8")
     part.replace(path)
     return path
+
+
+def page_of(records: Sequence[Record], out: str | Path) -> Path:
+    """The page; written where it is not there, or older than a record: a kill may have come between them."""
+    path = Path(out) / PAGE
+    return write_page(records, out) if _lacks(path, Path(out), records) else path
 
 
 def draw(records: Sequence[Record], path: Path) -> Path:
@@ -125,6 +130,11 @@ def draw(records: Sequence[Record], path: Path) -> Path:
 
 
 # -- parts ------------------------------------------------------------------------------------------------------------
+def _lacks(page: Path, out: Path, records: Sequence[Record]) -> bool:
+    newest = max((out / record.stage / RECORD).stat().st_mtime_ns for record in records)
+    return not page.is_file() or page.stat().st_mtime_ns < newest
+
+
 def _domains(records: Sequence[Record]) -> list[str]:
     """Those that have a reward in some record, and "all"."""
     return list(dict.fromkeys(name for record in records for name in record.rewards))

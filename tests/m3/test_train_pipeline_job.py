@@ -110,6 +110,15 @@ def test_the_command_on_a_job_that_is_done_prints_its_table_and_page(job_file, u
     assert (out / pipeline_page.PICTURE).read_bytes()[:4] == b"\x89PNG"
 
 
+def test_a_page_older_than_a_record_is_written_anew(unbroken):
+    out, records = unbroken[0], unbroken[1].records[:1]
+    page = out / pipeline_page.PAGE
+    page.write_text("before")
+    assert pipeline_page.page_of(records, out) == page and page.read_text() == "before"
+    os.utime(page, (1, 1))
+    assert pipeline_page.page_of(records, out) == page and "expert-a" in page.read_text()
+
+
 def run_apart(job: str, out: str, kill: str) -> None:
     torch.set_num_threads(1)
     os.environ[KILL] = kill
