@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 PAGE, PICTURE = "index.html", "rewards.png"
 TEMPLATE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>{{ title }}</title><style>{{ style }}</style></head><body>
-<h1>{{ title }}</h1><p class="note">{{ disclaimer }}</p>
+<h1>{{ title }}</h1><p class="note">{{ disclaimer }}</p><p>{{ subtitle }}</p>
 <h2>Held-out reward after each stage</h2>
 <table><tr><th>stage</th><th>how</th><th>from</th>{% for name in domains %}<th>{{ name }}</th>{% endfor %}
 <th>steps</th><th>minutes</th></tr>
@@ -148,12 +148,13 @@ def _cell(record: Record, name: str) -> str:
     return f"{mean:.3f}" if error is None else f"{mean:.3f} ± {error:.3f}"
 
 
-def _render(records: Sequence[Record], title: str, picture: Path | None) -> str:
+def _render(records: Sequence[Record], folder: str, picture: Path | None) -> str:
     domains = _domains(records)
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
     last = records[-1]
     return environment.from_string(TEMPLATE).render(
-        title=f"Pipeline {title}",
+        title="Training pipeline",
+        subtitle=f"{len(records)} stages; folder {folder}",
         style=report.STYLE,
         disclaimer=report.DISCLAIMER,
         domains=domains,

@@ -21,7 +21,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from m3.train.metrics import TIMINGS, read_metrics
+from m3.train.metrics import METRICS, TIMINGS, read_metrics
 from m3.train.recipe import Recipe, Shape, flat
 from m3kernels.checks import refuse
 
@@ -41,7 +41,7 @@ class Plan:
         parameters, active: of the model; that a token meets (fewer with experts). 0: shape not known.
         learning: parameters that learn.
         sequences: samples of a step. tokens, drawn: of a step, at most.
-        usual_tokens, usual_drawn: likewise, with as many turns as are usual.
+        usual_tokens, usual_drawn: as measured in a run, else with as many turns as are usual.
         memory: bytes by what holds them, training. sampler: likewise, of the sampler.
         seconds: of the run; None: no rate is known. rate_from: what told the rate.
     """
@@ -118,7 +118,7 @@ def _time(plan: Plan) -> str:
         wanted = "scale.tokens_per_second" + (" and rollout.tokens_per_second" if _samples(plan.recipe) else "")
         return f"not known: give {wanted}"
     told = f"{plan.seconds / 3600:.2f} hours" if plan.seconds >= 3600 else f"{plan.seconds / 60:.1f} minutes"
-    return f"{told}{'' if plan.recipe.source.usual_turns else ', at most'}, from {plan.rate_from}"
+    return f"{told}{'' if plan.usual_tokens < plan.tokens else ', at most'}, from {plan.rate_from}"
 
 
 def plan_of(recipe: Recipe, out: str | Path | None = None, shape: Shape | None = None) -> Plan:
@@ -134,17 +134,10 @@ def plan_of(recipe: Recipe, out: str | Path | None = None, shape: Shape | None =
     parameters, active = count(shape) if shape else (0, 0)
     rank = recipe.model.lora_rank
     learning = lora_count(shape, rank) if shape and rank else parameters
-    source, rollout = recipe.source, recipe.rollout
-    sequences = source.groups * source.rollouts
+    source = recipe.source
     turns = 1 if source.fragments else source.max_turns
-    drawn = min(turns * rollout.max_tokens, rollout.context) * sequences
-    tokens = rollout.context * sequences
-    if source.kind == "consult":
-        from m3.train.tasks.consult import OPENING, STEP
-
-        tokens, drawn = (OPENING + STEP * turns) * sequences, 2 * turns * sequences
-    share = min(source.usual_turns / turns, 1.0) if source.usual_turns and not source.fragments else 1.0
-    usual = round(tokens * share), round(drawn * share)
+    tokens, drawn = _tokens(recipe, turns)
+    usual = _measured(out) or _tokens(recipe, min(source.usual_turns or turns, turns))
     memory = _training(recipe, shape, parameters, learning, min(tokens, recipe.scale.max_tokens)) if shape else {}
     sampler = _sampler(recipe, shape, parameters) if shape and recipe.stage != "offline-distill" else {}
     seconds, told = _seconds(recipe, *usual, out)
@@ -154,7 +147,7 @@ def plan_of(recipe: Recipe, out: str | Path | None = None, shape: Shape | None =
         parameters=parameters,
         active=active,
         learning=learning,
-        sequences=sequences,
+        sequences=source.groups * source.rollouts,
         tokens=tokens,
         drawn=drawn,
         usual_tokens=usual[0],
@@ -235,6 +228,29 @@ def lora_count(shape: Shape, rank: int) -> int:
     mlp = 3 * (shape.hidden + shape.intermediate) * max(shape.experts, 1)
     router = shape.hidden + shape.experts if shape.experts else 0
     return shape.layers * rank * (attention + mlp + router)
+
+
+def _tokens(recipe: Recipe, turns: float) -> tuple[int, int]:
+    """(all, drawn) of a step whose consultations have ``turns`` turns."""
+    source, rollout = recipe.source, recipe.rollout
+    sequences = source.groups * source.rollouts
+    if source.kind == "consult":
+        from m3.train.tasks.consult import OPENING, STEP
+
+        return round((OPENING + STEP * turns) * sequences), round(2 * turns * sequences)
+    share = 1.0 if source.fragments else turns / source.max_turns
+    return round(rollout.context * share * sequences), round(
+        min(turns * rollout.max_tokens, rollout.context) * sequences
+    )
+
+
+def _measured(out: str | Path | None) -> tuple[int, int] | None:
+    """(all, drawn) of a step, on average over a run."""
+    rows = read_metrics(Path(out) / METRICS) if out is not None and (Path(out) / METRICS).is_file() else []
+    if not rows:
+        return None
+    told = [sum(row[name] for row in rows) / len(rows) for name in ("tokens_packed", "tokens_drawn")]
+    return round(told[0]), round(told[1])
 
 
 def _training(recipe: Recipe, shape: Shape, parameters: int, learning: int, tokens: int) -> dict[str, float]:

@@ -162,12 +162,22 @@ def test_a_plan_of_the_small_task_by_hand():
     teachers = ["model.teachers.chest=a", "model.teachers.belly=b"]
     found = plan_of(recipes.read(SHIPPED / "tiny_cpu" / "mopd.toml", teachers))
     assert (found.tokens, found.drawn) == (64 * (3 + 3 * 20), 64 * 2 * 20)
-    assert (found.usual_tokens, found.usual_drawn) == (round(64 * 63 * 9 / 20), 64 * 2 * 9)
+    assert (found.usual_tokens, found.usual_drawn) == (64 * (3 + 3 * 9), 64 * 2 * 9)
     step = found.usual_tokens * (1 + 1 / 3) / 6000 + found.usual_drawn / 7000
     assert found.seconds == pytest.approx(80 * step)
     layer = 4 * 160 * 160 + 3 * 160 * 480 + 2 * 160
     assert found.parameters == 72 * 160 + 160 + 3 * layer
     assert found.memory["process"] == 430 * 2**20 and found.memory["frozen models"] == 2 * 4 * found.parameters
+
+
+def test_a_plan_of_a_run_that_goes_on_has_its_tokens_and_seconds(tmp_path):
+    log = RunLog(tmp_path, tensorboard=False)
+    clock = {"batch_seconds": 1.0, "logprobs_seconds": 0.5, "update_seconds": 2.5}
+    for step, tokens in ((1, 1000), (2, 1500)):
+        log.step(step, {"tokens_packed": tokens, "tokens_drawn": 400}, clock)
+    log.close()
+    found = plan_of(recipes.read(SHIPPED / "tiny_cpu" / "expert.toml"), tmp_path)
+    assert (found.usual_tokens, found.usual_drawn, found.seconds) == (1250, 400, 120 * 4.0)
 
 
 def test_a_distillation_draws_where_its_teachers_do():
