@@ -172,6 +172,7 @@ def run(
     out = Path(out).resolve()
     out.mkdir(parents=True, exist_ok=True)
     records: dict[str, Record] = {}
+    source = commit()  # before it runs: files may change meanwhile
     with _alone(out):
         for stage in job.stages:
             recipe = recipe_of(job, stage, out)
@@ -194,7 +195,7 @@ def run(
                     steps=ended.outcome.step,
                     seconds=round(_seconds(folder), 1),
                     scores=dict(ended.scores),
-                    commit=commit(),
+                    commit=source,
                 )
                 _write(folder / RECORD, dataclasses.asdict(done))
                 records[stage.name] = done
