@@ -6,13 +6,15 @@ m3.cli adds ``app`` and ``pipeline_app``; what a command needs is imported when 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
+import functools
+import os
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from m3.terminal import Bar, Debug, Threads, console, one_line_errors, set_threads
+from m3.terminal import Bar, Debug, Threads, console, errors, one_line_errors, set_threads
 from m3kernels.checks import refuse
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=None, help="Train a clinical model.")
@@ -113,6 +115,30 @@ def run_pipeline(
 
 
 # -- parts ------------------------------------------------------------------------------------------------------------
+def _one_voice(command: Callable[..., None]) -> Callable[..., None]:
+    """Of the processes that torchrun started rank 0 speaks; of an error, the one that has met it."""
+
+    @functools.wraps(command)
+    def run(*args: object) -> None:
+        if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+            return command(*args)
+        console.quiet = errors.quiet = os.environ["RANK"] != "0"
+        try:
+            return command(*args)
+        except typer.Exit:
+            raise
+        except Exception as error:
+            from m3.train.distributed import tells
+
+            if not tells(error):
+                raise typer.Exit(1) from error
+            errors.quiet = False
+            raise
+
+    return run
+
+
+@_one_voice
 def _command(
     stage: str, config: Path, overrides: list[str] | None, out: Path | None, dry_run: bool, threads: int | None
 ) -> None:

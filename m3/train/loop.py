@@ -328,17 +328,22 @@ class Run:
         return await work(functools.partial(self.ranks.any, signals.first is not None))
 
     async def _batch(self, signals: Signals) -> StepBatch | None:
-        """The next batch; None where there is no more, or a signal came first."""
+        """The next batch; None where there is no more, or a signal came first.
+
+        Of several ranks only a source that tells all of them (``Relayed``) may be cancelled: it ends as it must.
+        """
         task = asyncio.ensure_future(self.source.batch(self.step))
         stop = asyncio.ensure_future(signals.came.wait())
         try:
-            await asyncio.wait({task, stop} if self.ranks.size == 1 else {task}, return_when=asyncio.FIRST_COMPLETED)
-            if task.done():
-                batch = task.result()
-                if batch is not None and batch.step != self.step:
-                    raise refuse("train", "source.batch", f"the batch of step {self.step}", f"that of {batch.step}")
-                return batch
-            return None
+            await asyncio.wait({task, stop}, return_when=asyncio.FIRST_COMPLETED)
+            if not task.done():
+                if self.ranks.size == 1 or getattr(self.source, "relays", False):
+                    task.cancel()
+                await asyncio.wait({task})
+            batch = None if task.cancelled() else task.result()
+            if batch is not None and batch.step != self.step:
+                raise refuse("train", "source.batch", f"the batch of step {self.step}", f"that of {batch.step}")
+            return batch
         finally:
             for one in (task, stop):
                 if not one.done():
@@ -375,10 +380,10 @@ class Run:
             place = self.out / f"failed-step-{self.step + 1:06d}{rank}.pt"
             try:
                 save_batch(place, batch.samples, str(error))
-                told = f"its batch is in {place}"
+                saved = f"its batch is in {place}"
             except OSError as full:
-                told = f"its batch could not be saved: {full}"
-            raise NonFiniteError(f"step {self.step + 1}: {error}; {told}") from error
+                saved = f"its batch could not be saved: {full}"
+            raise NonFiniteError(f"step {self.step + 1}: {error}; {saved}") from error
         done = time.monotonic()
         own = told_by([sample for _, parts in plan for part in parts for sample in part])
         told = own if self.ranks.size == 1 else told_by(batch.samples)

@@ -126,6 +126,8 @@ def run(job: Job, out: str | Path, progress: Progress = lambda what, done, total
     out = Path(out).resolve()
     out.mkdir(parents=True, exist_ok=True)
     records: dict[str, Record] = {}
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise refuse("pipeline", "torchrun", "one process; its stages alone can have several", os.environ["WORLD_SIZE"])
     with _alone(out):
         for stage in job.stages:
             recipe = recipe_of(job, stage, out)

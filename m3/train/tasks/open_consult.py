@@ -6,6 +6,7 @@
     mopd              rollouts of the student in both departments, judged by the teacher of the department
 
 A frozen teacher's rollouts follow from the recipe's seed and the step alone: they are drawn when they are needed.
+Where several processes train together rank 0 draws, from a whole copy of the model.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import contextlib
 import dataclasses
 import random
 from collections.abc import AsyncIterator, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from m3.algorithms import mopd, spar
 from m3.train.open_stage import Stage, load_frozen, load_model, load_teachers
@@ -25,6 +26,9 @@ from m3.train.tasks.consult import DEPARTMENTS, draw_case, draw_cases, text
 from m3.train.tasks.consult_policy import ScriptedSource, decoder, rolled_out, sample_of
 from m3.train.tasks.consult_rl import ConsultConfig, ConsultSource, evaluate, summary
 from m3kernels.checks import refuse
+
+if TYPE_CHECKING:
+    from m3.train.distributed import Together
 
 HELD_OUT = 100  # ours: consultations of each department; the standard error of a mean reward is about 0.02
 ARMS = {"spar": "spar", "grpo": "grpo"}
@@ -47,7 +51,14 @@ class TeacherSource:
             rollouts = await rolled_out(teacher, cases, f"teachers {self.seed} {step} {domain}")
             for index, one in enumerate(rollouts):
                 name = f"{step}-{domain}-{index}"
-                sample = sample_of(one.ids, one.score, name=name, sampler_logprobs=one.logprobs, domain=domain)
+                sample = sample_of(
+                    one.ids,
+                    one.score,
+                    name=name,
+                    prompted=one.prompted,
+                    sampler_logprobs=one.logprobs,
+                    domain=domain,
+                )
                 samples.append(dataclasses.replace(sample, teacher_logprobs=sample.sampler_logprobs))
             metrics[f"reward/{domain}"] = summary([one.score for one in rollouts])["reward"]
         return StepBatch(step=step, samples=samples, metrics=metrics)
@@ -83,13 +94,16 @@ class StudentSource(ConsultSource):
 
 
 @contextlib.asynccontextmanager
-async def consult(recipe: Recipe) -> AsyncIterator[Stage]:
+async def consult(recipe: Recipe, ranks: Together | None = None) -> AsyncIterator[Stage]:
     """The stage of a recipe on this task; ``model.name`` may be "", a decoder with random weights.
 
     Raises:
         ValueError: an algorithm that the task has not; a department that it has not; no teacher for stage 3.
     """
     model = load_model(recipe) if recipe.model.name else decoder()
+    drawer = model  # whose rollouts are drawn
+    if ranks is not None:
+        drawer = load_frozen(recipe, recipe.model.name) if recipe.model.name else decoder()
     teachers = load_teachers(recipe)
     source: Source
     department = recipe.source.department or None
@@ -102,7 +116,7 @@ async def consult(recipe: Recipe) -> AsyncIterator[Stage]:
         else:
             source = ScriptedSource(seed=recipe.seed, batch=size, department=department)
     else:
-        source = _rollouts(recipe, model, department)
+        source = _rollouts(recipe, drawer, department)
     missing = sorted(set(DEPARTMENTS if department is None else [department]) - set(teachers))
     if recipe.stage == "mopd" and missing:
         raise refuse(OP, "model.teachers", "a teacher of each department", f"none of {missing}")
@@ -112,9 +126,18 @@ async def consult(recipe: Recipe) -> AsyncIterator[Stage]:
         found: dict[str, float] = {}
         for domain in DEPARTMENTS:
             cases = draw_cases(HELD_OUT, "held out", held_out=True, department=domain)
-            scored = summary(await evaluate(model, cases))
+            scored = summary(await evaluate(drawer, cases))
             found |= {f"{name}/{domain}": value for name, value in scored.items()}
         return found
+
+    if ranks is not None:
+        from m3.train.distributed import Copied, Relayed
+
+        judges = [] if recipe.stage == "offline-distill" else list({id(one): one for one in teachers.values()}.values())
+        for one in (model, *judges, *([] if reference is None else [reference])):
+            ranks.shard(one)
+        own = Copied(source, model, drawer) if ranks.rank == 0 else None
+        source = Relayed(ranks, source.objective, own, model=model)
 
     yield Stage(model=model, source=source, reference=reference, teachers=teachers, decode=text, evaluate=held_out)
 
