@@ -8,7 +8,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
-from collections.abc import Iterator, Sequence
+import os
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -135,6 +136,30 @@ def run_pipeline(
 
 
 # -- parts ------------------------------------------------------------------------------------------------------------
+def _one_voice(command: Callable[..., None]) -> Callable[..., None]:
+    """Of the processes that torchrun started rank 0 speaks; of an error, the one that has met it."""
+
+    @functools.wraps(command)
+    def run(*args: object) -> None:
+        if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+            return command(*args)
+        console.quiet = errors.quiet = os.environ["RANK"] != "0"
+        try:
+            return command(*args)
+        except typer.Exit:
+            raise
+        except Exception as error:
+            from m3.train.distributed import tells
+
+            if not tells(error):
+                raise typer.Exit(1) from error
+            errors.quiet = False
+            raise
+
+    return run
+
+
+@_one_voice
 def _command(
     stage: str, config: Path, overrides: list[str] | None, out: Path | None, dry_run: bool, threads: int | None
 ) -> None:

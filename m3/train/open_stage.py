@@ -2,6 +2,10 @@
 
 An opener makes them and frees them: an asynchronous context manager of a ``Stage``. There are openers of the clinic and
 of the small consultation task; a recipe names one of its user's own as ``source.kind = "package.module:function"``.
+
+Where several processes train together each of them opens the stage: one that can be has an argument ``ranks``
+(m3.train.distributed.Together). It shards the model, and the models that judge in the loop; its source gives all ranks
+the same batches (``Relayed``); ``evaluate`` is called on rank 0 alone.
 """
 
 from __future__ import annotations
@@ -9,10 +13,12 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import importlib
+import inspect
 import random
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import AbstractAsyncContextManager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -21,6 +27,9 @@ from m3.train.policy_model import LoraConfig, PolicyModel
 from m3.train.recipe import OP, Recipe
 from m3.train.stage import Source
 from m3kernels.checks import refuse
+
+if TYPE_CHECKING:
+    from m3.train.distributed import Together
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -41,7 +50,7 @@ class Stage:
     evaluate: Callable[[], Awaitable[Mapping[str, float]]] | None = None
 
 
-Opener = Callable[[Recipe], AbstractAsyncContextManager[Stage]]
+Opener = Callable[..., AbstractAsyncContextManager[Stage]]  # of (recipe), or of (recipe, ranks=...)
 OPENERS = {"clinic": "m3.train.open_stage:clinic", "consult": "m3.train.tasks.open_consult:consult"}
 
 
@@ -78,12 +87,21 @@ def check(recipe: Recipe) -> None:
         own(recipe)
 
 
-def opened(recipe: Recipe) -> AbstractAsyncContextManager[Stage]:
-    """The stage of a recipe, as a context manager; the model's random parts follow from the recipe's seed."""
+def opened(recipe: Recipe, ranks: Together | None = None) -> AbstractAsyncContextManager[Stage]:
+    """The stage of a recipe, as a context manager; the model's random parts follow from the recipe's seed.
+
+    Raises:
+        ValueError: as ``check``; there are several ranks, and it cannot open for them.
+    """
     check(recipe)
     torch.manual_seed(recipe.seed)
     random.seed(recipe.seed)
-    return opener(recipe)(recipe)
+    found = opener(recipe)
+    if ranks is None:
+        return found(recipe)
+    if "ranks" not in inspect.signature(found).parameters:
+        raise refuse(OP, "source.kind", "one that several processes can open", repr(recipe.source.kind))
+    return found(recipe, ranks=ranks)
 
 
 def load_model(recipe: Recipe) -> PolicyModel:

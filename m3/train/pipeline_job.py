@@ -172,6 +172,8 @@ def run(
     out = Path(out).resolve()
     out.mkdir(parents=True, exist_ok=True)
     records: dict[str, Record] = {}
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise refuse("pipeline", "torchrun", "one process; its stages alone can have several", os.environ["WORLD_SIZE"])
     source = commit()  # before it runs: files may change meanwhile
     with _alone(out):
         for stage in job.stages:

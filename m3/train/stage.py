@@ -14,6 +14,10 @@ class NonFiniteError(RuntimeError):
     """A stream, a loss or a gradient is nan or inf; the message says which."""
 
 
+class OtherRankError(RuntimeError):
+    """Another of the processes that train together has stopped, and says why."""
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Objective:
     """The loss of a batch: a policy loss, or a distillation from stored log-probabilities of teachers.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import random
+import socket
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -122,6 +123,12 @@ def with_one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+def free_port() -> int:
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        return int(one.getsockname()[1])
 
 
 # -- in a process of its own ------------------------------------------------------------------------------------------

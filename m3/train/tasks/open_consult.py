@@ -6,6 +6,7 @@
     mopd              rollouts of the student in both departments, judged by the teacher of the department
 
 A frozen teacher's rollouts follow from the recipe's seed and the step alone: they are drawn when they are needed.
+Where several processes train together rank 0 draws, from a whole copy of the model.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import math
 import random
 import statistics
 from collections.abc import AsyncIterator, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from m3.algorithms import mopd, spar
 from m3.train.open_stage import Stage, load_frozen, load_model, load_teachers
@@ -27,6 +28,9 @@ from m3.train.tasks.consult import DEPARTMENTS, draw_case, draw_cases, text
 from m3.train.tasks.consult_policy import ScriptedSource, decoder, rolled_out, sample_of
 from m3.train.tasks.consult_rl import ConsultConfig, ConsultSource, evaluate, summary
 from m3kernels.checks import refuse
+
+if TYPE_CHECKING:
+    from m3.train.distributed import Together
 
 HELD_OUT = 400  # ours: consultations of each department; the standard error of a mean reward is about 0.015
 ARMS = {"spar": "spar", "grpo": "grpo"}
@@ -104,7 +108,7 @@ def check_consult(recipe: Recipe) -> None:
 
 
 @contextlib.asynccontextmanager
-async def consult(recipe: Recipe) -> AsyncIterator[Stage]:
+async def consult(recipe: Recipe, ranks: Together | None = None) -> AsyncIterator[Stage]:
     """The stage of a recipe on this task; ``model.name`` may be "", a decoder with random weights.
 
     Raises:
@@ -112,6 +116,9 @@ async def consult(recipe: Recipe) -> AsyncIterator[Stage]:
     """
     check_consult(recipe)
     model = load_model(recipe) if recipe.model.name else decoder()
+    drawer = model  # whose rollouts are drawn
+    if ranks is not None:
+        drawer = load_frozen(recipe, recipe.model.name) if recipe.model.name else decoder()
     teachers = load_teachers(recipe)
     source: Source
     department = recipe.source.department or None
@@ -122,18 +129,27 @@ async def consult(recipe: Recipe) -> AsyncIterator[Stage]:
         else:
             source = ScriptedSource(seed=recipe.seed, batch=size, department=department)
     else:
-        source = _rollouts(recipe, model, department)
+        source = _rollouts(recipe, drawer, department)
     reference = load_frozen(recipe, recipe.model.reference) if recipe.model.reference else None
 
     async def held_out() -> dict[str, float]:
         found: dict[str, float] = {}
         for domain in DEPARTMENTS:
             cases = draw_cases(HELD_OUT, "held out", held_out=True, department=domain)
-            scores = await evaluate(model, cases)
+            scores = await evaluate(drawer, cases)
             found |= {f"{name}/{domain}": value for name, value in summary(scores).items()}
             spread = statistics.stdev(score.reward for score in scores)
             found[f"standard_error/{domain}"] = spread / math.sqrt(len(scores))
         return found
+
+    if ranks is not None:
+        from m3.train.distributed import Copied, Relayed
+
+        judges = [] if recipe.stage == "offline-distill" else list({id(one): one for one in teachers.values()}.values())
+        for one in (model, *judges, *([] if reference is None else [reference])):
+            ranks.shard(one)
+        own = Copied(source, model, drawer) if ranks.rank == 0 else None
+        source = Relayed(ranks, source.objective, own, model=model)
 
     yield Stage(model=model, source=source, reference=reference, teachers=teachers, decode=text, evaluate=held_out)
 
