@@ -47,6 +47,7 @@ from m3.train.trajectory_store import TrajectoryStore
 
 LOSSES = ("forward", "clip_forward")
 MOPDS = {"mopd": 1.0, "alpha0": 0.0}  # alpha
+ARMS = (*(f"{first}+{name}" for name in MOPDS for first in LOSSES), f"{learning.START}+mopd")
 CURVE, DONE = "curve.jsonl", "done.json"
 REWARD = list(MEASURES).index("reward")
 
@@ -64,12 +65,12 @@ class Plan:
     """
 
     expert_tokens: int = 120_000
-    mopd_tokens: int = 60_000
+    mopd_tokens: int = 40_000
     trajectories: int = 256
-    epochs: int = 20
+    epochs: int = 10
     batch: int = 32
     cases: int = 128
-    measured: tuple[int, ...] = (1, 2, 3, 5, 7, 10, 15, 20)
+    measured: tuple[int, ...] = (1, 2, 3, 5, 7, 10)
     expert_lr: float = 5e-4
     mopd_lr: float = 2e-4
     distill_lr: Mapping[str, float] = dataclasses.field(default_factory=lambda: dict.fromkeys(LOSSES, 3e-4))
@@ -310,6 +311,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder of the runs")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3, 4, 5])
+    parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=ARMS, help="the last stages")
     parser.add_argument("--choose", type=float, nargs="+", metavar="LR", help="try these rates of both losses, no more")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument(
@@ -321,10 +323,10 @@ def main() -> int:
     if given.choose:
         print(choose(given.out, plan, given.choose, given.seeds[0]))
         return 0
-    for seed in given.seeds:
-        for first in (*LOSSES, learning.START):
-            for name in MOPDS if first != learning.START else ("mopd",):
-                mixed(given.out, plan, first, name, seed)
+    for arm in given.arms:
+        for seed in given.seeds:
+            first, _, name = arm.partition("+")
+            mixed(given.out, plan, first, name, seed)
     made = report.rows(given.out, given.seeds, f"python -m bench.fusion {shlex.join(sys.argv[1:])}")
     print(report.tables(given.out, given.seeds, made))
     if given.document is not None:

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from bench import learning, record
-from bench.fusion import CURVE, DONE, LOSSES, MOPDS, REWARD, Plan, read_curve
+from bench.fusion import ARMS, CURVE, DONE, LOSSES, MOPDS, REWARD, Plan, read_curve
 from m3.train.tasks.consult import DEPARTMENTS
 
 ROWS = record.RESULTS / "train" / "fusion.jsonl"  # not a row of kernels: the report of those reads the folder above
@@ -106,10 +106,9 @@ def collected(out: Path, seeds: Sequence[int]) -> dict[str, Found]:
     found[EXPERTS] = Found(rewards=np.stack([*home, np.mean(home, axis=0)], axis=-1))
     for loss in LOSSES:
         found |= {f"{loss} @ {epoch}": one for epoch, one in curves(out, loss, seeds).items() if epoch}
-    for first in (*LOSSES, learning.START):
-        for name in MOPDS:
-            if all((out / f"{first}+{name}-{seed}" / DONE).is_file() for seed in seeds):
-                found[f"{first}+{name}"] = read(out, f"{first}+{name}", seeds)
+    for arm in ARMS:
+        if all((out / f"{arm}-{seed}" / DONE).is_file() for seed in seeds):
+            found[arm] = read(out, arm, seeds)
     return found
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from bench import fusion, fusion_report
+from bench import fusion, fusion_report, learning
 from m3.train.tasks.consult_policy import DecoderConfig, decoder, roll_out
 from m3.train.tasks.consult_rl import MEASURES
 
@@ -28,8 +28,9 @@ def line(step: int, rewards: float, entropy: float) -> str:
 
 
 @pytest.fixture
-def out(tmp_path: Path) -> Path:
+def out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Runs of two seeds, on two cases of each department."""
+    monkeypatch.setattr(learning, "DRAWS", 100)
     done(tmp_path / "start", [0.5, 0.3], [0.1, 0.1])
     for seed, more in ((1, 0.0), (2, 0.1)):
         done(tmp_path / f"expert-chest-{seed}", [0.9, 0.7], [0.0, 0.0])
