@@ -16,6 +16,7 @@ import numpy as np
 
 from bench import learning, record
 from bench.fusion import ARMS, CURVE, DONE, LOSSES, MOPDS, REWARD, Plan, read_curve
+from m3.train.metrics import METRICS, read_metrics
 from m3.train.tasks.consult import DEPARTMENTS
 
 ROWS = record.RESULTS / "train" / "fusion.jsonl"  # not a row of kernels: the report of those reads the folder above
@@ -33,7 +34,8 @@ class FusionRow:
         arm: of bench/fusion.py; with "@ n" a distillation after n epochs.
         reward: by department, and the mean of both. over_start, over_experts: differences case by case; the expert is
             that of the case's department. by_seed: of ``reward``.
-        closeness: means of both departments, in nats a token, on the experts' own held-out trajectories.
+        closeness: means of both departments, in nats a token, on the experts' own held-out trajectories. ``taught``: share
+            of the tokens with a gradient in the epoch before.
         seconds: of the processor, of one run.
     """
 
@@ -90,11 +92,21 @@ def read(out: Path, arm: str, seeds: Sequence[int | None]) -> Found:
 def curves(out: Path, loss: str, seeds: Sequence[int]) -> dict[int, Found]:
     """A distillation, by epoch."""
     runs = [read_curve(out / f"{loss}-{seed}" / CURVE) for seed in seeds]
+    steps = [read_metrics(out / f"{loss}-{seed}" / METRICS) for seed in seeds]
     found = {}
     for lines in zip(*runs, strict=True):
         rewards = {name: [line["rewards"][name] for line in lines] for name in DEPARTMENTS}
-        found[int(lines[0]["epoch"])] = Found(rewards=columns(rewards), closeness=averaged(lines))
+        closeness, epoch = averaged(lines), int(lines[0]["epoch"])
+        if epoch:
+            closeness["taught"] = np.array([taught(one, lines[0]["step"], epoch) for one in steps])
+        found[epoch] = Found(rewards=columns(rewards), closeness=closeness)
     return found
+
+
+def taught(metrics: Sequence[Mapping[str, float]], step: int, epoch: int) -> float:
+    """Share of the tokens that had a gradient, in the epoch that ended with ``step``."""
+    last = [line for line in metrics if step - step // epoch < line["step"] <= step]
+    return sum(line["rows_differentiated"] for line in last) / sum(line["tokens"] for line in last)
 
 
 def collected(out: Path, seeds: Sequence[int]) -> dict[str, Found]:

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from bench import fusion, fusion_report, learning
+from m3.train.metrics import METRICS
 from m3.train.tasks.consult_policy import DecoderConfig, decoder, roll_out
 from m3.train.tasks.consult_rl import MEASURES
 
@@ -40,6 +41,8 @@ def out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
             done(folder, [0.0, 0.0], [0.0, 0.0])
             lines = [line(0, 0.0, 1.0), line(2, 0.9, 0.9), line(1, 0.4 + more + shift, 0.5), line(2, 0.6, 0.2 + more)]
             (folder / fusion.CURVE).write_text("\n".join(lines) + "\n", "utf-8")
+            steps = [{"step": step, "tokens": 10.0, "rows_differentiated": 10.0 - 4 * step} for step in (1, 2)]
+            (folder / METRICS).write_text("".join(json.dumps(one) + "\n" for one in steps), "utf-8")
         near = {f"{name}/{where}": 0.3 for name in fusion_report.CLOSENESS for where in ("chest", "belly")}
         done(tmp_path / f"forward+mopd-{seed}", [0.9, 0.9], [0.5, 0.5], closeness=near)
     return tmp_path
@@ -57,6 +60,7 @@ def test_a_step_done_twice_counts_once(out: Path) -> None:
     assert list(curve) == [0, 1, 2]
     assert curve[2].rewards[:, 0, 0].tolist() == [0.6, 0.6]
     assert curve[2].closeness["entropy"].tolist() == pytest.approx([0.2, 0.3])
+    assert [curve[epoch].closeness["taught"].tolist() for epoch in (1, 2)] == [[0.6, 0.6], [0.2, 0.2]]
 
 
 def test_differences_are_paired(out: Path) -> None:
