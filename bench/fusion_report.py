@@ -34,8 +34,8 @@ class FusionRow:
         arm: of bench/fusion.py; with "@ n" a distillation after n epochs.
         reward: by department, and the mean of both. over_start, over_experts: differences case by case; the expert is
             that of the case's department. by_seed: of ``reward``.
-        closeness: means of both departments, in nats a token, on the experts' own held-out trajectories. ``taught``: share
-            of the tokens with a gradient in the epoch before.
+        closeness: means of both departments, in nats a token, on the experts' own held-out trajectories. ``taught``:
+            share of the tokens with a gradient, in the epoch before.
         seconds: of the processor, of one run.
     """
 
