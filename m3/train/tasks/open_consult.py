@@ -20,6 +20,7 @@ from collections.abc import AsyncIterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from m3.algorithms import mopd, spar
+from m3.train.offline_distill import certain
 from m3.train.open_stage import Stage, load_frozen, load_model, load_teachers
 from m3.train.policy_model import PolicyModel
 from m3.train.recipe import OP, Recipe
@@ -28,6 +29,7 @@ from m3.train.tasks.consult import DEPARTMENTS, draw_case, draw_cases, text
 from m3.train.tasks.consult_policy import ScriptedSource, decoder, rolled_out, sample_of
 from m3.train.tasks.consult_rl import ConsultConfig, ConsultSource, evaluate, summary
 from m3kernels.checks import refuse
+from m3kernels.policy_loss.types import DistillSpec
 
 if TYPE_CHECKING:
     from m3.train.distributed import Together
@@ -37,10 +39,14 @@ ARMS = {"spar": "spar", "grpo": "grpo"}
 
 
 class TeacherSource:
-    """Consultations of frozen teachers, department by department, with the log-probabilities of their tokens."""
+    """Consultations of frozen teachers, department by department, with the log-probabilities of their tokens.
+
+    As in OfflineDistill, forward KL is -log pi of the teachers' own tokens.
+    """
 
     def __init__(self, teachers: Mapping[str, PolicyModel], objective: Objective, *, seed: int, batch: int) -> None:
         self.teachers, self.objective, self.seed, self.size = teachers, objective, seed, batch
+        self.forward = isinstance(objective.spec, DistillSpec) and objective.spec.divergence == "forward"
 
     async def batch(self, step: int) -> StepBatch:
         samples, metrics = [], {}
@@ -58,7 +64,8 @@ class TeacherSource:
                     sampler_logprobs=one.logprobs,
                     domain=domain,
                 )
-                samples.append(dataclasses.replace(sample, teacher_logprobs=sample.sampler_logprobs))
+                told = dataclasses.replace(sample, teacher_logprobs=sample.sampler_logprobs)
+                samples.append(certain(told) if self.forward else told)
             metrics[f"reward/{domain}"] = summary([one.score for one in rollouts])["reward"]
         return StepBatch(step=step, samples=samples, metrics=metrics)
 
