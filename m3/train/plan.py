@@ -109,7 +109,8 @@ def plan_of(recipe: Recipe, out: str | Path | None = None) -> Plan:
     rank = recipe.model.lora_rank
     learning = lora_count(shape, rank) if shape and rank else parameters
     source, rollout = recipe.source, recipe.rollout
-    sequences = source.groups * source.rollouts
+    domains = len(recipe.model.teachers) if recipe.stage == "mopd" and source.kind == "clinic" else 1
+    sequences = source.groups * source.rollouts * max(domains, 1)
     turns = 1 if source.fragments else source.max_turns
     drawn = min(turns * rollout.max_tokens, rollout.context) * sequences
     tokens = rollout.context * sequences

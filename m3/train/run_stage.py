@@ -26,7 +26,7 @@ async def run_stage(recipe: Recipe, out: str | Path, progress: Progress = lambda
         ValueError: the run under ``out`` was begun with another recipe. What ``loop.train`` raises.
     """
     save(recipe, out)
-    async with opened(recipe) as stage:
+    async with opened(_in_folder(recipe, Path(out))) as stage:
         outcome = await train(
             stage.source,
             stage.model,
@@ -41,3 +41,9 @@ async def run_stage(recipe: Recipe, out: str | Path, progress: Progress = lambda
         if outcome.signal is None and stage.evaluate is not None:
             scores = await stage.evaluate()
     return Ended(outcome=outcome, scores=scores)
+
+
+def _in_folder(recipe: Recipe, out: Path) -> Recipe:
+    """What the source makes goes into the run's folder, where the recipe names none."""
+    folder = recipe.source.folder or str(out)
+    return dataclasses.replace(recipe, source=dataclasses.replace(recipe.source, folder=folder))
