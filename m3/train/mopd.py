@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from m3.algorithms import mopd
-from m3.train.rollouts import EnginePhysician
+from m3.train.rollouts import Physician
 from m3.train.stage import Objective, Source, StepBatch
 from m3.train.streams import Sample
 from m3.train.teachers import Teacher, judged
@@ -45,7 +45,7 @@ class Mopd:
         self,
         domains: Mapping[str, Source],
         teachers: Mapping[str, Teacher],
-        physician: EnginePhysician,
+        physician: Physician,
         weights: Callable[[], Mapping[str, Tensor]],
         config: mopd.Config | None = None,
     ) -> None:

@@ -10,12 +10,11 @@ the same batches (``Relayed``); ``evaluate`` is called on rank 0 alone.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import importlib
 import inspect
 import random
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -51,7 +50,7 @@ class Stage:
 
 
 Opener = Callable[..., AbstractAsyncContextManager[Stage]]  # of (recipe), or of (recipe, ranks=...)
-OPENERS = {"clinic": "m3.train.open_stage:clinic", "consult": "m3.train.tasks.open_consult:consult"}
+OPENERS = {"clinic": "m3.train.open_clinic:clinic", "consult": "m3.train.tasks.open_consult:consult"}
 
 
 def opener(recipe: Recipe) -> Opener:
@@ -147,79 +146,3 @@ def folder_of(name: str) -> Path:
     from m3.models.hub import resolve
 
     return resolve(name)
-
-
-@contextlib.asynccontextmanager
-async def clinic(recipe: Recipe) -> AsyncIterator[Stage]:
-    """Stage 1 on consultations of m3.environment: scripted patients, rewards by rules, the embedded engine.
-
-    Raises:
-        ValueError: another stage; no case of the split.
-    """
-    from m3.engine.config import EngineConfig
-    from m3.engine.engine import AsyncEngine
-    from m3.engine.open import open_core
-    from m3.environment import pipeline
-    from m3.environment.case import own_cases, read_cases
-    from m3.environment.consultation import SimulatedConsultation
-    from m3.environment.fragments import FragmentConsultation
-    from m3.environment.modes import ModeConfig
-    from m3.rewards.stage_rewards import rule_rewards
-    from m3.rewards.step_verifier import StepVerifier
-    from m3.train.rollouts import EnginePhysician
-    from m3.train.task_rl import TaskRL, TaskRLConfig
-
-    if recipe.stage != "task-rl":
-        raise refuse(OP, "source.kind", f"one that has {recipe.stage}, such as 'consult'", "'clinic'")
-    source, rollout = recipe.source, recipe.rollout
-    every = own_cases() if not source.cases else read_cases(Path(source.cases))
-    cases = [case for case in every if source.split in ("", case.split)]
-    if not cases:
-        raise refuse(OP, "source.split", "the split of some case", repr(source.split))
-    config = TaskRLConfig(
-        algorithm=recipe.algorithm_config(),
-        pipeline=pipeline.Config(
-            seed=recipe.seed,
-            epochs=source.epochs,
-            stages=recipe.phases(),
-            rollouts=source.rollouts,
-            tau={phase: recipe.rewards.tau.get(str(phase), 0.5) for phase in pipeline.PHASES},
-            batch_size=source.groups * source.rollouts,
-            timeout=rollout.timeout,
-        ),
-        resample=source.resample,
-        sampler_level=recipe.loss().spec.sampler_level,  # type: ignore[union-attr]
-        sampler_high=recipe.objective.sampler_high,
-        domain=source.domain,
-    )
-    model = load_model(recipe)
-    weights = {"float32": "fp32", "bfloat16": "bf16"}[recipe.model.dtype]
-    engine_config = EngineConfig(
-        max_context=rollout.context, max_running=rollout.max_running, memory_mb=rollout.memory_mb
-    )
-    core, tokenizer = open_core(recipe.model.name, engine_config, weights=weights)
-    async with AsyncEngine(core, tokenizer) as engine:
-        physician = EnginePhysician(
-            engine,
-            recipe.model.name,
-            temperature=rollout.temperature,
-            top_k=rollout.top_k,
-            top_p=rollout.top_p,
-            min_p=rollout.min_p,
-            max_tokens=rollout.max_tokens,
-            timeout=rollout.timeout,
-        )
-        kind = FragmentConsultation if source.fragments else SimulatedConsultation
-        consultation = kind(
-            physician,
-            max_turns=source.max_turns,
-            modes=ModeConfig(interruption=source.interruption),
-            version=lambda: physician.version,
-        )
-        verifier = StepVerifier() if recipe.rewards.steps else None
-        task = TaskRL(cases, consultation, rule_rewards(verifier), physician, model.tensors, config)
-        reference = load_frozen(recipe, recipe.model.reference) if recipe.model.reference else None
-        try:
-            yield Stage(model=model, source=task, reference=reference, decode=tokenizer.decode)
-        finally:
-            await task.close()

@@ -147,7 +147,7 @@ def plan_of(recipe: Recipe, out: str | Path | None = None, shape: Shape | None =
         parameters=parameters,
         active=active,
         learning=learning,
-        sequences=source.groups * source.rollouts,
+        sequences=_sequences(recipe),
         tokens=tokens,
         drawn=drawn,
         usual_tokens=usual[0],
@@ -230,10 +230,16 @@ def lora_count(shape: Shape, rank: int) -> int:
     return shape.layers * rank * (attention + mlp + router)
 
 
+def _sequences(recipe: Recipe) -> int:
+    """Samples of a step: on the clinic each domain of stage 3 has as many."""
+    source = recipe.source
+    domains = len(recipe.model.teachers) if recipe.stage == "mopd" and source.kind == "clinic" else 1
+    return source.groups * source.rollouts * max(domains, 1)
+
+
 def _tokens(recipe: Recipe, turns: float) -> tuple[int, int]:
     """(all, drawn) of a step whose consultations have ``turns`` turns."""
-    source, rollout = recipe.source, recipe.rollout
-    sequences = source.groups * source.rollouts
+    source, rollout, sequences = recipe.source, recipe.rollout, _sequences(recipe)
     if source.kind == "consult":
         from m3.train.tasks.consult import OPENING, STEP
 

@@ -97,7 +97,11 @@ class Source:
         resample: as TaskRLConfig. stages: of a consultation, the first ones. max_turns: of an inquiry.
         usual_turns: of an inquiry, as measured; for plans. 0: not known.
         fragments: only the next reply is reinforced (M2). interruption: share of interrupted beginnings.
-        domain: names the teacher that is trained. department: of the small task's cases; "": both.
+        domain: names the teacher that is trained; of the clinic, the one that is consultations. department: of the
+            small task's cases; "": both.
+        prompts: of the clinic, a file by domain: HealthBench's form, a prompt a line with its rubric; "own": ours.
+        samples: of each teacher, of stage 2 of the clinic. folder: where a source keeps what it makes (trajectories,
+            weights for a server); "": in the run's folder.
         options: of a source of one's own.
     """
 
@@ -115,10 +119,13 @@ class Source:
     interruption: float = 0.25
     domain: str = "inquiry"
     department: str = ""
+    prompts: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    samples: int = 256  # ours
+    folder: str = ""
     options: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        _least("source", self, groups=1, rollouts=1, epochs=1, resample=0, max_turns=1, usual_turns=0)
+        _least("source", self, groups=1, rollouts=1, epochs=1, resample=0, max_turns=1, usual_turns=0, samples=1)
         check_choice(OP, "source.split", self.split, ("", "train", "held_out"))
         for name in self.stages:
             check_choice(OP, "source.stages", name, tuple(str(phase) for phase in PHASES))
@@ -168,6 +175,10 @@ class Rollout:
     Args:
         max_tokens: of one message. context: of a whole consultation. timeout: seconds of a message.
         max_running: sequences of one step of the engine. memory_mb: of its cache, in 10^6 bytes.
+        server: who draws instead of the engine here, http://host:port/v1#model (m3/train/served_physician.py).
+        refresh: what makes it take new weights, a URL or a command.
+        read_ahead: the trainer's and the reference's log-probabilities of a rollout are read while others are drawn;
+            with them the metrics have sampler_gap.
         tokens_per_second: drawn by the engine, as measured; for plans. 0: not known.
     """
 
@@ -180,6 +191,9 @@ class Rollout:
     timeout: float = 600.0
     max_running: int = 64
     memory_mb: int = 512
+    server: str = ""
+    refresh: str = ""
+    read_ahead: bool = True
     tokens_per_second: float = 0.0
 
     def __post_init__(self) -> None:
@@ -196,12 +210,17 @@ class Rewards:
         kind: "rules": those of m3/rewards/stage_rewards; the small task has its own.
         steps: verify steps, so that SPAR has violations. penalties: lambda of a violation, over spar.PENALTIES.
         tau: gate of each stage (Eq 6), by its name; others 0.5.
+        judge: of rubrics: as open_chat has it (http://host:port/v1#model, embedded:MODEL), or "rules": a clause is met
+            where half of its words stand in the answer, for trials. "": nobody.
+        rubrics: store of a run's rubrics, which may change while it runs (m3/rewards/rubric_store.py); "": none.
     """
 
     kind: str = "rules"
     steps: bool = True
     penalties: Mapping[str, float] = dataclasses.field(default_factory=dict)
     tau: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    judge: str = ""
+    rubrics: str = ""
 
     def __post_init__(self) -> None:
         check_choice(OP, "rewards.kind", self.kind, ("rules",))

@@ -36,7 +36,7 @@ async def run_stage(recipe: Recipe, out: str | Path, progress: Progress = lambda
         check(recipe)  # first: a folder belongs to the recipe that is saved there
         if ranks.rank == 0:
             save(recipe, out)
-        async with opened(recipe, ranks if isinstance(ranks, Together) else None) as stage:
+        async with opened(_in_folder(recipe, Path(out)), ranks if isinstance(ranks, Together) else None) as stage:
             outcome = await train(
                 stage.source,
                 stage.model,
@@ -53,3 +53,9 @@ async def run_stage(recipe: Recipe, out: str | Path, progress: Progress = lambda
                 scores = await stage.evaluate()
                 (Path(out) / SCORES).write_text(json.dumps(dict(scores), indent=1) + "\n", encoding="utf-8")
     return Ended(outcome=outcome, scores=scores)
+
+
+def _in_folder(recipe: Recipe, out: Path) -> Recipe:
+    """What the source makes goes into the run's folder, where the recipe names none."""
+    folder = recipe.source.folder or str(out)
+    return dataclasses.replace(recipe, source=dataclasses.replace(recipe.source, folder=folder))
