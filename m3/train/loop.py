@@ -278,7 +278,7 @@ class Run:
 
     async def _go(self, signals: Signals, work: _Worker) -> Outcome:
         if self.resumed:
-            await self._refresh(work)
+            await self.source.updated(self.step - 1, self.step)
         while self.step < self.config.steps and not await self._stopped(signals, work):
             begun = time.monotonic()
             try:
@@ -297,13 +297,21 @@ class Run:
                 raise
             self.step += 1
             begun = time.monotonic()
-            self.moment = checkpoint.moment(self.step, self.source.state())
-            await self._refresh(work)
+            self.moment = checkpoint.moment(self.step, self.source.state())  # a resumed run tells the source too
+            failure = None
+            try:
+                await self.source.updated(self.step - 1, self.step)
+            except Exception as error:
+                failure = error
             timings |= {"batch_seconds": waited, "refresh_seconds": time.monotonic() - begun}
             if self.log is not None:
                 self.log.step(self.step, values, timings)
                 if self.config.samples_every and self.step % self.config.samples_every == 0:
                     self.log.samples(self.step, batch.samples[: self.config.samples])
+            if failure is not None:
+                if self.ranks.size == 1:
+                    await self._checkpoint(work)
+                raise failure
             if self.step % self.config.checkpoint_every == 0:
                 await self._checkpoint(work)
             self.progress(self.step, self.config.steps, values)
@@ -313,15 +321,6 @@ class Run:
         folder = self.out / MODEL
         await work(functools.partial(self.ranks.export, self.model, folder))
         return Outcome(step=self.step, signal=None, model=folder)
-
-    async def _refresh(self, work: _Worker) -> None:
-        """Tell the source of the weights; a resumed run does so too, from the same moment."""
-        try:
-            await self.source.updated(self.step - 1, self.step)
-        except Exception:
-            if self.ranks.size == 1:
-                await self._checkpoint(work)
-            raise
 
     async def _stopped(self, signals: Signals, work: _Worker) -> bool:
         """Whether some rank has had a signal; the event loop goes on while they wait for one another."""
