@@ -57,7 +57,8 @@ class TrainConfig:
         minibatches: parts of a batch, in order, one update each. epochs: times that a batch is gone through.
         checkpoint_every: steps; one is written at the end in any case. keep: how many.
         samples_every: steps; 0: never. samples: how many of a batch are written as text.
-        deterministic: ask torch for deterministic algorithms; it warns of those that are not.
+        deterministic: ask torch for deterministic algorithms; it warns of those that are not. On a CPU the same seed
+            gives the same bytes with the same number of threads; with another one, last bits differ.
         workspace_bytes: of logits at once, as in linear_policy_loss.
         seed: of torch's and python's generators when a run begins.
     """
@@ -298,20 +299,16 @@ class Run:
             self.step += 1
             begun = time.monotonic()
             self.moment = checkpoint.moment(self.step, self.source.state())  # a resumed run tells the source too
-            failure = None
             try:
                 await self.source.updated(self.step - 1, self.step)
-            except Exception as error:
-                failure = error
-            timings |= {"batch_seconds": waited, "refresh_seconds": time.monotonic() - begun}
-            if self.log is not None:
-                self.log.step(self.step, values, timings)
-                if self.config.samples_every and self.step % self.config.samples_every == 0:
-                    self.log.samples(self.step, batch.samples[: self.config.samples])
-            if failure is not None:
+            except Exception:
+                self._log(values, timings)
                 if self.ranks.size == 1:
                     await self._checkpoint(work)
-                raise failure
+                raise
+            self._log(values, timings | {"batch_seconds": waited, "refresh_seconds": time.monotonic() - begun})
+            if self.log is not None and self.config.samples_every and self.step % self.config.samples_every == 0:
+                self.log.samples(self.step, batch.samples[: self.config.samples])
             if self.step % self.config.checkpoint_every == 0:
                 await self._checkpoint(work)
             self.progress(self.step, self.config.steps, values)
@@ -321,6 +318,10 @@ class Run:
         folder = self.out / MODEL
         await work(functools.partial(self.ranks.export, self.model, folder))
         return Outcome(step=self.step, signal=None, model=folder)
+
+    def _log(self, values: Mapping[str, float], timings: Mapping[str, float]) -> None:
+        if self.log is not None:
+            self.log.step(self.step, values, timings)
 
     async def _stopped(self, signals: Signals, work: _Worker) -> bool:
         """Whether some rank has had a signal; the event loop goes on while they wait for one another."""
