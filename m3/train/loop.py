@@ -57,7 +57,8 @@ class TrainConfig:
         minibatches: parts of a batch, in order, one update each. epochs: times that a batch is gone through.
         checkpoint_every: steps; one is written at the end in any case. keep: how many.
         samples_every: steps; 0: never. samples: how many of a batch are written as text.
-        deterministic: ask torch for deterministic algorithms; it warns of those that are not.
+        deterministic: ask torch for deterministic algorithms; it warns of those that are not. On a CPU the same seed
+            gives the same bytes with the same number of threads; with another one, last bits differ.
         workspace_bytes: of logits at once, as in linear_policy_loss.
         seed: of torch's and python's generators when a run begins.
     """
@@ -278,7 +279,7 @@ class Run:
 
     async def _go(self, signals: Signals, work: _Worker) -> Outcome:
         if self.resumed:
-            await self._refresh(work)
+            await self.source.updated(self.step - 1, self.step)
         while self.step < self.config.steps and not await self._stopped(signals, work):
             begun = time.monotonic()
             try:
@@ -297,13 +298,17 @@ class Run:
                 raise
             self.step += 1
             begun = time.monotonic()
-            self.moment = checkpoint.moment(self.step, self.source.state())
-            await self._refresh(work)
-            timings |= {"batch_seconds": waited, "refresh_seconds": time.monotonic() - begun}
-            if self.log is not None:
-                self.log.step(self.step, values, timings)
-                if self.config.samples_every and self.step % self.config.samples_every == 0:
-                    self.log.samples(self.step, batch.samples[: self.config.samples])
+            self.moment = checkpoint.moment(self.step, self.source.state())  # a resumed run tells the source too
+            try:
+                await self.source.updated(self.step - 1, self.step)
+            except Exception:
+                self._log(values, timings)
+                if self.ranks.size == 1:
+                    await self._checkpoint(work)
+                raise
+            self._log(values, timings | {"batch_seconds": waited, "refresh_seconds": time.monotonic() - begun})
+            if self.log is not None and self.config.samples_every and self.step % self.config.samples_every == 0:
+                self.log.samples(self.step, batch.samples[: self.config.samples])
             if self.step % self.config.checkpoint_every == 0:
                 await self._checkpoint(work)
             self.progress(self.step, self.config.steps, values)
@@ -314,14 +319,9 @@ class Run:
         await work(functools.partial(self.ranks.export, self.model, folder))
         return Outcome(step=self.step, signal=None, model=folder)
 
-    async def _refresh(self, work: _Worker) -> None:
-        """Tell the source of the weights; a resumed run does so too, from the same moment."""
-        try:
-            await self.source.updated(self.step - 1, self.step)
-        except Exception:
-            if self.ranks.size == 1:
-                await self._checkpoint(work)
-            raise
+    def _log(self, values: Mapping[str, float], timings: Mapping[str, float]) -> None:
+        if self.log is not None:
+            self.log.step(self.step, values, timings)
 
     async def _stopped(self, signals: Signals, work: _Worker) -> bool:
         """Whether some rank has had a signal; the event loop goes on while they wait for one another."""

@@ -54,7 +54,7 @@ def test_killed_at_ten_moments_of_writing_there_is_always_one_to_load(processes,
         found = checkpoint.load(newest)
         steps.append(found.moment.step)
         assert is_whole(found, steps[-1], SIZE)
-    assert steps == sorted(set(steps)) and torn >= 1
+    assert steps == sorted(set(steps)) and torn >= 3
 
 
 @pytest.mark.parametrize(

@@ -78,7 +78,7 @@ def two_long(llama, tmp_path_factory) -> Path:
 def together(folder: Path, out: Path, jobs: dict[str, dict[str, Any]]) -> None:
     """The jobs, done by two ranks."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([*PRELOADED, "tests.m3.distributed_runs", "torch.distributed.fsdp"])
+    context.set_forkserver_preload(PRELOADED)
     port = free_port()
     ranks = [context.Process(target=rank, args=(number, 2, port, str(folder), str(out), jobs)) for number in (0, 1)]
     for process in ranks:

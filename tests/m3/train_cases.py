@@ -24,6 +24,7 @@ from m3kernels.policy_loss import LossSpec
 
 PRELOADED = [  # by the server that processes fork from: what a run imports late
     "tests.m3.train_cases", "transformers.models.llama.modeling_llama", "safetensors.torch", "torch._dynamo",
+    "tests.m3.distributed_runs", "torch.distributed.fsdp",
 ]  # fmt: skip
 VOCABULARY = 99  # of tiny_models
 OBJECTIVES = {
