@@ -22,7 +22,8 @@ from m3.train.tasks.consult import DEPARTMENTS
 ROWS = record.RESULTS / "train" / "fusion.jsonl"  # not a row of kernels: the report of those reads the folder above
 COLUMNS = (*DEPARTMENTS, "both")
 EXPERTS = "experts, each at home"
-CLOSENESS = ("entropy", "forward_kl", "reverse_kl", "nll", "nll_seen", "teacher_entropy")
+CLOSENESS = ("entropy", "teacher_entropy", "forward_kl", "reverse_kl", "nll", "nll_seen")
+COMPARED = ("forward_kl", "reverse_kl", "entropy", "overfit")
 Interval = tuple[float, float, float]  # mean and 95 %
 
 
@@ -74,11 +75,12 @@ def columns(rewards: Mapping[str, Sequence[Sequence[float]]]) -> np.ndarray:
 
 
 def averaged(lines: Sequence[Mapping[str, Any]]) -> dict[str, np.ndarray]:
-    """Closeness of one line a seed: means of both departments."""
-    return {
+    """Closeness of one line a seed: means of both departments; "overfit": nll of held-out tokens less nll_seen."""
+    found = {
         name: np.array([np.mean([line[f"{name}/{department}"] for department in DEPARTMENTS]) for line in lines])
         for name in CLOSENESS
     }
+    return found | {"overfit": found["nll"] - found["nll_seen"]}
 
 
 def read(out: Path, arm: str, seeds: Sequence[int | None]) -> Found:
@@ -181,10 +183,17 @@ def against(found: Mapping[str, Found]) -> dict[str, dict[str, Interval]]:
     pairs += [(f"{loss}+mopd", f"{loss}+alpha0") for loss in LOSSES]
     pairs += [(f"{loss}+mopd", f"{learning.START}+mopd") for loss in LOSSES]
     return {
-        f"{one} - {other}": intervals(found[one].rewards - found[other].rewards)
-        for one, other in pairs
-        if one in found and other in found
+        f"{one} - {other}": less(found[one], found[other]) for one, other in pairs if one in found and other in found
     }
+
+
+def less(one: Found, other: Found) -> dict[str, Interval]:
+    """One model less another: rewards, and closeness where both have it."""
+    told = intervals(one.rewards - other.rewards)
+    if one.closeness and other.closeness:
+        gaps = [one.closeness[name] - other.closeness[name] for name in COMPARED]
+        told |= intervals(np.stack(gaps, axis=-1)[:, None], COMPARED)
+    return told
 
 
 # -- for a reader -----------------------------------------------------------------------------------------------------
@@ -203,15 +212,22 @@ def table(found: Mapping[str, Mapping[str, Interval]], form: str = ".3f") -> str
 
 
 def tables(out: Path, seeds: Sequence[int], made: Sequence[FusionRow]) -> str:
-    """All of them, as they stand in the document."""
-    parts = [
-        table({row.arm: row.reward for row in made}),
-        table({f"{row.arm} - start": row.over_start for row in made if row.arm != learning.START}, "+.3f"),
-        table({f"{row.arm} - experts": row.over_experts for row in made if row.arm != EXPERTS}, "+.3f"),
-        table(against(collected(out, seeds)), "+.3f"),
-        table({row.arm: row.closeness for row in made if row.closeness}),
-    ]
-    return "\n\n".join(parts)
+    """As they stand in the document: the stages, the distillations by epoch, the differences."""
+    epochs = [row.arm for row in made if " @ " in row.arm]
+    last = [[arm for arm in epochs if arm.startswith(f"{loss} @")][-1] for loss in LOSSES]
+    stages = {
+        row.arm: {**row.reward, "both - start": row.over_start["both"], "both - experts": row.over_experts["both"]}
+        for row in made
+        if row.arm not in epochs or row.arm in last
+    }
+    shown = (*COMPARED, "taught")
+    curve = {
+        row.arm: {"reward": row.reward["both"], **{name: row.closeness[name] for name in shown}}
+        for row in made
+        if row.arm in epochs
+    }
+    differences = against(collected(out, seeds))
+    return "\n\n".join([table(stages), table(curve), table(differences, "+.3f")])
 
 
 def write(made: Sequence[FusionRow], path: Path = ROWS) -> None:
@@ -237,7 +253,12 @@ def draw(out: Path, seeds: Sequence[int], path: Path) -> None:
         by_epoch = curves(out, loss, seeds)
         epochs = list(by_epoch)
         for axis, name in zip(axes.flat, titles, strict=True):
-            values = np.array([_of(one, name) for one in by_epoch.values()])  # (epochs, seeds)
+            values = np.array(
+                [
+                    one.rewards[:, :, COLUMNS.index(name)].mean(1) if name in COLUMNS else one.closeness[name]
+                    for one in by_epoch.values()
+                ]
+            )  # (epochs, seeds)
             axis.plot(epochs, values, color=f"C{colour}", linewidth=0.4, alpha=0.5)
             axis.plot(epochs, values.mean(1), color=f"C{colour}", linewidth=1.8, label=labels[loss])
     for at, name in enumerate(DEPARTMENTS):
@@ -256,12 +277,3 @@ def draw(out: Path, seeds: Sequence[int], path: Path) -> None:
     axes.flat[0].legend(fontsize=8)
     axes.flat[2].legend(fontsize=8)
     figure.savefig(path, dpi=90)
-
-
-def _of(one: Found, name: str) -> np.ndarray:
-    """(seeds,)"""
-    if name in DEPARTMENTS:
-        return one.rewards[:, :, DEPARTMENTS.index(name)].mean(1)
-    if name == "overfit":
-        return one.closeness["nll"] - one.closeness["nll_seen"]
-    return one.closeness[name]

@@ -66,7 +66,9 @@ def test_a_step_done_twice_counts_once(out: Path) -> None:
 def test_differences_are_paired(out: Path) -> None:
     found = fusion_report.against(fusion_report.collected(out, [1, 2]))
     assert found["clip_forward @ 1 - forward @ 1"]["chest"] == (0.25, 0.25, 0.25)
+    assert found["clip_forward @ 1 - forward @ 1"]["entropy"] == (0.0, 0.0, 0.0)
     assert found["forward+mopd - forward @ 2"]["both"] == (0.4, 0.4, 0.4)
+    assert found["forward+mopd - forward @ 2"]["entropy"] == (0.05, 0.0, 0.1)
     assert set(found) == {
         "clip_forward @ 1 - forward @ 1",
         "clip_forward @ 2 - forward @ 2",
@@ -82,6 +84,7 @@ def test_rows_say_how_far_a_student_is_from_the_start_and_its_experts(out: Path)
     assert row.closeness["entropy"] == (0.3, 0.3, 0.3) and row.cases == 4 and row.by_seed["both"] == (0.7, 0.7)
     cells = fusion_report.table({row.arm: row.reward}).splitlines()[-1].split(" | ")
     assert cells[0] == "| forward+mopd" and cells[-1] == "0.700 (0.700, 0.700) |"
+    assert "| start | 0.400 (" in fusion_report.tables(out, [1, 2], list(made.values()))
     path = out / "rows.jsonl"
     fusion_report.write(list(made.values()), path)
     assert [json.loads(one)["arm"] for one in path.read_text("utf-8").splitlines()] == list(made)
