@@ -255,13 +255,13 @@ def test_the_page_of_a_run(tmp_path, file):
     log = RunLog(tmp_path, tensorboard=False)
     for step in (1, 2, 3):
         moving = {"reward": step / 10, "violations/safety_risk": 0.5 / step, "rubric/a": step / 9, "rubric/b": step / 8}
-        log.step(step, {**moving, "lr": 1.0}, {"batch_seconds": 0.1})
+        log.step(step, {**moving, "lr": 1.0, "ratio": 1 + step * 1e-8}, {"batch_seconds": 0.1})
     log.close()
     (tmp_path / SCORES).write_text('{"reward/chest": 0.75, "reward/belly": 0.5, "turns/belly": 9}')
     (tmp_path / "samples").mkdir()
     (tmp_path / "samples" / "step-000003.txt").write_text("==== a<b\n-- policy: step 0, gamma 0.1\nAny <pain>?\n")
     page = write_report(tmp_path).read_text()
-    assert page.count("<svg") == 3 and "Step penalties" in page  # lr and batch_seconds stand still
+    assert page.count("<svg") == 3 and "Step penalties" in page  # lr, ratio and batch_seconds stand still
     assert "<h2>Rewards per rubric</h2>" in page and "<!-- rubric/b -->" in page  # the figure's words
     assert "<td>reward</td><td>0.750</td><td>0.500</td>" in page and "<td>turns</td><td></td><td>9.000</td>" in page
     assert "a&lt;b" in page and '<span class="policy">Any &lt;pain&gt;?</span>' in page
