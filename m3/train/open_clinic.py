@@ -155,16 +155,16 @@ async def _mopd(recipe: Recipe, judges: Judges) -> AsyncIterator[Stage]:
         for name in sorted(set(_teachers_of(recipe).values())):
             if name.startswith(SERVERS):
                 url, served = _server(name, "model.teachers")
-                named[name] = teacher = ServedTeacher(url, served, timeout=recipe.rollout.timeout)
-                stack.push_async_callback(teacher.close)
+                named[name] = there = ServedTeacher(url, served, timeout=recipe.rollout.timeout)
+                stack.push_async_callback(there.close)
             else:
                 named[name] = ModelTeacher(load_frozen(recipe, name), name, max_tokens=recipe.scale.max_tokens)
         physician, tokenizer = await stack.enter_async_context(_student(recipe, model))
-        domains = {
-            domain: domain_source(recipe, domain, physician, model.tensors, judges, {})
-            for domain in _teachers_of(recipe)
-        }
         teachers = {domain: named[name] for domain, name in _teachers_of(recipe).items()}
+        domains = {}
+        for domain, teacher in teachers.items():
+            readers = {"teacher_logprobs": teacher} if _reads_ahead(recipe) else {}
+            domains[domain] = domain_source(recipe, domain, physician, model.tensors, judges, readers)
         numbers = recipe.algorithm_config()
         assert isinstance(numbers, mopd.Config), "of the stage's one algorithm"
         source = judges.watching(Mopd(domains, teachers, physician, model.tensors, numbers))
@@ -234,9 +234,13 @@ def _server(spec: str, key: str) -> tuple[str, str]:
     return url, model
 
 
+def _reads_ahead(recipe: Recipe) -> bool:
+    return recipe.rollout.read_ahead and not torch.distributed.is_initialized()  # ranks read together, in the loop
+
+
 def _readers(recipe: Recipe, model: PolicyModel, reference: PolicyModel | None) -> dict[str, Teacher]:
     """Who reads each segment while others are drawn: the trainer, and the reference where the loss has a KL term."""
-    if not recipe.rollout.read_ahead or torch.distributed.is_initialized():  # ranks read together, in the loop
+    if not _reads_ahead(recipe):
         return {}
     most = recipe.scale.max_tokens
     found: dict[str, Teacher] = {"old_logprobs": ModelTeacher(model, "the trainer", max_tokens=most)}
