@@ -118,6 +118,14 @@ def test_streams_and_metrics_by_hand():
     assert set(objective.needed(source.objective, batch.samples)) == {"advantages", "ref_logprobs", "sampler_logprobs"}
 
 
+def test_a_domain_that_was_judged_while_it_was_drawn_is_not_judged_again():
+    judged = torch.tensor([0, 0, 0, -7.0, -8.0])
+    source = made(Given([sample("i", teacher_logprobs=judged)]), Given([sample("g")]))
+    general, inquiry = asyncio.run(source.batch(0)).samples
+    assert inquiry.ref_logprobs.tolist() == judged.tolist()
+    assert general.ref_logprobs.tolist() == [0, 0, 0, -0.5, -0.5]
+
+
 @pytest.mark.parametrize("name", ["advantages", "sampler_logprobs"])
 def test_a_sample_that_lacks_a_stream_is_named(name):
     source = made(Given([sample("i", **{name: None})]), Given([sample("g")]))

@@ -54,6 +54,9 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for n in (1, 2, 3)
     ]  # fmt: skip
     write_healthbench(files / "prompts.jsonl", rows)
+    bare = [dataclasses.replace(row, rubric=Rubric((), id=row.prompt_id)) for row in rows]
+    write_healthbench(files / "bare.jsonl", bare)
+    write_healthbench(files / "mixed.jsonl", [*rows[:2], bare[2]])
     with RubricStore(files / "rubrics.jsonl") as store:
         clause = RubricItem(id="a", criterion="Says a", points=5)
         store.add_core("case-1", [clause], Provenance(author="human", by="A. Expert"))
@@ -167,7 +170,11 @@ REFUSED = {
         "mopd", {"source": {"prompts": {}}}, r"source.prompts: .*but \['inquiry'\].*'advisory'"),
     "no teacher": ("offline-distill", {"model": {"teachers": {}}}, "model.teachers: want a teacher by domain"),
     "answers that nobody judges": (
-        "task-rl", {"source": {"domain": "advisory"}, "rewards": {"judge": ""}}, "rewards.judge: want who judges"),
+        "task-rl", {"source": {"domain": "advisory"}, "rewards": {"judge": ""}}, "a rubric of each prompt and rewards"),
+    "prompts that no rubric judges": (
+        "task-rl", {"source": {"domain": "advisory", "prompts": {"advisory": "bare.jsonl"}}}, "none of 'p1'"),
+    "prompts that some rubric judges": (
+        "mopd", {"source": {"prompts": {"advisory": "mixed.jsonl"}}}, "or of none; got none of 'p3'"),
     "a store that nobody judges": (
         "task-rl", {"rewards": {"judge": "", "rubrics": "rubrics.jsonl"}}, "rewards.judge: want who judges"),
     "no case": ("task-rl", {"source": {"split": "held_out"}}, "source.split: want the split of some case"),
@@ -183,6 +190,8 @@ def test_what_does_not_fit_is_refused(folder, files, tmp_path, stage, sections, 
     if "rubrics" in sections.get("rewards", {}):
         sections = {"rewards": {**sections["rewards"], "rubrics": str(files / "rubrics.jsonl")}}
     source = {"folder": str(tmp_path), **sections.get("source", {})}
+    if source.get("prompts"):
+        source["prompts"] = {domain: str(files / name) for domain, name in source["prompts"].items()}
     made = recipe(stage, folder, files, 1, **{**sections, "source": source})
 
     async def main() -> None:
@@ -191,6 +200,12 @@ def test_what_does_not_fit_is_refused(folder, files, tmp_path, stage, sections, 
 
     with pytest.raises(ValueError, match=match):
         asyncio.run(main())
+
+
+def test_prompts_without_a_rubric_have_their_teacher_alone(folder, files, tmp_path):
+    prompts = {"advisory": str(files / "bare.jsonl")}
+    _, lines = run(recipe("mopd", folder, files, 1, source={"prompts": prompts}), tmp_path)
+    assert lines[0]["advisory/outcome"] == 0 and "advisory/reward/prompts" not in lines[0]
 
 
 def test_our_prompts_have_rubrics(folder, files):
