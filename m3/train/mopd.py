@@ -53,7 +53,7 @@ class Mopd:
         if not domains or domains.keys() != teachers.keys():
             raise refuse(OP, "teachers", f"one of each domain, {sorted(domains)}", f"{sorted(teachers)}")
         self.config = config or mopd.Config()
-        self.objective = Objective(spec=mopd.loss_spec(self.config))
+        self.objective = Objective(spec=mopd.loss_spec(self.config), on_policy=True)
         self._domains = dict(sorted(domains.items()))
         self._teachers, self._physician, self._weights = dict(teachers), physician, weights
         self._run = {
@@ -89,8 +89,8 @@ class Mopd:
         return dataclasses.replace(batch, samples=[self._taught(sample, domain) for sample in told])
 
     def _taught(self, sample: Sample, domain: str) -> Sample:
-        """The sample with its teacher as the reference, and alpha * A_outcome; ``old_logprobs`` None, so that A_t and
-        w_t are those of pi itself."""
+        """The sample with its teacher as the reference, and alpha * A_outcome; A_t and w_t are those of pi itself, which
+        ``on_policy`` says too."""
         for name in ("advantages", "sampler_logprobs"):
             if getattr(sample, name) is None:
                 want = "a stream of every sample"

@@ -39,7 +39,7 @@ one_thread = pytest.fixture(scope="module", autouse=True)(with_one_thread)
 class Given:
     """A domain whose batches are given; the state is how many were taken."""
 
-    objective = Objective(spec=mopd.loss_spec())
+    objective = Objective(spec=mopd.loss_spec(), on_policy=True)
 
     def __init__(self, *batches: Sequence[Sample]) -> None:
         self.batches, self.taken, self.closed = batches, 0, False
