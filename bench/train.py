@@ -4,13 +4,13 @@ Work of every arm: forward, backward, clip of the gradient's norm, AdamW, on one
 have advantages by step; on-policy, so every ratio is 1 and TRL's token ratio has SPAR's gradient. Tokens counted are
 those of consultations, whatever an arm pads or shares. Gate: gradients of all parameters agree with ``trl``'s to 1e-3.
 
-    inquiry      rollouts of one context, of five to eight turns of both speakers
+    inquiry      rollouts of one context, of three to six turns of both speakers
     answers      rollouts of one context, each one message of a later stage: the context is the inquiry before it
-    even, apart  inquiries of one length: nothing is padded. "apart": each has a context of its own, so nothing is shared
+    even, apart  inquiries of one length: nothing is padded. "apart": each has its own context, so nothing is shared
 
-Numbers of tokens are those of the clinic's own cases with the physician that knows the checklist, in SmolLM2's tokens
-(medians: context of an inquiry 120, drawn in a turn 18, said by the patient 36, drawn in a later message 26 to 57);
-but inquiries have half of their turns or less (13), and the context of ``answers`` is half as long (872 before the
+Numbers of tokens follow the clinic's own cases with the physician that knows the checklist, in SmolLM2's tokens
+(medians: context of an inquiry 120, drawn in a turn 18, said by the patient 36, drawn in a later message 26 to 57).
+Inquiries have a quarter to a half of their 13 turns, and the context of ``answers`` half of its 872 tokens (before the
 differential diagnosis), so that a run takes minutes.
 
     m3           m3.train: packed microbatches, what is shared computed once, the head's gradients in the forward pass
@@ -67,10 +67,10 @@ class Shape:
 
 
 SHAPES = {
-    "inquiry": Shape(context=120, lengths=(516, 462, 354, 300)),
+    "inquiry": Shape(context=120, lengths=(408, 354, 300, 246)),
     "answers": Shape(context=436, lengths=(495, 490, 481, 472), drawn=64, patient=0),
-    "even": Shape(context=120, lengths=(354, 354, 354, 354)),
-    "apart": Shape(context=120, lengths=(354, 354, 354, 354), rollouts=1),
+    "even": Shape(context=120, lengths=(246, 246, 246, 246)),
+    "apart": Shape(context=120, lengths=(246, 246, 246, 246), rollouts=1),
 }
 
 
@@ -378,7 +378,8 @@ def measure(folder: str, plan: Plan, kind: str, shape: Shape, say: Callable[[str
             whole, update = peak(name, folder, shape, plan.threads, plan.micro_tokens)
         rows.append(
             TrainRow(
-                arm=name, batch=kind, shape=dataclasses.asdict(shape), tokens=tokens, drawn=int(sum(one.mask.sum() for one in batch)),
+                arm=name, batch=kind, shape=dataclasses.asdict(shape), tokens=tokens,
+                drawn=int(sum(one.mask.sum() for one in batch)),
                 threads=plan.threads, clock="processor" if plan.threads == 1 else "wall",
                 gate="passed" if found else f"failed: gradients differ by {errors[name]:.1e}", error=errors[name],
                 median_s=found and found.median, p20_s=found and found.p20, p80_s=found and found.p80,

@@ -125,7 +125,7 @@ def tree(ids: Tensor, cu_seqlens: Tensor, least: int = LEAST) -> Tree:
 
 
 def apply_to(causal: Any) -> bool:
-    """Have a transformers model attend along trees, where it mixes tokens by scaled dot products alone; whether it does.
+    """Have a transformers model attend along trees, if it mixes tokens by scaled dot products alone; whether it does.
 
     Without a tree its attention is "sdpa", as before.
     """

@@ -45,7 +45,7 @@ def forked(first: Sample, seed: str, shared: int, tokens: int) -> Sample:
 
 
 def rollouts() -> list[Sample]:
-    """Two groups of a context of 20 tokens; one reply goes on from another's; one is the beginning of another; twins."""
+    """Two groups, each of a context of 20 tokens; one goes on from another's reply, one is a beginning of it; twins."""
     one, alone = draw_sample("one", 30), draw_sample("alone", 24)
     two = forked(one, "two", 20, 33)
     return [
