@@ -11,8 +11,10 @@ A hidden table says which value is true. Five core aspects and the peripheral on
 core aspects depend on the whole question: the medicine's usual value holds with the probability ``usual``, or another
 one, or nothing is known and every claim about it is uncertain. So a held-out question cannot be answered without risk.
 
-Reward: Eq 1 (rubric.rubric_reward): a core aspect's points where its true value is named, whatever else is said; and
-points lost where words are said again or say nothing (a restatement has other words). Claims: each wording once, as an extractor has them. Verdicts: exact on core facts; of the peripheral wordings one in
+An answer ends with "end", or is cut off after a step that repeats words or claims nothing, or after MAX_STEPS.
+
+Reward: Eq 1 (rubric.rubric_reward): a core aspect's points where its true value is named, whatever else is said.
+Claims: each wording once, as an extractor has them. Verdicts: exact on core facts; of the peripheral wordings one in
 ten, by a hash of question and wording, gets a wrong verdict in training. Scores of an answer are by the exact table.
 
 Source: the reward's equations are those of Baichuan-M3, arXiv 2602.06570; the task is ours.
@@ -79,7 +81,6 @@ ASPECTS = (  # points and chances are ours
 )  # fmt: skip
 CORE = tuple(index for index, aspect in enumerate(ASPECTS) if aspect.points)
 VALUES = 3
-REPEATED = (-4.0, -4.0, -4.0, -4.0)  # ours: of "says the same again" once or more, twice or more, and so on
 NOTHING_KNOWN = 0.4  # ours: of the questions where the usual value does not hold
 WRONG_VERDICTS = 0.1  # ours: share of peripheral wordings
 FACTS = tuple(f"{aspect.name}-{letter}" for aspect in ASPECTS for letter in "abc")
@@ -169,6 +170,12 @@ def said(steps: Sequence[Step]) -> list[tuple[int, int, int]]:
     ]
 
 
+def is_cut(steps: Sequence[Step]) -> bool:
+    """Whether the last step ends an answer: its words were said before, or it claims nothing."""
+    worded = [(manner == RESTATES, aspect, value) for manner, aspect, value in said(steps)]
+    return len(set(worded)) < len(steps) or len(steps) >= MAX_STEPS
+
+
 def wording(medicine: int, aspect: int, value: int, *, restated: bool = False) -> str:
     """A claim as a sentence."""
     name, about = MEDICINES[medicine].capitalize(), ASPECTS[aspect]
@@ -216,7 +223,7 @@ class Score:
         claims, false: distinct facts, and those that are refuted or uncertain.
         core, core_false: of core aspects alone.
         recall: share of the clauses that are met, unweighted.
-        repeats: steps that say a fact again. steps: all of them.
+        repeats: steps that say a fact again, mostly in other words. steps: all of them.
     """
 
     reward: float
@@ -236,10 +243,8 @@ def score(question: Question, steps: Sequence[Step]) -> Score:
     false = {fact for fact in facts if exact_label(question, *fact) != Label.supported}
     asked = [aspect for aspect in CORE if question.truth[aspect] is not None]
     met = [(aspect, question.truth[aspect]) in facts for aspect in asked]
-    worded = {(manner == RESTATES, aspect, value) for manner, aspect, value in claimed}
-    again = [len(steps) - len(worded) > times for times in range(len(REPEATED))]
     return Score(
-        reward=rubric_reward([*(ASPECTS[aspect].points for aspect in asked), *REPEATED], [*met, *again]),
+        reward=rubric_reward([ASPECTS[aspect].points for aspect in asked], met),
         claims=len(facts),
         false=len(false),
         core=sum(aspect in CORE for aspect, _ in facts),
@@ -300,7 +305,6 @@ def write(question: Question, habits: Habits, chance: random.Random) -> list[Ste
     """The steps of an answer by a scripted writer, at most MAX_STEPS."""
     steps: list[Step] = []
     aspects = [aspect for aspect in CORE if ASPECTS[aspect].usual >= habits.least and chance.random() < habits.cover]
-    chance.shuffle(aspects)
     asides = [aspect for aspect in range(len(ASPECTS)) if aspect not in CORE]
     chance.shuffle(asides)
     for aspect in aspects:
@@ -309,7 +313,8 @@ def write(question: Question, habits: Habits, chance: random.Random) -> list[Ste
         if asides and chance.random() < habits.asides:
             steps.append((ADDS, _named(question, asides.pop(), habits, chance)))
         if chance.random() < habits.second:
-            steps.append((STATES, FIRST_FACT + VALUES * aspect + chance.randrange(VALUES)))
+            other = fact - FIRST_FACT - VALUES * aspect + 1 + chance.randrange(VALUES - 1)
+            steps.append((STATES, FIRST_FACT + VALUES * aspect + other % VALUES))
         if chance.random() < habits.restate:
             steps.append((RESTATES, fact))
     return steps[:MAX_STEPS]
@@ -324,6 +329,6 @@ def _named(question: Question, aspect: int, habits: Habits, chance: random.Rando
 
 
 def tokens(question: Question, steps: Sequence[Step]) -> list[int]:
-    """Question and answer; the word "end" where there was room for another step."""
+    """Question and answer; the word "end" where it was not cut off."""
     flat = [token for step in steps for token in step]
-    return [*question.opening, *flat, *([END] if len(steps) < MAX_STEPS else [])]
+    return [*question.opening, *flat, *([] if is_cut(steps) else [END])]

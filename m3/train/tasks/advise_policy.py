@@ -27,6 +27,7 @@ from m3.train.tasks.advise import (
     Score,
     Step,
     every_question,
+    is_cut,
     score,
     tokens,
     write,
@@ -111,7 +112,7 @@ class Rollout:
 def roll_out(
     model: PolicyModel, questions: Sequence[Question], seed: str, *, temperature: float = 1.0
 ) -> list[Rollout]:
-    """One answer to each question, drawn at a temperature (> 0) from the whole vocabulary, until "end" or MAX_STEPS.
+    """One answer to each question, drawn at a temperature (> 0) from the whole vocabulary, until "end" or a cut.
 
     The same seed, questions and weights give the same tokens.
     """
@@ -129,7 +130,7 @@ def roll_out(
         for row, token, value in zip(rows, found.tolist(), told.tolist(), strict=True):
             drawn[row].append(token)
             logprobs[row].append(value)
-        alive = [place for place, row in enumerate(rows) if at % STEP or drawn[row][-1] != END]
+        alive = [place for place, row in enumerate(rows) if not _over(drawn[row])]
         if not alive:
             break
         if len(alive) < len(rows):
@@ -139,7 +140,7 @@ def roll_out(
         coming = found[:, None]
     rollouts = []
     for question, mine, values in zip(questions, drawn, logprobs, strict=True):
-        steps = tuple(zip(mine[::STEP], mine[1::STEP], strict=False))
+        steps = _steps(mine)
         rollouts.append(
             Rollout(
                 question=question,
@@ -150,6 +151,15 @@ def roll_out(
             )
         )
     return rollouts
+
+
+def _steps(drawn: Sequence[int]) -> tuple[Step, ...]:
+    """The whole steps of what was drawn."""
+    return tuple(zip(drawn[::STEP], drawn[1::STEP], strict=False))
+
+
+def _over(drawn: Sequence[int]) -> bool:
+    return is_cut(_steps(drawn)) if len(drawn) % STEP == 0 else drawn[-1] == END
 
 
 async def rolled_out(model: PolicyModel, questions: Sequence[Question], seed: str, **more: Any) -> list[Rollout]:
