@@ -43,7 +43,7 @@ from m3.train.tasks.advise_rl import COUNTS, MEASURES, AdviseConfig, AdviseSourc
 from m3.train.tasks.consult_policy import write_tokenizer
 
 START, HELD_OUT = "start", "held_out.json"
-START_STEPS = 400
+START_STEPS = 300
 START_OPTIM = OptimConfig(lr=2e-3, warmup=20, schedule="cosine")
 MAX_TOKENS = 1024  # of a microbatch: attention of packed sequences is quadratic in it
 ANSWERS = 2  # to each held-out question
