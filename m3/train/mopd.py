@@ -89,8 +89,8 @@ class Mopd:
         return dataclasses.replace(batch, samples=[self._taught(sample, domain) for sample in told])
 
     def _taught(self, sample: Sample, domain: str) -> Sample:
-        """The sample with its teacher as the reference, and alpha * A_outcome; A_t and w_t are those of pi itself, which
-        ``on_policy`` says too."""
+        """The sample with its teacher as the reference, and alpha * A_outcome; A_t and w_t are those of pi itself
+        (``on_policy``)."""
         for name in ("advantages", "sampler_logprobs"):
             if getattr(sample, name) is None:
                 want = "a stream of every sample"

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import dataclasses
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,7 +14,7 @@ import pytest
 import torch
 from letters_model import make_letters_model
 from loopback import serving
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from m3.engine.engine import AsyncEngine
 from m3.environment.case import write_cases
@@ -39,6 +40,18 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 1024}))
     return folder
+
+
+@pytest.fixture(scope="module")
+def teacher(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Another model of the same letters."""
+    other = tmp_path_factory.mktemp("teacher") / "model"
+    shutil.copytree(folder, other)
+    noise = torch.Generator().manual_seed(1)
+    weights = load_file(folder / "model.safetensors")
+    moved = {name: one + 0.05 * torch.randn(one.shape, generator=noise) for name, one in weights.items()}
+    save_file(moved, other / "model.safetensors", {"format": "pt"})
+    return str(other)
 
 
 @pytest.fixture(scope="module")
@@ -99,7 +112,9 @@ STAGES = {
 
 
 @pytest.mark.parametrize(("stage", "sections"), STAGES.values(), ids=STAGES)
-def test_a_run_that_goes_on_is_one_that_was_not_interrupted(folder, files, tmp_path, stage, sections):
+def test_a_run_that_goes_on_is_one_that_was_not_interrupted(folder, teacher, files, tmp_path, stage, sections):
+    if stage == "mopd":
+        sections = {"model": {"teachers": dict.fromkeys(("inquiry", "advisory"), teacher)}}
     if "rewards" in sections:
         sections = {"rewards": {"rubrics": str(files / sections["rewards"]["rubrics"])}}
     run(recipe(stage, folder, files, 1, **sections), tmp_path / "parts")
@@ -113,8 +128,7 @@ def test_a_run_that_goes_on_is_one_that_was_not_interrupted(folder, files, tmp_p
         assert abs(lines[0]["sampler_gap"]) < 1e-4 and lines[0]["sampler_weight"] == pytest.approx(1, abs=1e-3)
     if stage == "mopd":
         assert {"advisory/reverse_kl", "inquiry/reverse_kl", "advisory/reward/prompts"} <= lines[0].keys()
-        assert abs(lines[0]["inquiry/reverse_kl"]) < 1e-4  # the student is its teacher, until it learns
-        assert lines[1]["inquiry/reverse_kl"] != lines[0]["inquiry/reverse_kl"]
+        assert abs(lines[0]["inquiry/reverse_kl"]) > 1e-4
     if "rewards" in sections:
         assert [line["rubrics_version"] for line in lines] == [1, 1]
 
