@@ -5,7 +5,7 @@ Task: m3/train/tasks/consult.py. Of each seed, from one start (bench/learning.py
     expert-chest, expert-belly   SPAR on consultations of one department
     store                        trajectories of each expert in its own department, with its log-probabilities
     forward, clip_forward        the start, distilled from that store: the same samples in the same order
-    forward+mopd, ...            MOPD from each of the two; alpha0: without the outcome's advantage
+    forward+mopd, ...            MOPD from each of the two, and from the start; alpha0: without the outcome's advantage
 
 Held out are cases that no training has seen. A distillation is measured as it goes on: reward, the student's entropy,
 its divergence from each expert in both directions on trajectories of the expert over held-out cases. Runs are
@@ -47,7 +47,7 @@ from m3.train.trajectory_store import TrajectoryStore
 
 LOSSES = ("forward", "clip_forward")
 MOPDS = {"mopd": 1.0, "alpha0": 0.0}  # alpha
-ARMS = (*(f"{first}+{name}" for name in MOPDS for first in LOSSES), f"{learning.START}+mopd")
+ARMS = (*(f"{first}+mopd" for first in LOSSES), "clip_forward+alpha0", f"{learning.START}+mopd")
 CURVE, DONE = "curve.jsonl", "done.json"
 REWARD = list(MEASURES).index("reward")
 

@@ -179,9 +179,9 @@ def against(found: Mapping[str, Found]) -> dict[str, dict[str, Interval]]:
     last = {loss: f"{loss} @ {epochs[-1]}" for loss in LOSSES}
     pairs = [(f"clip_forward @ {epoch}", f"forward @ {epoch}") for epoch in epochs]
     pairs += [(f"{loss}+{name}", last[loss]) for name in MOPDS for loss in LOSSES]
-    pairs += [(f"clip_forward+{name}", f"forward+{name}") for name in MOPDS]
-    pairs += [(f"{loss}+mopd", f"{loss}+alpha0") for loss in LOSSES]
-    pairs += [(f"{loss}+mopd", f"{learning.START}+mopd") for loss in LOSSES]
+    pairs += [
+        ("clip_forward+mopd", other) for other in ("forward+mopd", "clip_forward+alpha0", f"{learning.START}+mopd")
+    ]
     return {
         f"{one} - {other}": less(found[one], found[other]) for one, other in pairs if one in found and other in found
     }

@@ -29,6 +29,8 @@ from m3kernels.checks import refuse
 class RubricStageReward:
     """The ``StageReward`` of a stage's rules and of the rubrics that a store has for the case.
 
+    V_k of the gate is the task's where it gives one, else this reward.
+
     Args:
         task: R_task; its spans come along. share: of the rubrics, in (0, 1]. max_unjudged: as score_rubric.
     """

@@ -79,6 +79,10 @@ class Judges:
     judge: RubricJudge | None
     store: PinnedRubrics | None
 
+    def of_store(self, scope: str) -> bool:
+        """Whether the store has clauses of a prompt."""
+        return self.store is not None and bool(self.store.rubric(scope).items)
+
     def watching(self, source: Source) -> Source:
         """The source, with the store's version in its state where there is a store."""
         return source if self.store is None else WithRubrics(source, self.store)
@@ -103,8 +107,6 @@ async def _judges(recipe: Recipe) -> AsyncIterator[Judges]:
 @contextlib.asynccontextmanager
 async def _task_rl(recipe: Recipe, judges: Judges) -> AsyncIterator[Stage]:
     domain = recipe.source.domain
-    if domain in recipe.source.prompts and judges.judge is None:
-        raise refuse(OP, "rewards.judge", f"who judges the answers of {domain!r}", "nobody")
     model = load_model(recipe)
     reference = load_frozen(recipe, recipe.model.reference) if recipe.model.reference else None
     async with _student(recipe, model) as (physician, tokenizer):
@@ -119,6 +121,7 @@ async def _task_rl(recipe: Recipe, judges: Judges) -> AsyncIterator[Stage]:
 @contextlib.asynccontextmanager
 async def _offline_distill(recipe: Recipe, judges: Judges) -> AsyncIterator[Stage]:
     teachers = _teachers_of(recipe)
+    judges = dataclasses.replace(judges, store=None)  # what changes while they roll out would change what they say
     with TrajectoryStore(Path(recipe.source.folder) / TRAJECTORIES) as store:
         for domain, name in teachers.items():
             if store.count(domain) < recipe.source.samples:
@@ -155,16 +158,16 @@ async def _mopd(recipe: Recipe, judges: Judges) -> AsyncIterator[Stage]:
         for name in sorted(set(_teachers_of(recipe).values())):
             if name.startswith(SERVERS):
                 url, served = _server(name, "model.teachers")
-                named[name] = teacher = ServedTeacher(url, served, timeout=recipe.rollout.timeout)
-                stack.push_async_callback(teacher.close)
+                named[name] = there = ServedTeacher(url, served, timeout=recipe.rollout.timeout)
+                stack.push_async_callback(there.close)
             else:
                 named[name] = ModelTeacher(load_frozen(recipe, name), name, max_tokens=recipe.scale.max_tokens)
         physician, tokenizer = await stack.enter_async_context(_student(recipe, model))
-        domains = {
-            domain: domain_source(recipe, domain, physician, model.tensors, judges, {})
-            for domain in _teachers_of(recipe)
-        }
         teachers = {domain: named[name] for domain, name in _teachers_of(recipe).items()}
+        domains = {}
+        for domain, teacher in teachers.items():
+            readers = {"teacher_logprobs": teacher} if _reads_ahead(recipe) else {}
+            domains[domain] = domain_source(recipe, domain, physician, model.tensors, judges, readers)
         numbers = recipe.algorithm_config()
         assert isinstance(numbers, mopd.Config), "of the stage's one algorithm"
         source = judges.watching(Mopd(domains, teachers, physician, model.tensors, numbers))
@@ -234,9 +237,13 @@ def _server(spec: str, key: str) -> tuple[str, str]:
     return url, model
 
 
+def _reads_ahead(recipe: Recipe) -> bool:
+    return recipe.rollout.read_ahead and not torch.distributed.is_initialized()  # ranks read together, in the loop
+
+
 def _readers(recipe: Recipe, model: PolicyModel, reference: PolicyModel | None) -> dict[str, Teacher]:
     """Who reads each segment while others are drawn: the trainer, and the reference where the loss has a KL term."""
-    if not recipe.rollout.read_ahead or torch.distributed.is_initialized():  # ranks read together, in the loop
+    if not _reads_ahead(recipe):
         return {}
     most = recipe.scale.max_tokens
     found: dict[str, Teacher] = {"old_logprobs": ModelTeacher(model, "the trainer", max_tokens=most)}
@@ -334,7 +341,12 @@ def _prompts(recipe: Recipe, domain: str, physician: Physician, weights: Weights
         seed=recipe.seed,
     )
     objective = recipe.loss() if recipe.stage == "task-rl" else None
-    reward = _PromptReward(judges, rows) if judges.judge is not None else None
+    bare = [row.prompt_id for row in rows if not row.rubric.items and not judges.of_store(row.prompt_id)]
+    judged = judges.judge is not None and len(bare) < len(rows)
+    if (judged and bare) or (not judged and recipe.stage == "task-rl"):
+        got = f"none of {bare[0]!r}" if bare else "none"
+        raise refuse(OP, f"source.prompts, {domain!r}", "a rubric of each prompt and rewards.judge, or of none", got)
+    reward = _PromptReward(judges, rows) if judged else None
     return PromptRollouts(list(_asked(rows)), physician, weights, config, reward=reward, objective=objective)
 
 

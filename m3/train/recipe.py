@@ -331,7 +331,7 @@ class Recipe:
         if self.algorithm == "clip_forward_kl":
             return Objective(spec=clip_forward_kl.loss_spec(config), aggregation=config.aggregation)
         if self.algorithm == "mopd":
-            return Objective(spec=mopd.loss_spec(config))
+            return Objective(spec=mopd.loss_spec(config), on_policy=True)
         level = None if self.objective.sampler_level == "none" else self.objective.sampler_level
         changes: dict[str, Any] = {"sampler_level": level, "sampler_high": self.objective.sampler_high}
         return Objective(spec=dataclasses.replace(loss_spec(config), **changes))

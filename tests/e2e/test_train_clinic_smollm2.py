@@ -20,7 +20,7 @@ pytestmark = pytest.mark.slow
 RECIPES = Path(__file__).parents[2] / "m3" / "recipes" / "smollm2_cpu"
 SMALL = (
     "optim.steps=2", "source.groups=1", "source.rollouts=2", "source.max_turns=2", "source.samples=2",
-    "rollout.max_tokens=24", 'source.stages=["inquiry"]',
+    "rollout.max_tokens=16", 'source.stages=["inquiry"]',
 )  # fmt: skip
 STAGES = {"task-rl": "task_rl", "offline-distill": "distill", "mopd": "mopd"}
 

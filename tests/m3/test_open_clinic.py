@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import dataclasses
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,7 +14,7 @@ import pytest
 import torch
 from letters_model import make_letters_model
 from loopback import serving
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from m3.engine.engine import AsyncEngine
 from m3.environment.case import write_cases
@@ -42,6 +43,18 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
+def teacher(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Another model of the same letters."""
+    other = tmp_path_factory.mktemp("teacher") / "model"
+    shutil.copytree(folder, other)
+    noise = torch.Generator().manual_seed(1)
+    weights = load_file(folder / "model.safetensors")
+    moved = {name: one + 0.05 * torch.randn(one.shape, generator=noise) for name, one in weights.items()}
+    save_file(moved, other / "model.safetensors", {"format": "pt"})
+    return str(other)
+
+
+@pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Cases, prompts with rubrics that letters decide, a store of rubrics."""
     files = tmp_path_factory.mktemp("files")
@@ -54,6 +67,9 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for n in (1, 2, 3)
     ]  # fmt: skip
     write_healthbench(files / "prompts.jsonl", rows)
+    bare = [dataclasses.replace(row, rubric=Rubric((), id=row.prompt_id)) for row in rows]
+    write_healthbench(files / "bare.jsonl", bare)
+    write_healthbench(files / "mixed.jsonl", [*rows[:2], bare[2]])
     with RubricStore(files / "rubrics.jsonl") as store:
         clause = RubricItem(id="a", criterion="Says a", points=5)
         store.add_core("case-1", [clause], Provenance(author="human", by="A. Expert"))
@@ -96,7 +112,9 @@ STAGES = {
 
 
 @pytest.mark.parametrize(("stage", "sections"), STAGES.values(), ids=STAGES)
-def test_a_run_that_goes_on_is_one_that_was_not_interrupted(folder, files, tmp_path, stage, sections):
+def test_a_run_that_goes_on_is_one_that_was_not_interrupted(folder, teacher, files, tmp_path, stage, sections):
+    if stage == "mopd":
+        sections = {"model": {"teachers": dict.fromkeys(("inquiry", "advisory"), teacher)}}
     if "rewards" in sections:
         sections = {"rewards": {"rubrics": str(files / sections["rewards"]["rubrics"])}}
     run(recipe(stage, folder, files, 1, **sections), tmp_path / "parts")
@@ -110,8 +128,7 @@ def test_a_run_that_goes_on_is_one_that_was_not_interrupted(folder, files, tmp_p
         assert abs(lines[0]["sampler_gap"]) < 1e-4 and lines[0]["sampler_weight"] == pytest.approx(1, abs=1e-3)
     if stage == "mopd":
         assert {"advisory/reverse_kl", "inquiry/reverse_kl", "advisory/reward/prompts"} <= lines[0].keys()
-        assert abs(lines[0]["inquiry/reverse_kl"]) < 1e-4  # the student is its teacher, until it learns
-        assert lines[1]["inquiry/reverse_kl"] != lines[0]["inquiry/reverse_kl"]
+        assert abs(lines[0]["inquiry/reverse_kl"]) > 1e-4
     if "rewards" in sections:
         assert [line["rubrics_version"] for line in lines] == [1, 1]
 
@@ -167,7 +184,11 @@ REFUSED = {
         "mopd", {"source": {"prompts": {}}}, r"source.prompts: .*but \['inquiry'\].*'advisory'"),
     "no teacher": ("offline-distill", {"model": {"teachers": {}}}, "model.teachers: want a teacher by domain"),
     "answers that nobody judges": (
-        "task-rl", {"source": {"domain": "advisory"}, "rewards": {"judge": ""}}, "rewards.judge: want who judges"),
+        "task-rl", {"source": {"domain": "advisory"}, "rewards": {"judge": ""}}, "a rubric of each prompt and rewards"),
+    "prompts that no rubric judges": (
+        "task-rl", {"source": {"domain": "advisory", "prompts": {"advisory": "bare.jsonl"}}}, "none of 'p1'"),
+    "prompts that some rubric judges": (
+        "mopd", {"source": {"prompts": {"advisory": "mixed.jsonl"}}}, "or of none; got none of 'p3'"),
     "a store that nobody judges": (
         "task-rl", {"rewards": {"judge": "", "rubrics": "rubrics.jsonl"}}, "rewards.judge: want who judges"),
     "no case": ("task-rl", {"source": {"split": "held_out"}}, "source.split: want the split of some case"),
@@ -183,6 +204,8 @@ def test_what_does_not_fit_is_refused(folder, files, tmp_path, stage, sections, 
     if "rubrics" in sections.get("rewards", {}):
         sections = {"rewards": {**sections["rewards"], "rubrics": str(files / "rubrics.jsonl")}}
     source = {"folder": str(tmp_path), **sections.get("source", {})}
+    if source.get("prompts"):
+        source["prompts"] = {domain: str(files / name) for domain, name in source["prompts"].items()}
     made = recipe(stage, folder, files, 1, **{**sections, "source": source})
 
     async def main() -> None:
@@ -191,6 +214,12 @@ def test_what_does_not_fit_is_refused(folder, files, tmp_path, stage, sections, 
 
     with pytest.raises(ValueError, match=match):
         asyncio.run(main())
+
+
+def test_prompts_without_a_rubric_have_their_teacher_alone(folder, files, tmp_path):
+    prompts = {"advisory": str(files / "bare.jsonl")}
+    _, lines = run(recipe("mopd", folder, files, 1, source={"prompts": prompts}), tmp_path)
+    assert lines[0]["advisory/outcome"] == 0 and "advisory/reward/prompts" not in lines[0]
 
 
 def test_our_prompts_have_rubrics(folder, files):

@@ -13,7 +13,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from train_cases import OBJECTIVES, PRELOADED, STREAMS, DrawnSource, config, run, run_apart, with_one_thread
+from train_cases import (
+    OBJECTIVES,
+    PRELOADED,
+    STREAMS,
+    DrawnSource,
+    config,
+    draw_samples,
+    run,
+    run_apart,
+    with_one_thread,
+)
 
 from m3.train import checkpoint, objective
 from m3.train.loop import MODEL, train
@@ -250,6 +260,23 @@ def test_old_logprobs_are_taken_once_before_the_first_update(llama, tmp_path):
     assert first["ratio_max"] == 1 and first["clip_low"] == first["clip_high"] == 0
     assert both["ratio_max"] > 1.001 and both["clip_low"] + both["clip_high"] > 0.1
     assert any(not torch.equal(a, b) for (_, a), (_, b) in zip(one.trained(), two.trained(), strict=True))
+
+
+def test_a_second_update_of_mopd_is_relative_to_the_policy_as_it_is_then(llama, tmp_path):
+    """Two passes over a batch, against two steps that are each given it: A_t and w_t are those of pi, not of old_pi."""
+    samples = draw_samples("m", streams=without("old_logprobs"))
+
+    class Same(DrawnSource):
+        async def batch(self, step: int) -> StepBatch | None:
+            return StepBatch(step=step, samples=samples)
+
+    made = []
+    for steps, epochs in ((1, 2), (2, 1)):
+        model = PolicyModel.load(llama[0])
+        settings = config(steps=steps, epochs=epochs, optim=OptimConfig(lr=1e-2, eps=1e-3))
+        asyncio.run(train(Same(OBJECTIVES["mopd"], model), model, settings, tmp_path / f"{epochs}"))
+        made.append(model)
+    assert all(torch.equal(a, b) for (_, a), (_, b) in zip(*(one.trained() for one in made), strict=True))
 
 
 def test_old_logprobs_of_the_trainer_are_those_that_a_sample_would_bring(llama, tmp_path):

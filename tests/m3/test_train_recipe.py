@@ -229,6 +229,19 @@ def test_trl_takes_its_arguments(tmp_path):
     made = trl.GRPOConfig(output_dir=str(tmp_path), use_cpu=True, **{**found, "bf16": False})
     assert (made.generation_batch_size * 8, made.num_generations) == (256, 8)
     assert (made.epsilon, made.importance_sampling_level) == (3e-4, "sequence")
+    assert (made.vllm_importance_sampling_mode, made.vllm_importance_sampling_clip_max) == ("token_truncate", 2.0)
+
+
+def test_a_constant_length_is_that_of_the_other_engine():
+    folder, algorithm = SHIPPED / "qwen3_8b", "objective.algorithm=dr_grpo"
+    changes = [algorithm, "objective.numbers.length=512"]
+    given = dict(one.split("=", 1) for one in verl_overrides(recipes.read(folder / "task_rl.toml", changes)))
+    assert given["actor_rollout_ref.actor.loss_scale_factor"] == "512"
+    assert float(given["actor_rollout_ref.actor.clip_ratio_c"]) > 1e8
+    with pytest.raises(ValueError, match=r"numbers\['length'\]: want rollout.context = 16384: TRL .*; got 512"):
+        trl_arguments(recipes.read(folder / "task_rl_trl.toml", changes))
+    exact = trl_arguments(recipes.read(folder / "task_rl_trl.toml", [algorithm, "objective.numbers.length=16384"]))
+    assert exact["max_completion_length"] == 16384
 
 
 @pytest.mark.parametrize("name", ["qwen3_8b", "qwen3_235b_a22b"])

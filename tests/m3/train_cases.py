@@ -30,7 +30,7 @@ VOCABULARY = 99  # of tiny_models
 OBJECTIVES = {
     "spar": Objective(spec=spar.loss_spec()),
     "clip-forward-kl": Objective(spec=clip_forward_kl.loss_spec()),
-    "mopd": Objective(spec=mopd.loss_spec()),
+    "mopd": Objective(spec=mopd.loss_spec(), on_policy=True),
     "ppo": Objective(spec=LossSpec(kl_coef=0.1, entropy_coef=0.01, sampler_level="token", ratio_level="step")),
     "constant": Objective(spec=LossSpec(aggregation="constant", constant_length=16)),
 }

@@ -88,7 +88,7 @@ class StudentSource(ConsultSource):
     def __init__(self, model: PolicyModel, config: ConsultConfig, distillation: mopd.Config) -> None:
         super().__init__(model, config)
         self.distillation = distillation
-        self.objective = Objective(spec=mopd.loss_spec(distillation))
+        self.objective = Objective(spec=mopd.loss_spec(distillation), on_policy=True)
 
     def _samples(self, *arguments: Any) -> list[Any]:
         found = super()._samples(*arguments)
