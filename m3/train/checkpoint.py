@@ -173,7 +173,7 @@ def write(folder: str | Path, state: State, *, keep: int = 2) -> Path:
         to_disk(folder)
     except BaseException as error:
         shutil.rmtree(part, ignore_errors=True)
-        if isinstance(error, SafetensorError):
+        if isinstance(error, (SafetensorError, OSError)):
             raise OSError(f"{OP}: {path}: {error}") from error
         raise
     for _, old in [one for one in finished(folder) if one[0] < moment.step][keep - 1 :]:
@@ -248,7 +248,7 @@ def export(model: PolicyModel, folder: str | Path) -> Path:
             to_disk(path)
     except BaseException as error:
         shutil.rmtree(part, ignore_errors=True)
-        if isinstance(error, SafetensorError):
+        if isinstance(error, (SafetensorError, OSError)):
             raise OSError(f"{OP}: {folder}: {error}") from error
         raise
     if folder.exists():

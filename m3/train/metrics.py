@@ -85,8 +85,11 @@ class RunLog:
         plain = {name: value for name, value in metrics.items() if not of_the_clock(name)}
         clock = {name: value for name, value in metrics.items() if of_the_clock(name)} | dict(timings)
         for file, values in ((METRICS, plain), (TIMINGS, clock)):
-            with (self.folder / file).open("ab") as out:
-                out.write(json.dumps({"step": step, **values}, allow_nan=False).encode() + b"\n")
+            try:
+                with (self.folder / file).open("ab") as out:
+                    out.write(json.dumps({"step": step, **values}, allow_nan=False).encode() + b"\n")
+            except OSError as error:
+                raise OSError(f"metrics: {self.folder / file}: {error}") from error
             for name, value in values.items() if self._board is not None else ():
                 self._board.add_scalar(name, value, step)
 
@@ -225,6 +228,6 @@ def _cut(path: Path, step: int) -> None:
     try:
         part.write_bytes(b"".join(line + b"\n" for line in kept))
         part.replace(path)
-    except BaseException:
+    except OSError as error:
         part.unlink(missing_ok=True)
-        raise
+        raise OSError(f"metrics: {path}: {error}") from error

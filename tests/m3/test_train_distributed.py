@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from tiny_models import make_checkpoint
 from train_cases import PRELOADED, draw_samples, free_port, with_one_thread
 
 from m3.train.distributed import dealt
@@ -122,6 +123,15 @@ def test_losses_and_gradients_are_those_of_one_process(llama, two, name, number)
 @pytest.mark.parametrize("number", [0, 1])
 def test_so_are_those_of_other_models_and_batches(llama, two_long, name, number):
     assert_same_pass(llama[0], two_long, name, number)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [0, 1])
+def test_so_are_those_of_a_mixture_of_experts(tmp_path, number):
+    make_checkpoint(tmp_path / "moe", "qwen3_moe")
+    (tmp_path / "two").mkdir()
+    together(tmp_path / "moe", tmp_path / "two", {"mopd": PASSES["mopd"]})
+    assert_same_pass(tmp_path / "moe", tmp_path / "two", "mopd", number)
 
 
 def assert_same_pass(folder: Path, two: Path, name: str, number: int) -> None:

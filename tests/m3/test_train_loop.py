@@ -125,6 +125,25 @@ def test_a_signal_during_an_update_lets_the_step_end(llama, tmp_path):
     assert checkpoint.load(tmp_path / "checkpoints" / "step-000002").updates == 2
 
 
+def test_a_signal_while_a_checkpoint_is_written_lets_it_end(llama, tmp_path, monkeypatch):
+    own = checkpoint.write
+
+    def heard(*call, **more):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return own(*call, **more)
+
+    monkeypatch.setattr(checkpoint, "write", heard)
+    ended = run(llama[0], tmp_path, "mopd")
+    assert (ended.step, ended.signal) == (3, signal.SIGTERM)
+    assert checkpoint.load(tmp_path / "checkpoints" / "step-000003").updates == 3
+
+
+def test_a_second_signal_ends_the_process_at_once(processes, llama, tmp_path):
+    """The second comes while the source gives its batch up: nothing more is written."""
+    assert apart(processes, llama[0], tmp_path, "mopd", {4: signal.SIGTERM}, stubborn=True) == -signal.SIGTERM
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-000003"]
+
+
 def test_another_number_of_threads_is_told(llama, tmp_path):
     run(llama[0], tmp_path, "mopd", steps=1, optim=OptimConfig())
     threads = torch.get_num_threads()

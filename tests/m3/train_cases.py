@@ -66,6 +66,8 @@ def draw_samples(seed: str = "a", lengths: tuple[int, ...] = (9, 4, 17, 12, 6), 
 class DrawnSource:
     """Batches that follow from all batches before, and from the weights: what is not restored shows."""
 
+    stubborn = False  # the signal comes again when the batch is given up
+
     def __init__(
         self,
         objective: Objective,
@@ -86,7 +88,11 @@ class DrawnSource:
         self.memory += int(samples[0].ids.sum())
         if step in self.at:
             os.kill(os.getpid(), self.at[step])
-            await asyncio.sleep(0.05)
+            try:
+                await asyncio.sleep(0.05)
+            finally:
+                if self.stubborn:
+                    os.kill(os.getpid(), self.at[step])
         return StepBatch(step=step, samples=samples, metrics={"memory": self.memory, "draw_seconds": 0.5})
 
     async def updated(self, step: int, version: int) -> None:
@@ -115,6 +121,7 @@ def run(folder: Path, out: Path, objective: str, *, at: Mapping[int, int] | None
     """A run of six steps of the model in ``folder``."""
     model = PolicyModel.load(folder)
     source = DrawnSource(OBJECTIVES[objective], model, at=at)
+    source.stubborn = changes.pop("stubborn", False)
     return asyncio.run(train(source, model, config(**changes), out, decode=str))
 
 
