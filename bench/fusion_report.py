@@ -119,7 +119,10 @@ def collected(out: Path, seeds: Sequence[int]) -> dict[str, Found]:
     home = [found[f"expert-{name}"].rewards[:, :, at] for at, name in enumerate(DEPARTMENTS)]
     found[EXPERTS] = Found(rewards=np.stack([*home, np.mean(home, axis=0)], axis=-1))
     for loss in LOSSES:
-        found |= {f"{loss} @ {epoch}": one for epoch, one in curves(out, loss, seeds).items() if epoch}
+        by_epoch = {epoch: one for epoch, one in curves(out, loss, seeds).items() if epoch}
+        last = max(by_epoch)
+        by_epoch[last] = dataclasses.replace(by_epoch[last], told=read(out, loss, seeds).told)
+        found |= {f"{loss} @ {epoch}": one for epoch, one in by_epoch.items()}
     for arm in ARMS:
         if all((out / f"{arm}-{seed}" / DONE).is_file() for seed in seeds):
             found[arm] = read(out, arm, seeds)

@@ -85,6 +85,7 @@ def test_rows_say_how_far_a_student_is_from_the_start_and_its_experts(out: Path)
     cells = fusion_report.table({row.arm: row.reward}).splitlines()[-1].split(" | ")
     assert cells[0] == "| forward+mopd" and cells[-1] == "0.700 (0.700, 0.700) |"
     assert "| start | 0.400 (" in fusion_report.tables(out, [1, 2], list(made.values()))
+    assert made["forward @ 2"].seconds == (1.0, 1.0) and made["forward @ 1"].seconds == ()
     path = out / "rows.jsonl"
     fusion_report.write(list(made.values()), path)
     assert [json.loads(one)["arm"] for one in path.read_text("utf-8").splitlines()] == list(made)
