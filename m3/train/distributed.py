@@ -124,18 +124,17 @@ class Together:
         self.words = dist.new_group(backend="gloo")  # for what is said between CPUs
 
     # -- the model ----------------------------------------------------------------------------------------------------
-    def shard(self, model: PolicyModel, *, compute: torch.dtype | None = None) -> None:
+    def shard(self, model: PolicyModel) -> None:
         """Cut a model over the ranks, in place, before an optimiser is made for it. All ranks have loaded the same.
 
-        Args:
-            compute: dtype of passes and of what is gathered (such as bf16) where weights, moments and summed gradients
-                keep theirs; None: that of the weights.
+        Where the model has a dtype of its passes (``compute``), weights are gathered in it, gradients summed in fp32.
         """
         from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
         names = set(getattr(model.causal, "_no_split_modules", None) or ())
         layers = [module for module in model.causal.modules() if type(module).__name__ in names]
-        policy = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=None if compute is None else torch.float32)
+        reduced = None if model.compute is None else torch.float32
+        policy = MixedPrecisionPolicy(param_dtype=model.compute, reduce_dtype=reduced)
         for layer in layers:
             fully_shard(layer, mesh=self.mesh, mp_policy=policy)
         # the losses read the head's weight after the forward pass: what is not in a layer stays gathered until then

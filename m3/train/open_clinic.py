@@ -210,7 +210,7 @@ async def _drawing(recipe: Recipe, name: str) -> AsyncIterator[tuple[Physician, 
         finally:
             await physician.close()
         return
-    weights = {"float32": "fp32", "bfloat16": "bf16"}[recipe.model.dtype]
+    weights = {"float32": "fp32", "bfloat16": "bf16"}[recipe.model.compute or recipe.model.dtype]
     sizes = EngineConfig(max_context=rollout.context, max_running=rollout.max_running, memory_mb=rollout.memory_mb)
     core, tokenizer = open_core(name, sizes, weights=weights)
     async with AsyncEngine(core, tokenizer) as engine:

@@ -120,6 +120,7 @@ def load_model(recipe: Recipe) -> PolicyModel:
         attention=model.attention,
         gradient_checkpointing=model.gradient_checkpointing,
         lora=lora,
+        compute=getattr(torch, model.compute) if model.compute else None,
     )
 
 
@@ -130,6 +131,7 @@ def load_frozen(recipe: Recipe, name: str) -> PolicyModel:
         dtype=getattr(torch, recipe.model.dtype),
         device=recipe.scale.device,
         attention=recipe.model.attention,
+        compute=getattr(torch, recipe.model.compute) if recipe.model.compute else None,
     )
     return found.requires_grad_(False)
 

@@ -264,7 +264,7 @@ def _training(recipe: Recipe, shape: Shape, parameters: int, learning: int, toke
     if recipe.scale.engine == "verl":
         size = 4  # verl's FSDP holds fp32 and computes in bf16
     frozen = len(set(recipe.model.teachers.values())) + bool(recipe.model.reference)
-    computed = 2 if recipe.scale.engine == "verl" else size
+    computed = 2 if recipe.scale.engine == "verl" else BYTES[recipe.model.compute or recipe.model.dtype]
     taken = max(shape.experts_per_token, 1)
     layer = 12 * shape.hidden + 4 * shape.intermediate * taken + (shape.heads + 2 * shape.kv_heads) * shape.head_dim
     kept = shape.layers * shape.hidden + layer if recipe.model.gradient_checkpointing else shape.layers * layer

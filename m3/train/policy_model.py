@@ -60,6 +60,7 @@ class PolicyModel(nn.Module):
         source: folder that it came from, whose tokenizer goes beside what ``save`` writes.
         gradient_checkpointing: keep the layers' inputs alone and compute the rest again in the backward pass.
         lora: train adapters only; needs peft.
+        compute: of the passes and of the head's product, such as bf16 where the weights are fp32; None: as the weights.
     Raises:
         ValueError: the model's logits are not what its head gives for its hidden states (a head that is no linear one).
     """
@@ -71,8 +72,10 @@ class PolicyModel(nn.Module):
         source: str | Path | None = None,
         gradient_checkpointing: bool = False,
         lora: LoraConfig | None = None,
+        compute: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        self.compute = compute
         _without_dropout(causal)
         self.causal: Any = causal if lora is None else _adapted(causal, lora)
         self.source = None if source is None else Path(source)
@@ -95,12 +98,13 @@ class PolicyModel(nn.Module):
         attention: str = "sdpa",
         gradient_checkpointing: bool = False,
         lora: LoraConfig | None = None,
+        compute: torch.dtype | None = None,
     ) -> PolicyModel:
         """The model of a Hugging Face checkpoint folder.
 
         Args:
             dtype: of weights, gradients and the optimiser's moments. bf16 halves memory, but drops an update below
-                about 2^-9 of its weight.
+                about 2^-9 of its weight: with the rates of reinforcement learning, all of them. ``compute`` drops none.
             attention: of transformers: "sdpa", "eager", "flash_attention_2". Prefixes are shared with "sdpa" alone.
         """
         import transformers
@@ -110,7 +114,7 @@ class PolicyModel(nn.Module):
         causal = transformers.AutoModelForCausalLM.from_pretrained(
             str(folder), dtype=dtype, attn_implementation=attention, local_files_only=True
         ).to(device)
-        return cls(causal, source=folder, gradient_checkpointing=gradient_checkpointing, lora=lora)
+        return cls(causal, source=folder, gradient_checkpointing=gradient_checkpointing, lora=lora, compute=compute)
 
     # -- what the losses read -----------------------------------------------------------------------------------------
     @property
@@ -126,14 +130,19 @@ class PolicyModel(nn.Module):
     def head(self) -> LinearHead:
         layer = self.causal.get_output_embeddings()
         softcap = getattr(self.causal.config, "final_logit_softcapping", None) or 0.0
-        return LinearHead(weight=layer.weight, bias=getattr(layer, "bias", None), softcap=float(softcap))
+        weight = layer.weight if self.compute is None else layer.weight.to(self.compute)
+        return LinearHead(weight=weight, bias=getattr(layer, "bias", None), softcap=float(softcap))
+
+    def _computing(self) -> torch.autocast:
+        return torch.autocast(self.device.type, self.compute, enabled=self.compute is not None)
 
     def forward(self, ids: Tensor, position_ids: Tensor, tree: Tree | None = None) -> Tensor:
         """(1, T, D) hidden states, normed, of packed ids (T,); or of those (U,) that a tree computes."""
         more = {} if tree is None else {"tree": tree, "attention_mask": ids.new_empty(1, 1, 1, 1)}  # made, not read
-        return self.body(
-            input_ids=ids[None], position_ids=position_ids[None], use_cache=False, **more
-        ).last_hidden_state
+        with self._computing():
+            found = self.body(input_ids=ids[None], position_ids=position_ids[None], use_cache=False, **more)
+        hidden = found.last_hidden_state
+        return hidden if self.compute is None else hidden.to(self.compute)
 
     def hidden(self, packed: Packed, *, least: int = shared_prefix.LEAST) -> Tensor:
         """(T, D) normed hidden states; those of a sequence are independent of its neighbours, but for rounding.
@@ -226,7 +235,8 @@ class PolicyModel(nn.Module):
         none = torch.zeros(count), torch.full((count,), -1)
         both = pack([Sample(id="", ids=row, mask=none[0], steps=none[1]) for row in ids])
         ids = ids.to(self.device)
-        logits = self.causal(input_ids=ids, use_cache=False).logits.float().flatten(0, 1)
+        with self._computing():
+            logits = self.causal(input_ids=ids, use_cache=False).logits.float().flatten(0, 1)
         own = logits.log_softmax(-1).gather(1, ids.flatten()[:, None])[:, 0]
         hidden = self.hidden(both, least=1)
         read = linear_logprobs(hidden, head.weight, ids.flatten(), bias=head.bias, softcap=head.softcap).logprobs

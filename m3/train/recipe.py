@@ -65,13 +65,15 @@ class Model:
 
     Args:
         name: a checkpoint folder, a built-in name, owner/name of the hub; "" where the source makes its own.
-        dtype: "float32" or "bfloat16", of weights, gradients and moments. attention: of transformers.
+        dtype: "float32" or "bfloat16", of weights, gradients and moments. compute: of the passes; "": as the weights.
+        attention: of transformers.
         lora_rank: of adapters; 0: all weights learn.
         reference: checkpoint of the KL term. teachers: checkpoint by domain, of stages 2 and 3.
     """
 
     name: str = ""
     dtype: str = "float32"
+    compute: str = ""
     attention: str = "sdpa"
     gradient_checkpointing: bool = False
     lora_rank: int = 0
@@ -82,6 +84,7 @@ class Model:
 
     def __post_init__(self) -> None:
         check_choice(OP, "model.dtype", self.dtype, ("float32", "bfloat16"))
+        check_choice(OP, "model.compute", self.compute, ("", "float32", "bfloat16"))
         _least("model", self, lora_rank=0)
 
 

@@ -15,6 +15,7 @@ from m3.checkpoint import Checkpoint
 from m3.models.loader import load_model
 from m3.models.refresh import refresh_weights
 from m3.train import objective
+from m3.train.optim import OptimConfig, Optimizer
 from m3.train.policy_model import LoraConfig, PolicyModel
 from m3.train.streams import pack
 
@@ -183,6 +184,20 @@ def test_bf16_weights_give_the_loss_to_their_precision(llama):
     loss, _ = objective.loss(OBJECTIVES["clip-forward-kl"], coarse, pack(samples), 1.0)
     loss.backward()
     assert all(one.grad.dtype == torch.bfloat16 for _, one in coarse.trained())
+
+
+def test_bf16_passes_leave_the_weights_their_precision(llama):
+    samples, fine = draw_samples(), PolicyModel.load(llama[0])
+    model = PolicyModel.load(llama[0], compute=torch.bfloat16)
+    error = (model.logprobs(pack(samples)) - fine.logprobs(pack(samples))).abs()
+    assert 0 < float(error.mean()) < 0.05
+    wanted, found = gradients(fine), gradients(model)
+    assert all(one.dtype == torch.float32 for one in found.values())
+    worst = max(float((found[name] - one).norm() / one.norm()) for name, one in wanted.items())
+    assert worst < 0.1
+    before = {name: one.detach().clone() for name, one in model.trained()}
+    Optimizer(model, OptimConfig(lr=1e-6)).step(1e-6)
+    assert all(not torch.equal(before[name], one) for name, one in model.trained())
 
 
 # -- adapters ---------------------------------------------------------------------------------------------------------
