@@ -240,11 +240,11 @@ def draw(out: Path, found: Sequence[FactsRow], shown: Sequence[str], path: Path)
     plane = axes[3]
     lines = {"naive": "C1", "scripted": "C7"}
     for kind, colour in lines.items():
-        points = [at(row) for row in found if row.arm.startswith(kind)]
+        points = [spot(row) for row in found if row.arm.startswith(kind)]
         plane.plot(*zip(*sorted(points), strict=True), color=colour, linewidth=0.8, zorder=0)
     colours = {"none": "C0", "fact_aware": "C2", START: "black"}
     for row in found:
-        x, y = at(row)
+        x, y = spot(row)
         colour = colours.get(row.arm) or lines[row.arm.split(":")[0].split(" ")[0]]
         error = [[[abs(value[0] - value[side])] for side in (1, 2)] for value in both(row)]
         plane.errorbar(x, y, xerr=error[0], yerr=error[1], fmt="o", markersize=4, color=colour, linewidth=0.8)
@@ -261,7 +261,7 @@ def both(row: FactsRow) -> tuple[Interval, Interval]:
     return row.held_out["hallucination"], row.held_out["reward"]
 
 
-def at(row: FactsRow) -> tuple[float, float]:
+def spot(row: FactsRow) -> tuple[float, float]:
     """Its place in the plane of the trade-off."""
     return both(row)[0][0], both(row)[1][0]
 
