@@ -20,9 +20,13 @@ The server reads the folder under the same path: on the same machine, or a share
 from __future__ import annotations
 
 import asyncio
+import http.client
+import json
 import math
 import shlex
 import shutil
+import urllib.error
+import urllib.request
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -168,16 +172,9 @@ class ServedPhysician:
 
     async def _take(self, folder: Path, version: int) -> None:
         if self._hook.startswith(("http://", "https://")):
-            import httpx
-
-            body = {"model_path": str(folder), "weight_version": str(version)}
-            async with httpx.AsyncClient(timeout=self._timeout) as client:
-                try:
-                    found = await client.post(self._hook, json=body, headers={"Authorization": f"Bearer {self._key}"})
-                except httpx.HTTPError as error:
-                    raise RuntimeError(f"{OP}: refresh: {self._hook}: {type(error).__name__}: {error}") from error
-            if found.status_code != 200:
-                raise RuntimeError(f"{OP}: refresh: {self._hook}: status {found.status_code}: {found.text[:300]}")
+            body = json.dumps({"model_path": str(folder), "weight_version": str(version)}).encode()
+            headers = {"Authorization": f"Bearer {self._key}", "Content-Type": "application/json"}
+            await asyncio.to_thread(_post, urllib.request.Request(self._hook, body, headers), self._timeout)
             return
         places = {"{folder}": str(folder), "{version}": str(version)}
         words = [_filled(word, places) for word in shlex.split(self._hook)]
@@ -199,6 +196,21 @@ class ServedPhysician:
     async def close(self) -> None:
         """Close its connections."""
         await self._client.close()
+
+
+def _post(request: urllib.request.Request, timeout: float) -> None:
+    """Raises RuntimeError: another status than 200, or no answer."""
+    url = request.full_url
+    try:
+        with urllib.request.urlopen(request, timeout=timeout) as found:
+            status, said = found.status, ""
+    except urllib.error.HTTPError as error:
+        with error:
+            status, said = error.code, error.read(300).decode(errors="replace")
+    except (OSError, http.client.HTTPException) as error:
+        raise RuntimeError(f"{OP}: refresh: {url}: {type(error).__name__}: {error}") from error
+    if status != 200:
+        raise RuntimeError(f"{OP}: refresh: {url}: status {status}: {said}")
 
 
 def write_weights(folder: Path, version: int, tensors: Mapping[str, Tensor], source: Path) -> Path:

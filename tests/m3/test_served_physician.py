@@ -190,7 +190,7 @@ def test_a_command_is_told_folder_and_version(folder, weights, tmp_path):
 
 FAILING = {
     "a command that fails": (f"{sys.executable} -c \"raise SystemExit('no room')\"", RuntimeError, "1: no room"),
-    "nobody there": ("http://127.0.0.1:9/update", RuntimeError, "ConnectError"),
+    "nobody there": ("http://127.0.0.1:9/update", RuntimeError, "Connection refused"),
     "no hook": ("", ValueError, "want a URL or a command"),
 }
 
