@@ -11,6 +11,11 @@ import torch
 
 from m3kernels import dispatch
 
+try:
+    from m3kernels import _cpu_ext
+except ImportError:  # not built
+    _cpu_ext = None
+
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported, which no module above does
 
@@ -39,6 +44,14 @@ def pytest_collection_finish(session: pytest.Session) -> None:
 @pytest.fixture(autouse=True)
 def seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def instruction_set() -> Iterator[None]:
+    """Every test leaves the instruction set as it was: those after it, and processes, would have other bits."""
+    before = None if _cpu_ext is None else _cpu_ext.get_isa()
+    yield
+    assert _cpu_ext is None or _cpu_ext.get_isa() == before
 
 
 @pytest.fixture

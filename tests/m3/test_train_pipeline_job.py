@@ -23,7 +23,7 @@ from m3.train.recipe import Recipe
 from tests.m3.train_cases import PRELOADED, DrawnSource, with_one_thread
 
 KILL = "M3_TEST_KILL"  # "stage seed, step": where the process kills itself
-one_thread = pytest.fixture(autouse=True)(with_one_thread)
+one_thread = pytest.fixture(autouse=True, scope="module")(with_one_thread)
 
 
 @contextlib.asynccontextmanager
