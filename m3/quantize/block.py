@@ -57,6 +57,11 @@ class Routing:
         """(T, E) bool."""
         return torch.zeros_like(self.probabilities, dtype=torch.bool).scatter_(1, self.ids, True)
 
+    def shares(self, extra: Tensor | None = None) -> Tensor:
+        """(T, E) weight of each expert in the output of each token; of extra tokens, their probability."""
+        shares = torch.zeros_like(self.probabilities).scatter(1, self.ids, self.weights)
+        return shares if extra is None else torch.where(extra & ~self.chosen(), self.probabilities, shares)
+
     def extra(self, least: int) -> Tensor:
         """(T, E) bool: the unchosen tokens of highest probability that bring every expert to ``least`` tokens.
 
@@ -247,10 +252,8 @@ class Block:
 
     def _experts(self, x: Tensor, weights: Mapping[str, Tensor], extra: Tensor | None, see: See) -> Tensor:
         routing = self.route(x)
-        shares = torch.zeros_like(routing.probabilities).scatter(1, routing.ids, routing.weights)
-        used = routing.chosen()
+        shares, used = routing.shares(extra), routing.chosen()
         if extra is not None:
-            shares = torch.where(extra & ~used, routing.probabilities, shares)
             used |= extra
         y = torch.zeros_like(x)
         for expert in used.any(dim=0).nonzero().flatten().tolist():
