@@ -46,7 +46,8 @@ Sequences = Tensor | Sequence[Tensor]  # S x (L, D)
 class AutoRoundConfig:
     """How to learn.
 
-    iterations, batch (sequences of one): AutoRound's defaults. learning_rate: of V, None is 1 / iterations (its too).
+    iterations, batch (sequences of one): AutoRound's defaults. learning_rate: of V, None is 1 / (2 iterations), so that
+        an offset can travel a quarter (ours: docs/experiments/quantization.md; AutoRound has 1 / iterations).
     scale_rate: of a, as a multiple of learning_rate. start: the ranges at first, a method of quantize_weight.
     least_tokens: an expert that the router gives fewer tokens of the calibration set gets the likeliest others too.
     apart: attention first, then each expert alone, for its own output: the memory of one expert, not of all.
@@ -70,7 +71,7 @@ class AutoRoundConfig:
     @property
     def rate(self) -> float:
         """Of V at first."""
-        return 1 / max(1, self.iterations) if self.learning_rate is None else self.learning_rate
+        return 0.5 / max(1, self.iterations) if self.learning_rate is None else self.learning_rate
 
 
 class LearntRounding:
