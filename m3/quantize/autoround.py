@@ -1,7 +1,7 @@
 """AutoRound: learn the rounding offsets and the clipping of a layer's linears by signed gradient descent.
 
     W = s * (clamp(rint(w / s + V) + z, 0, 15) - z),   s = a * s0,   V in [-1/2, 1/2],   a in [1/2, 3/2]
-    loss = sum over tokens of |layer(x; W) - target|^2
+    loss = sum over tokens of |layer(x; W) - target|^2 / |target|^2
     V <- clip(V - rate sign(dloss/dV)),   a <- clip(a - scale_rate sign(dloss/da)),   rates decaying linearly to 0
 
 V decides for each weight which way it is rounded, a for each group how much of its range is clipped. The derivative of
@@ -14,8 +14,11 @@ Scales are rounded to the stored dtype before anything is rounded with them: wha
 packed. With no iterations and start "minmax" it is rounding to nearest.
 
 Source: Cheng et al., "Optimize Weight Rounding via Signed Gradient Descent" (AutoRound), arXiv 2309.05516. Of ours:
-the ranges that learning starts from are searched (there: min-max), and an iterate is judged by its loss over the loss
-that the start has on the same sequences, so that an easy batch does not look like a good iterate.
+- the loss of a token is relative (there: |layer - target|^2). The layers to come normalise their input, and the first
+  token of a sequence, an attention sink, can be 10^4 times as large as the others: it would be nearly all of the loss;
+- the ranges that learning starts from are searched (there: min-max);
+- an iterate is judged by its loss over the loss that the start has on the same sequences, so that an easy batch does
+  not look like a good iterate.
 """
 
 from __future__ import annotations
@@ -158,8 +161,13 @@ class LearntRounding:
 
 
 # -- what is learnt from ----------------------------------------------------------------------------------------------
+def relative_error(y: Tensor, wanted: Tensor) -> Tensor:
+    """|y - wanted|^2 / |wanted|^2 of every token, (..., D) -> (...)."""
+    return (y - wanted).square().sum(-1) / wanted.square().sum(-1).clamp(min=SMALLEST_LOSS)
+
+
 class Reconstruction:
-    """Linears, and S parts of a calibration set: their loss is the squared error of a part, summed."""
+    """Linears, and S parts of a calibration set; a loss is the relative squared error of a part, summed over tokens."""
 
     def __init__(self, linears: Mapping[str, Tensor], parts: int) -> None:
         self.linears, self.parts = linears, parts
@@ -200,8 +208,9 @@ class WholeLayer(Reconstruction):
 
     def losses(self, weights: Mapping[str, Tensor], which: Sequence[int]) -> Tensor:
         extra = None if self.extra is None else self.extra[list(which)].flatten(0, 1)
-        y = self.block.forward(stacked(self.inputs, which), weights, extra=extra)
-        return (y - stacked(self.targets, which)).square().sum((1, 2))
+        return relative_error(
+            self.block.forward(stacked(self.inputs, which), weights, extra=extra), stacked(self.targets, which)
+        ).sum(1)
 
 
 class AttentionHalf(Reconstruction):
@@ -215,11 +224,11 @@ class AttentionHalf(Reconstruction):
         hidden = stacked(self.inputs, which)
         with torch.no_grad():
             wanted = self.block.attend(hidden)[0]
-        return (self.block.attend(hidden, weights)[0] - wanted).square().sum((1, 2))
+        return relative_error(self.block.attend(hidden, weights)[0], wanted).sum(1)
 
 
 class OneExpert(Reconstruction):
-    """The linears of an expert, for its output on tokens (T, D) times its share of theirs; parts are some tokens."""
+    """The linears of an expert, for its output on tokens (T, D) times their ``shares`` (T,); parts are some tokens."""
 
     def __init__(self, block: Block, expert: int, x: Tensor, shares: Tensor) -> None:
         self.block, self.prefix = block, EXPERT.format(expert)
@@ -239,10 +248,12 @@ def apart(block: Block, inputs: Sequences, config: AutoRoundConfig) -> Iterator[
     """Attention, then every expert on its tokens of the layer as it is."""
     yield AttentionHalf(block, inputs)
     with torch.no_grad():
-        x = torch.cat([block.attend(hidden)[1] for hidden in batches(inputs, config.batch)])
+        halves = [block.attend(hidden) for hidden in batches(inputs, config.batch)]
+        hidden, x = (torch.cat([half[which].view(-1, half[1].shape[1]) for half in halves]) for which in (0, 1))
         routing = block.route(x)
         extra = routing.extra(config.least_tokens)
-        shares, used = routing.shares(extra), routing.chosen() | extra
+        used = routing.chosen() | extra
+        shares = routing.shares(extra) / hidden.norm(dim=1, keepdim=True).clamp(min=SMALLEST_LOSS)  # of what it adds to
     for expert in range(block.config.num_experts):
         rows = used[:, expert]
         yield OneExpert(block, expert, x[rows], shares[rows, expert])

@@ -215,3 +215,14 @@ def test_sequences_out_of_contract(dense, spoil, message):
 def test_settings_out_of_contract(fields, message):
     with pytest.raises(ValueError, match=f"AutoRoundConfig: {message}"):
         AutoRoundConfig(**fields)
+
+
+def test_a_loss_is_relative_to_each_token(dense):
+    inputs = tokens_of(2, 5)
+    inputs[:, 0] *= 1e4  # a token as large as an attention sink counts as one token
+    targets = dense.forward(inputs)
+    off = {name: weight * 1.01 for name, weight in dense.weights.items()}
+    errors = (dense.forward(inputs, off) - targets).square().sum(-1) / targets.square().sum(-1)
+    got = WholeLayer(dense, inputs, targets, AutoRoundConfig()).losses(off, [1, 0])
+    torch.testing.assert_close(got, errors.sum(1)[[1, 0]])
+    assert float(errors[:, 0].max()) < 0.5 * float(errors.sum(1).min())
