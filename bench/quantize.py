@@ -23,7 +23,6 @@ import dataclasses
 import functools
 import json
 import math
-import resource
 import subprocess
 import sys
 import time
@@ -36,7 +35,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench import record, tables
+from bench import harness, record, tables
 from m3.checkpoint import Checkpoint, write_checkpoint
 from m3.draft.generate import EngineGenerator, Request, prompt_ids
 from m3.draft.prompts import read_prompts
@@ -91,7 +90,8 @@ class Plan:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class QuantizeRow:
-    """An arm. Figures with their 95 % interval: (value, low, high). ``over_package``: nats per token more than it."""
+    """An arm. Figures with their 95 % interval: (value, low, high). ``nats_over``, ``kl_over``: how much more a token
+    costs than with another arm, and how much larger its KL is; passage by passage."""
 
     arm: str
     model: str
@@ -104,8 +104,8 @@ class QuantizeRow:
     held_out_tokens: int
     perplexity: tuple[float, float, float]
     kl: tuple[float, float, float]
-    over_package: tuple[float, float, float] | None
-    kl_over_package: tuple[float, float, float] | None
+    nats_over: Mapping[str, tuple[float, float, float]]
+    kl_over: Mapping[str, tuple[float, float, float]]
     cpu_s: float | None
     wall_s: float | None
     peak_bytes: int | None
@@ -202,7 +202,7 @@ def quantise(settings: Mapping[str, Any]) -> dict[str, Any]:
     for name in COMPANIONS:
         if (source.folder / name).is_file():
             (out / name).write_bytes((source.folder / name).read_bytes())
-    return {**spent, "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
+    return {**spent, "peak_bytes": harness.resident("VmHWM")}
 
 
 def made(plan: Plan, arm: str, model: Path, say: Callable[[str], None]) -> tuple[Path, dict[str, Any]]:
@@ -300,15 +300,15 @@ def run(plan: Plan, say: Callable[[str], None]) -> list[QuantizeRow]:
     for arm in plan.arms:
         nll, kl, tokens = scores[arm].T
         over = [
-            interval(mine - theirs, tokens) if PACKAGE in scores and arm != PACKAGE else None
-            for mine, theirs in zip(scores[arm].T[:2], scores.get(PACKAGE, scores[arm]).T[:2], strict=True)
+            {other: interval(mine - scores[other].T[which], tokens) for other in plan.arms if other != arm}
+            for which, mine in enumerate((nll, kl))
         ]
         rows.append(
             QuantizeRow(
                 arm=arm, model=MODEL, group_size=plan.group_size, symmetric=plan.symmetric, samples=plan.samples,
                 tokens=plan.tokens, iterations=plan.iterations, batch=plan.batch, held_out_tokens=int(tokens.sum()),
                 perplexity=tuple(math.exp(value) for value in interval(nll, tokens)), kl=interval(kl, tokens),
-                over_package=over[0], kl_over_package=over[1], cpu_s=costs[arm].get("cpu_s"),
+                nats_over=over[0], kl_over=over[1], cpu_s=costs[arm].get("cpu_s"),
                 wall_s=costs[arm].get("wall_s"), peak_bytes=costs[arm].get("peak_bytes"),
                 version=costs[arm].get("version"), commit=commit, dirty=dirty, machine=record.machine(),
                 date=record.now(), command=record.command(),
@@ -325,13 +325,13 @@ def table(rows: Sequence[QuantizeRow]) -> str:
 
     lines = [
         [
-            row.arm, figure(row.perplexity, 2), figure(row.kl, 4), figure(row.over_package, 4),
-            figure(row.kl_over_package, 4), "" if row.cpu_s is None else f"{row.cpu_s:.0f}",
+            row.arm, figure(row.perplexity, 2), figure(row.kl, 4), figure(row.nats_over.get(BF16), 3),
+            figure(row.kl_over.get(PACKAGE), 4), "" if row.cpu_s is None else f"{row.cpu_s:.0f}",
             "" if row.peak_bytes is None else f"{row.peak_bytes / 2**30:.2f}",
         ]
         for row in rows
     ]  # fmt: skip
-    header = ["arm", "perplexity", "KL", "nats over package", "KL over package", "CPU s", "peak GiB"]
+    header = ["arm", "perplexity", "KL", "nats over bf16", "KL over package", "CPU s", "peak GiB"]
     return tables.table(header, lines)
 
 

@@ -8,12 +8,17 @@ from __future__ import annotations
 
 import json
 import os
-import resource
 import sys
 import time
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+
+def peak_bytes() -> int:
+    """Of this process; getrusage would count the parent's too, up to the fork."""
+    lines = Path("/proc/self/status").read_text("utf-8").splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))
 
 
 def main(settings: dict) -> dict:
@@ -25,7 +30,6 @@ def main(settings: dict) -> dict:
     tokens = json.loads(Path(settings["tokens"]).read_text("utf-8"))
     model = transformers.AutoModelForCausalLM.from_pretrained(settings["model"], dtype=torch.bfloat16)
     tokenizer = transformers.AutoTokenizer.from_pretrained(settings["model"])
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     cpu, clock = time.process_time(), time.perf_counter()
     rounder = AutoRound(
         model,
@@ -47,8 +51,7 @@ def main(settings: dict) -> dict:
         "version": __version__,
         "cpu_s": time.process_time() - cpu,
         "wall_s": time.perf_counter() - clock,
-        "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
-        "before_bytes": before * 1024,
+        "peak_bytes": peak_bytes(),
     }
 
 
