@@ -290,20 +290,22 @@ def run(plan: Plan, say: Callable[[str], None]) -> list[QuantizeRow]:
     model = resolve(MODEL)
     if not plan.calibration.is_file():
         say("calibration: the model answers prompts")
-        plan.calibration.write_text(json.dumps(generate(model, plan.samples, plan.tokens, say)), encoding="utf-8")
+        rows = generate(model, max(plan.samples, Plan.samples), max(plan.tokens, Plan.tokens), say)
+        cut = [row[: plan.tokens] for row in rows[: plan.samples]]  # a small set is a part of the usual one
+        plan.calibration.write_text(json.dumps(cut), encoding="utf-8")
     costs, scores = {}, {}
     for arm in plan.arms:
         checkpoint, costs[arm] = made(plan, arm, model, say)
         scores[arm] = scored(plan, arm, checkpoint, model, say)
     commit, dirty = record.commit()
-    rows = []
+    found = []
     for arm in plan.arms:
         nll, kl, tokens = scores[arm].T
         over = [
             {other: interval(mine - scores[other].T[which], tokens) for other in plan.arms if other != arm}
             for which, mine in enumerate((nll, kl))
         ]
-        rows.append(
+        found.append(
             QuantizeRow(
                 arm=arm, model=MODEL, group_size=plan.group_size, symmetric=plan.symmetric, samples=plan.samples,
                 tokens=plan.tokens, iterations=plan.iterations, batch=plan.batch, held_out_tokens=int(tokens.sum()),
@@ -314,7 +316,7 @@ def run(plan: Plan, say: Callable[[str], None]) -> list[QuantizeRow]:
                 date=record.now(), command=record.command(),
             )
         )  # fmt: skip
-    return rows
+    return found
 
 
 def table(rows: Sequence[QuantizeRow]) -> str:
