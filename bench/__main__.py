@@ -1,4 +1,4 @@
-"""``python -m bench FAMILY | engine | train | roofline | report | goals``: measure; rows to a document.
+"""``python -m bench FAMILY | engine | train | quantize | roofline | report | goals``: measure; rows to a document.
 
 FAMILY: decoder, int4, skinny, policy_loss or spec_decode.
 """
@@ -24,6 +24,7 @@ from bench import (
     int4_gpu,
     policy_loss,
     policy_loss_report,
+    quantize,
     record,
     roofline,
     skinny,
@@ -144,6 +145,9 @@ def parser() -> argparse.ArgumentParser:
 
     update = commands.add_parser("train", help="one update of a small model against TRL's trainer")
     train.add_options(update)
+
+    rounding = commands.add_parser("quantize", help="INT4 of a small model by several methods and another project's")
+    quantize.add_options(rounding)
 
     dense = commands.add_parser("decoder", help="dense products against torch, beside the roofline")
     dense.add_argument("--shapes", type=words, help=f"of {', '.join(decoder.SHAPES)}")
@@ -443,6 +447,8 @@ def main() -> int:
         return run_engine(arguments)
     if arguments.command == "train":
         return train.carry_out(arguments)
+    if arguments.command == "quantize":
+        return quantize.carry_out(arguments)
     if arguments.command == "decoder":
         return run_decoder(arguments)
     if arguments.command == "roofline":

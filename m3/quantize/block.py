@@ -9,7 +9,7 @@ with the names they have in a checkpoint. Weights may be held in 16 bits (expert
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -27,6 +27,17 @@ IGNORED = ("self_attn.rotary_emb.inv_freq",)  # in old checkpoints; computed her
 See = Callable[[str, Tensor], None]  # (name of a linear, its input rows (T, K))
 
 
+def batches(sequences: Tensor | Sequence[Tensor], size: int) -> Iterator[Tensor]:
+    """S sequences (L, D) as (B, L, D) fp32, B at most ``size``, in their order."""
+    for start in range(0, len(sequences), size):
+        yield stacked(sequences, range(start, min(start + size, len(sequences))))
+
+
+def stacked(sequences: Tensor | Sequence[Tensor], which: Sequence[int]) -> Tensor:
+    """Some sequences (L, D), of one length, as (B, L, D) fp32."""
+    return torch.stack([sequences[index] for index in which]).float()
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Routing:
     """What the router of a layer chose for T tokens.
@@ -42,12 +53,21 @@ class Routing:
         """(E,) int64."""
         return torch.bincount(self.ids.flatten(), minlength=self.probabilities.shape[1])
 
+    def chosen(self) -> Tensor:
+        """(T, E) bool."""
+        return torch.zeros_like(self.probabilities, dtype=torch.bool).scatter_(1, self.ids, True)
+
+    def shares(self, extra: Tensor | None = None) -> Tensor:
+        """(T, E) weight of each expert in the output of each token; of extra tokens, their probability."""
+        shares = torch.zeros_like(self.probabilities).scatter(1, self.ids, self.weights)
+        return shares if extra is None else torch.where(extra & ~self.chosen(), self.probabilities, shares)
+
     def extra(self, least: int) -> Tensor:
         """(T, E) bool: the unchosen tokens of highest probability that bring every expert to ``least`` tokens.
 
         All unchosen tokens where there are too few.
         """
-        chosen = torch.zeros_like(self.probabilities, dtype=torch.bool).scatter_(1, self.ids, True)
+        chosen = self.chosen()
         found = torch.zeros_like(chosen)
         for expert, count in enumerate(self.tokens_per_expert().tolist()):
             missing = min(least, len(chosen)) - count
@@ -147,16 +167,38 @@ class Block:
             extra: (B L, E) bool, tokens that experts get beyond what the router chooses, weighted by its probability.
             see: called with the input rows of every linear before it is used; of an expert, the tokens it got.
         """
-        batch, length, _ = hidden.shape
-        hidden = hidden + self._attention(self._norm(hidden, ATTENTION_NORM), weights or {}, see)
-        x = self._norm(hidden, MLP_NORM).flatten(0, 1)
-        if self.has_experts:
-            y = self._experts(x, weights or {}, extra, see)
-        else:
-            y = self._mlp("mlp.", x, weights or {}, see)
-        return hidden + y.view(batch, length, -1)
+        hidden, x = self.attend(hidden, weights, see=see)
+        y = self._experts(x, weights or {}, extra, see) if self.has_experts else self.mlp("mlp.", x, weights, see=see)
+        return hidden + y.view(hidden.shape)
 
-    __call__ = forward
+    def attend(
+        self, hidden: Tensor, weights: Mapping[str, Tensor] | None = None, *, see: See = lambda name, x: None
+    ) -> tuple[Tensor, Tensor]:
+        """The first half: (hidden states (B, L, D) after attention, their norm (B L, D) that the second half gets)."""
+        hidden = hidden + self._attention(self._norm(hidden, ATTENTION_NORM), weights or {}, see)
+        return hidden, self._norm(hidden, MLP_NORM).flatten(0, 1)
+
+    def mlp(
+        self,
+        prefix: str,
+        x: Tensor,
+        weights: Mapping[str, Tensor] | None = None,
+        *,
+        see: See = lambda name, x: None,
+    ) -> Tensor:
+        """down (silu(gate x) * up x) of (T, D); prefix "mlp.", or that of an expert."""
+        weights = weights or {}
+        gate = self._linear(f"{prefix}gate_proj", x, weights, see)
+        up = self._linear(f"{prefix}up_proj", x, weights, see)
+        return self._linear(f"{prefix}down_proj", F.silu(gate) * up, weights, see)
+
+    def route(self, x: Tensor) -> Routing:
+        """What the router makes of (T, D), the second result of ``attend``."""
+        probabilities = F.linear(x, self.rest[f"{ROUTER}.weight"]).softmax(dim=-1)
+        weights, ids = probabilities.topk(self.config.num_experts_per_tok, dim=-1)
+        if self.config.norm_topk_prob:
+            weights = weights / weights.sum(dim=-1, keepdim=True)
+        return Routing(probabilities=probabilities, ids=ids, weights=weights)
 
     @torch.no_grad()
     def inputs(self, hidden: Tensor, *, extra: Tensor | None = None) -> dict[str, Tensor]:
@@ -173,8 +215,7 @@ class Block:
         """
         if not self.has_experts:
             raise refuse("Block.routing", "self", "a layer with experts", "a dense one")
-        hidden = hidden + self._attention(self._norm(hidden, ATTENTION_NORM), {}, lambda name, x: None)
-        return self._route(self._norm(hidden, MLP_NORM).flatten(0, 1))
+        return self.route(self.attend(hidden)[1])
 
     def _norm(self, x: Tensor, name: str) -> Tensor:
         return F.rms_norm(x, x.shape[-1:], self.rest[f"{name}.weight"], self.config.rms_norm_eps)
@@ -209,28 +250,14 @@ class Block:
             self._rotary = torch.cat((cos, cos), dim=-1)[:, None], torch.cat((-sin, sin), dim=-1)[:, None]
         return self._rotary[0][:length], self._rotary[1][:length]
 
-    def _mlp(self, prefix: str, x: Tensor, weights: Mapping[str, Tensor], see: See) -> Tensor:
-        gate = self._linear(f"{prefix}gate_proj", x, weights, see)
-        up = self._linear(f"{prefix}up_proj", x, weights, see)
-        return self._linear(f"{prefix}down_proj", F.silu(gate) * up, weights, see)
-
-    def _route(self, x: Tensor) -> Routing:
-        probabilities = F.linear(x, self.rest[f"{ROUTER}.weight"]).softmax(dim=-1)
-        weights, ids = probabilities.topk(self.config.num_experts_per_tok, dim=-1)
-        if self.config.norm_topk_prob:
-            weights = weights / weights.sum(dim=-1, keepdim=True)
-        return Routing(probabilities=probabilities, ids=ids, weights=weights)
-
     def _experts(self, x: Tensor, weights: Mapping[str, Tensor], extra: Tensor | None, see: See) -> Tensor:
-        routing = self._route(x)
-        shares = torch.zeros_like(routing.probabilities).scatter(1, routing.ids, routing.weights)
-        used = torch.zeros_like(shares, dtype=torch.bool).scatter_(1, routing.ids, True)
+        routing = self.route(x)
+        shares, used = routing.shares(extra), routing.chosen()
         if extra is not None:
-            shares = torch.where(extra & ~used, routing.probabilities, shares)
             used |= extra
         y = torch.zeros_like(x)
         for expert in used.any(dim=0).nonzero().flatten().tolist():
             rows = used[:, expert].nonzero().flatten()
-            out = self._mlp(EXPERT.format(expert), x[rows], weights, see)
+            out = self.mlp(EXPERT.format(expert), x[rows], weights, see=see)
             y = y.index_add(0, rows, out * shares[rows, expert, None])
         return y

@@ -5,11 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from quantize_layers import tensors_of
 from tiny_models import make_checkpoint
 
-from m3.checkpoint import Checkpoint
-from m3.models.decoder import DecoderConfig
-from m3.models.loader import LAYER
 from m3.quantize.block import Block
 
 LAYERS = {
@@ -23,12 +21,6 @@ LAYERS = {
     "experts-no-rescale": ("qwen3_moe-no-rescale", 1),
     "dense-layer-among-experts": ("qwen3_moe-one-dense-layer", 1),
 }
-
-
-def tensors_of(folder, layer):
-    source, prefix = Checkpoint(folder), LAYER.format(layer)
-    names = [name.removeprefix(prefix) for name in source.names if name.startswith(prefix)]
-    return DecoderConfig.from_hf(source.config), {name: source.get(prefix + name) for name in names}
 
 
 @pytest.fixture(scope="module")
