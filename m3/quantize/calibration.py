@@ -25,9 +25,10 @@ from typing import Any, TypeGuard
 import torch
 from torch import Tensor
 
+from m3.checkpoint import read_json
 from m3.draft.generate import EngineGenerator, Generator, Request, prompt_ids
 from m3.draft.store import LineFile, fingerprint
-from m3.models.decoder import Decoder
+from m3.models.decoder import Decoder, DecoderConfig
 from m3.models.loader import load_model
 from m3.models.tokenizer import Tokenizer
 from m3.quantize.coverage import Coverage, count, pick
@@ -95,8 +96,8 @@ class Calibration:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CalibrationConfig:
-    """samples (sequences), tokens (of each) and seed. least_tokens: wanted for every expert of every layer, 0 for as
-    they come. temperature, max_tokens: of a response.
+    """samples (sequences), tokens (of each) and seed. least_tokens: wanted for every expert of every layer, by which
+    the model's own sequences are picked; 0 for as they come. temperature, max_tokens: of a response.
     """
 
     samples: int = 128  # with 2048 tokens, what GPTQ and AutoRound take
@@ -132,7 +133,9 @@ def calibration_of(
         ValueError: a file that cannot be read or is too short, responses of another model or for other settings in
             ``store``, a model that says too little.
     """
-    tokenizer = Tokenizer(model)
+    tokenizer, sizes = Tokenizer(model), DecoderConfig.from_hf(read_json(Path(model) / "config.json"))
+    if config.tokens > sizes.max_position_embeddings:
+        raise refuse("calibration", "tokens", f"at most the model's {sizes.max_position_embeddings}", config.tokens)
     if str(source) != SELF:
         return from_file(source, tokenizer, config)
     loaded: list[Decoder] = []
@@ -144,7 +147,7 @@ def calibration_of(
 
     responses = Responses(store, model, read_prompts(), tokenizer, config)
     try:
-        experts = config.least_tokens > 0
+        experts = sizes.num_experts > 0 and config.least_tokens > 0
         wanted = config.samples * (POOL if experts else 1)
         found = from_self(responses, generator or (lambda: EngineGenerator(load())), wanted, progress)
     finally:
@@ -285,14 +288,14 @@ def from_self(
         if done == samples:
             break
         for domain in domains:
-            missing = wanted[domain] - len(rows[domain])
-            if missing > 0:
-                numbers[domain] += max(4, missing * tokens // (responses.config.max_tokens + 1))
-            if numbers[domain] > PASSES * len(responses.order[domain]):
+            missing, most = wanted[domain] - len(rows[domain]), PASSES * len(responses.order[domain])
+            if missing > 0 and numbers[domain] == most:
+                want = f"{wanted[domain]} sequences of {tokens} tokens"
                 got = f"{len(rows[domain])} of them after {PASSES} passes over the prompts"
-                raise refuse(
-                    "calibration", f"responses ({domain})", f"{wanted[domain]} sequences of {tokens} tokens", got
-                )
+                raise refuse("calibration", f"responses ({domain})", want, got)
+            if missing > 0:
+                more = max(4, missing * tokens // (responses.config.max_tokens + 1))
+                numbers[domain] = min(numbers[domain] + more, most)
         if any(len(responses.first(domain, number)) < number for domain, number in numbers.items()):
             responses.fill(generate(), numbers)
     turns = [(at % len(domains), at // len(domains)) for at in range(samples)]

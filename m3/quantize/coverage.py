@@ -159,7 +159,7 @@ def draw(coverage: Coverage, path: str | Path, *, least: int = 0) -> None:
     rows, columns = (total < least).nonzero(as_tuple=True)
     if len(rows):
         axes.plot(columns.tolist(), rows.tolist(), "x", color="red", markersize=4, label=f"fewer than {least}")
-        axes.legend(loc="upper left", bbox_to_anchor=(0, 1.12), fontsize="small")
+        axes.legend(loc="lower left", bbox_to_anchor=(0, 1), fontsize="small")
     axes.set_xlabel("expert")
     axes.set_ylabel("layer")
     step = max(1, layers // 24)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import dataclasses
 import json
 
 import pytest
@@ -16,8 +17,10 @@ from m3.quantize.calibration import (
     Calibration,
     CalibrationConfig,
     Prompt,
+    Responses,
     calibration_of,
     from_file,
+    from_self,
     order_of,
     packed,
     read_prompts,
@@ -144,7 +147,7 @@ def test_what_is_stored_is_not_asked_for_again(folder, own_words):
     }.values(),
 )
 def test_responses_for_other_settings_are_refused(folder, own_words, change, told):
-    config = CalibrationConfig(**{"samples": 6, "tokens": 96, "max_tokens": 24, "seed": 3, **change})
+    config = dataclasses.replace(SMALL, **change)
     with pytest.raises(ValueError, match=told):
         calibration_of("self", folder, config, store=own_words[1])
 
@@ -155,9 +158,25 @@ def test_responses_of_another_model_are_refused(moe, own_words):
 
 
 def test_a_model_that_says_too_little_is_named(folder, tmp_path):
-    config = CalibrationConfig(samples=4, tokens=100_000, max_tokens=1)
-    with pytest.raises(ValueError, match=r"responses \(clinical\): want 1 sequences of 100000 tokens; got 0"):
-        calibration_of("self", folder, config, store=tmp_path / "r", generator=Silent)
+    """A prompt is 9 tokens in the template: 64 times that is one sequence of 500, not two."""
+    prompts = [Prompt(domain="d", language="en", text="x")]
+    config = CalibrationConfig(samples=2, tokens=500, max_tokens=500)
+    responses = Responses(tmp_path / "r", folder, prompts, Tokenizer(folder), config)
+    with pytest.raises(
+        ValueError, match=r"responses \(d\): want 2 sequences of 500 tokens; got 1 of them after 64 pas"
+    ):
+        from_self(responses, Silent, 2)
+
+
+def test_sequences_longer_than_the_model_takes_are_refused(folder, tmp_path):
+    config = CalibrationConfig(samples=1, tokens=513)
+    with pytest.raises(ValueError, match="tokens: want at most the model's 512; got 513"):
+        calibration_of("self", folder, config, store=tmp_path / "r")
+
+
+def test_a_dense_model_has_no_rare_experts(folder, own_words):
+    found = calibration_of("self", folder, dataclasses.replace(SMALL, least_tokens=30), store=own_words[1])
+    assert found.digest() == own_words[0].digest()
 
 
 def test_sequences_for_rare_experts_are_kept(moe, tmp_path):
