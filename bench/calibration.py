@@ -230,7 +230,6 @@ def run(plan: Plan, model: Path, method: str, kind: str, seed: int) -> dict[str,
     if path.is_file():
         return json.loads(path.read_text("utf-8"))
     layers, coverage = Layers(model), None
-    begun = time.process_time()
     ids, least = torch.zeros(1, 2, dtype=torch.int64), 0
     if kind != NONE:
         found = calibration_set(plan, model, kind, seed)
