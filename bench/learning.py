@@ -41,7 +41,7 @@ START, RANDOM = "start", "random weights"
 HELD_OUT = "held_out.json"
 START_STEPS = 400
 START_OPTIM = OptimConfig(lr=2e-3, warmup=20, schedule="cosine")
-MAX_TOKENS = 1024  # of a microbatch: attention of packed sequences is quadratic in it
+MAX_TOKENS = 1024  # of a microbatch
 DRAWS = 2000  # of the bootstrap
 Values = np.ndarray  # (seeds, cases, measures)
 

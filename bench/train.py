@@ -2,9 +2,18 @@
 
 Work of every arm: forward, backward, clip of the gradient's norm, AdamW, on one batch of consultations whose tokens
 have advantages by step; on-policy, so every ratio is 1 and TRL's token ratio has SPAR's gradient. Tokens counted are
-those of consultations, whatever an arm pads. Gate: gradients of all parameters agree with those of ``trl`` to 1e-3.
+those of consultations, whatever an arm pads or shares. Gate: gradients of all parameters agree with ``trl``'s to 1e-3.
 
-    m3           m3.train: packed microbatches of ``micro_tokens``, gradients of the head formed in the forward pass
+    inquiry      rollouts of one context, of three to six turns of both speakers
+    answers      rollouts of one context, each one message of a later stage: the context is the inquiry before it
+    even, apart  inquiries of one length: nothing is padded. "apart": each has its own context, so nothing is shared
+
+Numbers of tokens follow the clinic's own cases with the physician that knows the checklist, in SmolLM2's tokens
+(medians: context of an inquiry 120, drawn in a turn 18, said by the patient 36, drawn in a later message 26 to 57).
+Inquiries have a quarter to a half of their 13 turns, and the context of ``answers`` half of its 872 tokens (before the
+differential diagnosis), so that a run takes minutes.
+
+    m3           m3.train: packed microbatches, what is shared computed once, the head's gradients in the forward pass
     trl, trl_1   TRL 1.16 as it comes: all sequences padded at once; one sequence at a time, gradients accumulated
     spar_trl     m3.plugins.trl.SPARTrainer, padded at once: the same through our kernels, two-phase
 
@@ -37,18 +46,37 @@ from bench import harness, record, tables
 
 RESULTS = record.RESULTS / "train" / "update.jsonl"  # not a row of kernels: the report of those reads the folder above
 MODEL = "SmolLM2-135M-Instruct"
-CONSULTATIONS = {  # tokens of each consultation, the first PROMPT of them its context
-    "varied": (384, 288, 192, 160),
-    "even": (256, 256, 256, 256),
-}
-PROMPT, ASSISTANT, PATIENT = 64, 24, 40  # tokens: of the context, of a step, of the patient between steps
 TOLERANCE = 1e-3
 ARMS = ("m3", "trl", "trl_1", "spar_trl")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Shape:
+    """Tokens of a batch. Each ``rollouts`` consultations share their context.
+
+    Args:
+        lengths: of each consultation, its context included.
+        drawn, patient: of a step, and between steps.
+    """
+
+    context: int
+    lengths: tuple[int, ...]
+    rollouts: int = 4
+    drawn: int = 18
+    patient: int = 36
+
+
+SHAPES = {
+    "inquiry": Shape(context=120, lengths=(408, 354, 300, 246)),
+    "answers": Shape(context=436, lengths=(495, 490, 481, 472), drawn=64, patient=0),
+    "even": Shape(context=120, lengths=(246, 246, 246, 246)),
+    "apart": Shape(context=120, lengths=(246, 246, 246, 246), rollouts=1),
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Consultation:
-    """Tokens (T,) and, of each, whether the policy drew it and its advantage; the first PROMPT are context."""
+    """Tokens (T,) and, of each, whether the policy drew it and its advantage; the first ``context`` are given."""
 
     ids: Tensor
     mask: Tensor
@@ -56,15 +84,22 @@ class Consultation:
     context: int
 
     @classmethod
-    def draw(cls, tokens: int, vocabulary: int, seed: int) -> Consultation:
-        generator = torch.Generator().manual_seed(seed)
-        context = min(PROMPT, tokens // 2)
-        place = torch.arange(tokens) - context
-        drawn = (place >= 0) & (place % (ASSISTANT + PATIENT) < ASSISTANT)
-        steps = torch.where(drawn, place // (ASSISTANT + PATIENT), 0)
-        values = torch.randn(int(steps.max()) + 1, generator=generator)
-        ids = torch.randint(10, vocabulary, (tokens,), generator=generator)
-        return cls(ids=ids, mask=drawn.long(), advantages=values[steps] * drawn, context=context)
+    def draw(cls, shape: Shape, place: int, vocabulary: int) -> Consultation:
+        """The one at a place of the batch; seeded by it, and its context by that of its group."""
+        tokens, turn = shape.lengths[place], shape.drawn + shape.patient
+        given = torch.Generator().manual_seed(10_000 + place // shape.rollouts)
+        own = torch.Generator().manual_seed(place)
+        later = torch.arange(tokens) - shape.context
+        drawn = (later >= 0) & (later % turn < shape.drawn)
+        steps = torch.where(drawn, later // turn, 0)
+        values = torch.randn(int(steps.max()) + 1, generator=own)
+        ids = torch.cat(
+            [
+                torch.randint(10, vocabulary, (shape.context,), generator=given),
+                torch.randint(10, vocabulary, (tokens - shape.context,), generator=own),
+            ]
+        )
+        return cls(ids=ids, mask=drawn.long(), advantages=values[steps] * drawn, context=shape.context)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -73,6 +108,7 @@ class TrainRow:
 
     arm: str
     batch: str
+    shape: Mapping[str, object]
     tokens: int
     drawn: int
     threads: int
@@ -84,6 +120,7 @@ class TrainRow:
     p80_s: float | None
     tokens_per_s: float | None
     rounds: int
+    micro_tokens: int
     faster: Mapping[str, tuple[float, float, float]] | None
     all_bytes: int | None
     update_bytes: int | None
@@ -242,10 +279,10 @@ def make(name: str, folder: str, batch: Sequence[Consultation], threads: int, mi
     return Trl(folder, batch, threads, rows, ours=name == "spar_trl")
 
 
-def drawn(lengths: Sequence[int], folder: str) -> list[Consultation]:
-    """The batch of these lengths."""
+def drawn(shape: Shape, folder: str) -> list[Consultation]:
+    """The batch of a shape."""
     vocabulary = json.loads((Path(folder) / "config.json").read_text())["vocab_size"]
-    return [Consultation.draw(tokens, vocabulary, seed) for seed, tokens in enumerate(lengths)]
+    return [Consultation.draw(shape, place, vocabulary) for place in range(len(shape.lengths))]
 
 
 # -- gate, clock, memory ----------------------------------------------------------------------------------------------
@@ -267,20 +304,20 @@ def visit(arm: harness.Arm, part: int) -> float:
     return clock() - began
 
 
-def peak_here(name: str, folder: str, lengths: Sequence[int], threads: int, micro_tokens: int) -> tuple[int, int]:
+def peak_here(name: str, folder: str, shape: Shape, threads: int, micro_tokens: int) -> tuple[int, int]:
     """(bytes over what the process held before the model, over what it held before the update)."""
     gc.collect()
     before = harness.resident("VmRSS")
-    arm = make(name, folder, drawn(lengths, folder), threads, micro_tokens)
+    arm = make(name, folder, drawn(shape, folder), threads, micro_tokens)
     arm.enter()
     arm.run(0)  # moments, and what libraries load
     update = harness.peak_extra_bytes(functools.partial(arm.run, 0))
     return harness.resident("VmHWM") - before, update
 
 
-def peak(name: str, folder: str, lengths: Sequence[int], threads: int, micro_tokens: int) -> tuple[int, int]:
+def peak(name: str, folder: str, shape: Shape, threads: int, micro_tokens: int) -> tuple[int, int]:
     """``peak_here`` of another process. Raises RuntimeError with what it said where that fails."""
-    facts = dict(name=name, folder=folder, lengths=list(lengths), threads=threads, micro_tokens=micro_tokens)
+    facts = dict(name=name, folder=folder, shape=dataclasses.asdict(shape), threads=threads, micro_tokens=micro_tokens)
     path = os.pathsep.join([str(record.ROOT), os.environ.get("PYTHONPATH", "")])
     done = subprocess.run(
         [sys.executable, "-m", "bench.train", json.dumps(facts)],
@@ -296,17 +333,17 @@ def peak(name: str, folder: str, lengths: Sequence[int], threads: int, micro_tok
 class Plan:
     """What is measured."""
 
-    batches: tuple[str, ...] = ("varied", "even")
+    batches: tuple[str, ...] = tuple(SHAPES)
     arms: tuple[str, ...] = ARMS
     threads: int = 1
     rounds: int = 5
-    micro_tokens: int = 512
+    micro_tokens: int = 4096  # as TrainConfig
     memory: bool = True
 
 
-def measure(folder: str, plan: Plan, kind: str, lengths: Sequence[int], say: Callable[[str], None]) -> list[TrainRow]:
+def measure(folder: str, plan: Plan, kind: str, shape: Shape, say: Callable[[str], None]) -> list[TrainRow]:
     """The rows of one batch, all arms side by side."""
-    batch = drawn(lengths, folder)
+    batch = drawn(shape, folder)
     torch.set_num_threads(plan.threads)
     arms, errors = [], {}
     wanted: dict[str, Tensor] = {}
@@ -333,19 +370,20 @@ def measure(folder: str, plan: Plan, kind: str, lengths: Sequence[int], say: Cal
     gc.collect()
     commit, dirty = record.commit()
     rows = []
-    tokens = sum(lengths)
+    tokens = sum(shape.lengths)
     for name in plan.arms:
         found = harness.spread(times[name]) if name in times else None
         whole, update = (None, None)
         if plan.memory and found:
-            whole, update = peak(name, folder, lengths, plan.threads, plan.micro_tokens)
+            whole, update = peak(name, folder, shape, plan.threads, plan.micro_tokens)
         rows.append(
             TrainRow(
-                arm=name, batch=kind, tokens=tokens, drawn=int(sum(one.mask.sum() for one in batch)),
+                arm=name, batch=kind, shape=dataclasses.asdict(shape), tokens=tokens,
+                drawn=int(sum(one.mask.sum() for one in batch)),
                 threads=plan.threads, clock="processor" if plan.threads == 1 else "wall",
                 gate="passed" if found else f"failed: gradients differ by {errors[name]:.1e}", error=errors[name],
                 median_s=found and found.median, p20_s=found and found.p20, p80_s=found and found.p80,
-                tokens_per_s=found and tokens / found.median, rounds=plan.rounds,
+                tokens_per_s=found and tokens / found.median, rounds=plan.rounds, micro_tokens=plan.micro_tokens,
                 faster=harness.ratios(times, name) if found else None, all_bytes=whole, update_bytes=update,
                 commit=commit, dirty=dirty, machine=record.machine(), date=record.now(), command=record.command(),
             )
@@ -377,8 +415,8 @@ def run(plan: Plan, say: Callable[[str], None], *, out: Path = RESULTS) -> list[
     folder = str(resolve(MODEL))
     rows = []
     for kind in plan.batches:
-        say(f"{MODEL}, {kind} batch of {CONSULTATIONS[kind]} tokens, {plan.threads} thread(s)")
-        found = measure(folder, plan, kind, CONSULTATIONS[kind], say)
+        say(f"{MODEL}, {kind} batch of {SHAPES[kind].lengths} tokens, {plan.threads} thread(s)")
+        found = measure(folder, plan, kind, SHAPES[kind], say)
         out.parent.mkdir(parents=True, exist_ok=True)
         with out.open("a", encoding="utf-8") as file:
             file.writelines(json.dumps(dataclasses.asdict(row), allow_nan=False) + "\n" for row in found)
@@ -388,7 +426,7 @@ def run(plan: Plan, say: Callable[[str], None], *, out: Path = RESULTS) -> list[
 
 def add_options(options: argparse.ArgumentParser) -> None:
     """Those of ``python -m bench train``."""
-    options.add_argument("--batches", nargs="+", default=list(Plan.batches), choices=list(CONSULTATIONS))
+    options.add_argument("--batches", nargs="+", default=list(Plan.batches), choices=list(SHAPES))
     options.add_argument("--arms", nargs="+", default=list(ARMS), choices=ARMS)
     options.add_argument("--threads", type=int, default=Plan.threads)
     options.add_argument("--rounds", type=int, default=Plan.rounds)
@@ -409,4 +447,5 @@ def carry_out(given: argparse.Namespace) -> int:
 
 
 if __name__ == "__main__":  # the process in which the memory of one arm is measured
-    print(json.dumps(peak_here(**json.loads(sys.argv[1]))))
+    facts = json.loads(sys.argv[1])
+    print(json.dumps(peak_here(**{**facts, "shape": Shape(**facts["shape"])})))

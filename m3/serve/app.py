@@ -1,12 +1,13 @@
 """The OpenAI-compatible server as an ASGI application over a backend: /v1/models, /v1/chat/completions, /health.
 
+A backend of tokens has /v1/completions too (completions.py).
+
 A backend answers in deltas; what is streamed and what is sent whole differ only here. A client that goes away cancels
 its work. Logs tell counts and times of a request, never what it says.
 """
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import dataclasses
 import hmac
@@ -15,8 +16,8 @@ import logging
 import time
 import traceback
 import uuid
-from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Sequence
-from typing import Any, Protocol, TypeVar
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from typing import Any, Protocol
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -26,11 +27,12 @@ from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
 from m3.rollout.chat import Usage
+from m3.serve.completions import TokenBackend, unless_gone
+from m3.serve.completions import routes as token_routes
 from m3.serve.schema import ChatRequest, RequestError, read_request
 
 LOG = logging.getLogger("m3.serve")
 MAX_BODY = 4 * 2**20  # bytes; ours: a conversation of a million tokens is not served
-Result = TypeVar("Result")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -100,12 +102,17 @@ def build(backend: ChatBackend, *, api_key: str | None = None, max_body: int = M
         _check_model(backend, asked.model)
         return ChatResponse(backend, asked)
 
+    async def body(request: Request) -> bytes:
+        _check_key(request, api_key)
+        return await _body(request, max_body)
+
     return Starlette(
         routes=[
             Route("/v1/models", models),
             Route("/v1/models/{name:path}", model),
             Route("/v1/chat/completions", completions, methods=["POST"]),
             Route("/health", health),
+            *(token_routes(backend, body) if isinstance(backend, TokenBackend) else ()),
         ],
         exception_handlers={RequestError: _refused, HTTPException: _no_route, ClientDisconnect: _gone},
         lifespan=lifespan,
@@ -206,29 +213,6 @@ class ChatResponse:
         tokens = "" if usage is None else f", {usage.prompt_tokens} + {usage.completion_tokens} tokens"
         seconds = time.monotonic() - self._started
         LOG.info("%s: %s: %s in %.2f s%s", self._id, self._request.model, what, seconds, tokens)
-
-
-async def unless_gone(receive: Receive, work: Coroutine[Any, Any, Result]) -> Result:
-    """The result of ``work``, which is cancelled when the client goes away first.
-
-    Raises:
-        ClientDisconnect: it did.
-    """
-
-    async def gone() -> None:
-        while (await receive())["type"] != "http.disconnect":
-            pass
-
-    doing, leaving = asyncio.create_task(work), asyncio.create_task(gone())
-    try:
-        await asyncio.wait({doing, leaving}, return_when=asyncio.FIRST_COMPLETED)
-        if not doing.done():
-            raise ClientDisconnect
-        return doing.result()
-    finally:
-        for task in (doing, leaving):
-            task.cancel()
-        await asyncio.gather(doing, leaving, return_exceptions=True)
 
 
 def _usage(usage: Usage | None) -> dict[str, Any] | None:

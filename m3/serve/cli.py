@@ -43,12 +43,16 @@ def serve(
     draft: Annotated[
         Path | None, typer.Option("--draft", help="A draft of `m3 draft train`: the same text, sooner.")
     ] = None,
+    weights_from: Annotated[
+        Path | None,
+        typer.Option("--weights-from", help="Take weights from checkpoints under this folder, as trainers ask to."),
+    ] = None,
     api_key: ApiKey = None,
     threads: Threads = None,
     verbose: Verbose = False,
     debug: Debug = False,
 ) -> None:
-    """Serve a model to OpenAI clients: /v1/chat/completions (streamed or not), /v1/models, /health."""
+    """Serve a model to OpenAI clients: /v1/chat/completions (streamed or not), /v1/completions, /v1/models, /health."""
     from m3.engine.engine import AsyncEngine
     from m3.serve.app import build
     from m3.serve.engine_backend import EngineBackend
@@ -57,7 +61,8 @@ def serve(
     with Bar(f"opening {model}"):
         engine = AsyncEngine.from_model(model, weights=weights, draft=draft)
     called = name or Path(model).name
-    run(build(EngineBackend(engine, called), api_key=api_key), host, port, called, verbose=verbose)
+    backend = EngineBackend(engine, called, weights_from=weights_from)
+    run(build(backend, api_key=api_key), host, port, called, verbose=verbose)
 
 
 @one_line_errors

@@ -5,13 +5,14 @@ What cannot be done is refused by name, never ignored: a field that is not known
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import pydantic
 
 MAX_STOPS = 16  # ours; OpenAI takes 4
 INT64 = 2**63
 StopText = Annotated[str, pydantic.Field(min_length=1)]
+Body = TypeVar("Body", bound=pydantic.BaseModel)
 
 
 class RequestError(Exception):
@@ -26,18 +27,20 @@ class RequestError(Exception):
         return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
 
 
-class _Strict(pydantic.BaseModel):
+class Strict(pydantic.BaseModel):
+    """No field that is not known; no value in an error."""
+
     model_config = pydantic.ConfigDict(extra="forbid", hide_input_in_errors=True)
 
 
-class TextPart(_Strict):
+class TextPart(Strict):
     """A piece of a message's content."""
 
     type: Literal["text"]
     text: str
 
 
-class ChatMessage(_Strict):
+class ChatMessage(Strict):
     """One message; "developer" is the younger name of "system"."""
 
     role: Literal["system", "developer", "user", "assistant"]
@@ -50,19 +53,19 @@ class ChatMessage(_Strict):
         return {"role": "system" if self.role == "developer" else self.role, "content": text}
 
 
-class StreamOptions(_Strict):
+class StreamOptions(Strict):
     """include_usage: a last chunk, without a choice, tells the tokens."""
 
     include_usage: bool = False
 
 
-class TextFormat(_Strict):
+class TextFormat(Strict):
     """The one response_format there is."""
 
     type: Literal["text"]
 
 
-class ChatRequest(_Strict):
+class ChatRequest(Strict):
     """The body of POST /v1/chat/completions; defaults are OpenAI's.
 
     ``user``, ``metadata`` and ``store`` are taken and not used. top_k and min_p are known from vLLM.
@@ -111,22 +114,27 @@ class ChatRequest(_Strict):
 
 
 def read_request(body: bytes) -> ChatRequest:
-    """A request from its body.
+    """A chat request from its body.
 
     Raises:
         RequestError: 400; names the argument; tells nothing of what the request holds.
     """
+    request = read_as(ChatRequest, body)
+    if len(request.stops) > MAX_STOPS:
+        raise RequestError(400, f"stop: want at most {MAX_STOPS}; got {len(request.stops)}", param="stop")
+    return request
+
+
+def read_as(kind: type[Body], body: bytes) -> Body:
+    """A body of any kind; raises as ``read_request``."""
     try:
-        request = ChatRequest.model_validate_json(body)
+        return kind.model_validate_json(body)
     except pydantic.ValidationError as error:
         first = error.errors(include_input=False, include_url=False, include_context=False)[0]
         if first["type"] == "json_invalid":
             raise RequestError(400, f"body: want JSON; {first['msg']}") from error
         param = _name(first["loc"])
         raise RequestError(400, f"{param or 'body'}: {first['msg']}", param=param, code=first["type"]) from error
-    if len(request.stops) > MAX_STOPS:
-        raise RequestError(400, f"stop: want at most {MAX_STOPS}; got {len(request.stops)}", param="stop")
-    return request
 
 
 def _name(place: tuple[int | str, ...]) -> str | None:

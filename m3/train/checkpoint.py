@@ -173,10 +173,10 @@ def write(folder: str | Path, state: State, *, keep: int = 2) -> Path:
         to_disk(folder)
     except BaseException as error:
         shutil.rmtree(part, ignore_errors=True)
-        if isinstance(error, SafetensorError):
+        if isinstance(error, (SafetensorError, OSError)):
             raise OSError(f"{OP}: {path}: {error}") from error
         raise
-    for _, old in [one for one in _all(folder) if one[0] < moment.step][keep - 1 :]:
+    for _, old in [one for one in finished(folder) if one[0] < moment.step][keep - 1 :]:
         _remove(old)
     return path
 
@@ -219,7 +219,7 @@ def verify(path: Path) -> None:
 
 def latest(folder: str | Path) -> Path | None:
     """The newest checkpoint of a folder that is what its manifest says; None without any. Warns of damaged ones."""
-    for _, path in _all(Path(folder)):
+    for _, path in finished(Path(folder)):
         try:
             verify(path)
         except ValueError as error:
@@ -233,13 +233,24 @@ def export(model: PolicyModel, folder: str | Path) -> Path:
     """``model.save(folder)``; the folder appears under its name when it is complete and on the disk.
 
     What stood there before is replaced; a process killed in that moment leaves it as ``.old-<name>``.
+
+    Raises:
+        OSError: the disk is full, or worse; what stood there is as it was.
     """
+    from safetensors import SafetensorError
+
     folder = Path(folder)
     part, old = folder.with_name(f".writing-{folder.name}"), folder.with_name(f".old-{folder.name}")
     shutil.rmtree(part, ignore_errors=True)
-    model.save(part)
-    for path in (*part.iterdir(), part):
-        to_disk(path)
+    try:
+        model.save(part)
+        for path in (*part.iterdir(), part):
+            to_disk(path)
+    except BaseException as error:
+        shutil.rmtree(part, ignore_errors=True)
+        if isinstance(error, (SafetensorError, OSError)):
+            raise OSError(f"{OP}: {folder}: {error}") from error
+        raise
     if folder.exists():
         shutil.rmtree(old, ignore_errors=True)
         folder.rename(old)
@@ -265,8 +276,8 @@ def to_disk(path: Path) -> None:
         os.close(descriptor)
 
 
-def _all(folder: Path) -> list[tuple[int, Path]]:
-    """(step, path) of the finished checkpoints, newest first."""
+def finished(folder: Path) -> list[tuple[int, Path]]:
+    """(step, path) of the finished checkpoints, damaged ones too, newest first."""
 
     def each() -> Iterator[tuple[int, Path]]:
         for path in folder.iterdir() if folder.is_dir() else ():
@@ -290,4 +301,4 @@ def _described(path: Path) -> dict[str, Any]:
 
 
 def _write_json(path: Path, value: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(value, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
+    path.write_text(json.dumps(value, allow_nan=False) + "\n", encoding="utf-8")

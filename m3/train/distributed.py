@@ -1,6 +1,6 @@
 """One training run over several processes: each holds a slice of the model (FSDP2) and a part of every batch.
 
-    torchrun --nproc-per-node 2 program.py
+    torchrun --nproc-per-node 2 -m m3 train task-rl -c recipe.toml -o run      or a program of one's own:
 
     with joined() as ranks:
         model = PolicyModel.load(folder)
@@ -12,6 +12,7 @@ weights    each parameter, its gradient and its moments are cut along their firs
 gradients  of the ranks are summed, not averaged: the normaliser of a loss is that of the whole batch (objective.py)
 batches    all ranks are given the same batch; the samples of an update are dealt to them by a fixed rule
            (``Relayed``: rank 0 makes it). A model that judges samples may be sharded too
+errors     of one rank end all; one rank tells (``tells``)
 files      rank 0 writes: metrics, the same checkpoints as those of one process, the exported weights. A run goes on
            with another number of ranks; its numbers differ by rounding alone. Ranks read one file system
 
@@ -26,6 +27,7 @@ import dataclasses
 import datetime
 import math
 import os
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -39,12 +41,13 @@ from m3.train.loop import Alone
 from m3.train.objective import MetricSum
 from m3.train.optim import SEPARATOR, Optimizer
 from m3.train.policy_model import PolicyModel, whole
-from m3.train.stage import Objective, Source, StepBatch
+from m3.train.stage import Objective, OtherRankError, Source, StepBatch
 from m3.train.streams import Sample, microbatches
 from m3kernels.checks import refuse
 
 OP = "distributed"
 PATIENCE = datetime.timedelta(hours=2)  # ours: one rank may make a batch, or write a checkpoint, while others wait
+LINGER = 2.0  # seconds; ours: for the others to say why they stopped
 
 
 @contextlib.contextmanager
@@ -66,6 +69,43 @@ def joined(patience: datetime.timedelta = PATIENCE) -> Iterator[Alone | Together
         yield Together(device)
     finally:
         dist.destroy_process_group()
+
+
+def tells(error: Exception) -> bool:
+    """Whether this rank is the one to say why it stopped: another has not said the same, nor is the cause of it."""
+    rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    if size == 1:
+        return True
+    own = "" if isinstance(error, OtherRankError) or "/gloo/" in str(error) else f"{type(error).__name__} {error}"
+    try:
+        place, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        held = dist.TCPStore(place, port, is_master=False, timeout=datetime.timedelta(seconds=LINGER))
+        store = dist.PrefixStore(f"m3-stopped-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", held)
+        store.set(f"{rank}", own)
+        until = time.monotonic() + LINGER
+        while rank > 0 or not own:
+            others = [one for one in ((0,) if own else range(size)) if one != rank and store.check([f"{one}"])]
+            told = [store.get(f"{one}").decode() for one in others]
+            if own and told:  # rank 0's
+                return told[0] != own
+            if any(told):
+                time.sleep(LINGER / 4)  # whoever ends first may end the others before they have told
+                return False
+            if time.monotonic() > until:
+                break
+            time.sleep(0.02)
+    except (RuntimeError, OSError):  # the one that held the store is gone
+        return True
+    return True
+
+
+@contextlib.contextmanager
+def _heard() -> Iterator[None]:
+    """What is said between CPUs, within; a rank that is not there any more has stopped."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise OtherRankError(f"{OP}: another rank has stopped: {error}") from error
 
 
 class Together:
@@ -145,8 +185,10 @@ class Together:
         if self.rank == 0:
             checkpoint.export(model, folder)
         else:
-            model.tensors()  # gathers as ``save`` does
-        dist.barrier(self.words)
+            with _heard():
+                model.tensors()  # gathers as ``save`` does
+        with _heard():
+            dist.barrier(self.words)
 
     # -- a batch ------------------------------------------------------------------------------------------------------
     def microbatches(self, samples: Sequence[Sample], max_tokens: int) -> list[list[Sample]]:
@@ -170,7 +212,8 @@ class Together:
     def _told(self, value: Any) -> list[Any]:
         """What each rank says."""
         found: list[Any] = [None] * self.size
-        dist.all_gather_object(found, value, group=self.words)
+        with _heard():
+            dist.all_gather_object(found, value, group=self.words)
         return found
 
 
@@ -183,6 +226,8 @@ class Relayed:
             None: the source does not read weights of a sharded model.
     """
 
+    relays = True
+
     def __init__(
         self, ranks: Together, objective: Objective, source: Source | None, *, model: PolicyModel | None = None
     ) -> None:
@@ -191,24 +236,46 @@ class Relayed:
         self.ranks, self.objective, self.source, self.model = ranks, objective, source, model
 
     async def batch(self, step: int) -> StepBatch | None:
-        """Raises: what rank 0's source raises; on the other ranks a RuntimeError that tells it."""
+        """The batch of rank 0; None on all where there is no more, or where rank 0's caller was cancelled meanwhile.
+
+        Raises: what rank 0's source raises; on the other ranks OtherRankError, with what it was.
+        """
         batch, failure = None, None
         if self.source is not None:  # the others wait: a failure is told first, raised below
-            (found,) = await asyncio.gather(self.source.batch(step), return_exceptions=True)
-            batch, failure = (None, found) if isinstance(found, BaseException) else (found, None)
+            making = asyncio.ensure_future(self.source.batch(step))
+            try:
+                await asyncio.wait({making})
+            except asyncio.CancelledError:
+                making.cancel()
+                await asyncio.wait({making})
+            if not making.cancelled():
+                failure = making.exception()
+                batch = None if failure is not None else making.result()
         told: list[Any] = [batch, None if failure is None else repr(failure)]
-        await asyncio.to_thread(dist.broadcast_object_list, told, src=0, group=self.ranks.words)
+        telling = asyncio.ensure_future(asyncio.to_thread(self._tell, told))
+        while not telling.done():  # what one rank has heard all must hear
+            with contextlib.suppress(asyncio.CancelledError):
+                await asyncio.wait({telling})
+        telling.result()
         if failure is not None:
             raise failure
         if told[1] is not None:
-            raise RuntimeError(f"{OP}: the source of rank 0: {told[1]}")
+            raise OtherRankError(f"{OP}: the source of rank 0: {told[1]}")
         return told[0]
+
+    def _tell(self, told: list[Any]) -> None:
+        with _heard():
+            dist.broadcast_object_list(told, src=0, group=self.ranks.words)
 
     async def updated(self, step: int, version: int) -> None:
         if self.source is not None:
             await self.source.updated(step, version)
         elif self.model is not None:
-            await asyncio.to_thread(self.model.tensors)
+            await asyncio.to_thread(self._follow, self.model)
+
+    def _follow(self, model: PolicyModel) -> None:
+        with _heard():
+            model.tensors()
 
     def state(self) -> Mapping[str, Any]:
         return {} if self.source is None else self.source.state()
@@ -220,6 +287,44 @@ class Relayed:
     async def close(self) -> None:
         if self.source is not None:
             await self.source.close()
+
+
+class Copied:
+    """Rank 0's source that draws from ``copy``, a whole model: it is given the sharded model's weights after an update.
+
+    Args:
+        copy: with the names that ``model.tensors()`` has, such as a model loaded from the same folder.
+    """
+
+    def __init__(self, source: Source, model: PolicyModel, copy: PolicyModel) -> None:
+        self.source, self.model, self.copy = source, model, copy
+        self.objective = source.objective
+
+    async def batch(self, step: int) -> StepBatch | None:
+        return await self.source.batch(step)
+
+    async def updated(self, step: int, version: int) -> None:
+        await asyncio.to_thread(self._refresh)
+        await self.source.updated(step, version)
+
+    def _refresh(self) -> None:
+        found = {name: value.detach() for name, value in self.model.tensors().items()}
+        kept = dict(self.copy.causal.named_parameters())
+        if found.keys() != kept.keys():
+            other = sorted(found.keys() ^ kept.keys())
+            raise refuse(OP, "copy", "the parameters of the model", f"{len(other)} others, first {other[0]!r}")
+        with torch.no_grad():
+            for name, parameter in kept.items():
+                parameter.copy_(found[name])
+
+    def state(self) -> Mapping[str, Any]:
+        return self.source.state()
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        self.source.load_state(state)
+
+    async def close(self) -> None:
+        await self.source.close()
 
 
 def dealt(samples: Sequence[Sample], max_tokens: int, ranks: int) -> list[list[list[Sample]]]:

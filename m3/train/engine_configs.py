@@ -18,6 +18,7 @@ from m3kernels.checks import refuse
 from m3kernels.policy_loss.types import LossSpec
 
 DTYPE = "bfloat16"  # of sampling
+NO_DUAL_CLIP = 1e9  # beyond e^20, the largest ratio of verl: it has a dual clip of 3 unless told otherwise
 AGGREGATION = {
     "token_mean": "token-mean",
     "sequence_mean": "seq-mean-token-mean",
@@ -58,6 +59,9 @@ def trl_arguments(recipe: Recipe) -> dict[str, Any]:
     if sequences % (devices * recipe.optim.minibatches):
         want = f"a multiple of {devices} devices * {recipe.optim.minibatches} minibatches"
         raise refuse("trl_arguments", "source.groups * rollouts", want, sequences)
+    if loss.constant_length not in (None, recipe.rollout.context):
+        want = f"rollout.context = {recipe.rollout.context}: TRL divides by its longest completion"
+        raise refuse("trl_arguments", "objective.numbers['length']", want, loss.constant_length)
     optim = recipe.optim
     found = {
         "num_generations": recipe.source.rollouts,
@@ -82,6 +86,9 @@ def trl_arguments(recipe: Recipe) -> dict[str, Any]:
         "epsilon": loss.clip_low,
         "epsilon_high": loss.clip_high,
         "importance_sampling_level": loss.ratio_level,
+        "vllm_importance_sampling_correction": loss.sampler_level is not None,
+        "vllm_importance_sampling_mode": f"{loss.sampler_level or 'token'}_truncate",
+        "vllm_importance_sampling_clip_max": loss.sampler_high,
         "loss_type": TRL_LOSS[type(config)],
         "bf16": recipe.model.dtype == "bfloat16",
         "gradient_checkpointing": recipe.model.gradient_checkpointing,
@@ -127,6 +134,7 @@ def verl_overrides(recipe: Recipe, *, train_files: str = "cases.parquet", agent_
         f"{actor}.policy_loss.loss_mode": mode,
         f"{actor}.clip_ratio_low": loss.clip_low,
         f"{actor}.clip_ratio_high": loss.clip_high,
+        f"{actor}.clip_ratio_c": loss.dual_clip or NO_DUAL_CLIP,
         f"{actor}.loss_agg_mode": AGGREGATION[loss.aggregation],
         f"{actor}.entropy_coeff": loss.entropy_coef,
         f"{actor}.use_kl_loss": loss.kl_coef > 0,
@@ -166,6 +174,8 @@ def verl_overrides(recipe: Recipe, *, train_files: str = "cases.parquet", agent_
         "trainer.save_freq": recipe.checkpoint.every,
         "trainer.max_actor_ckpt_to_keep": recipe.checkpoint.keep,
     }
+    if loss.constant_length is not None:
+        given[f"{actor}.loss_scale_factor"] = loss.constant_length
     if recipe.objective.sampler_level != "none":
         given |= {
             "algorithm.rollout_correction.rollout_is": recipe.objective.sampler_level,

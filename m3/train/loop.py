@@ -34,11 +34,11 @@ from typing import Any, Protocol, TypeVar
 import torch
 
 from m3.train import checkpoint, objective
-from m3.train.metrics import Decode, RunLog, save_batch, told_by
+from m3.train.metrics import Decode, RunLog, check, save_batch, told_by
 from m3.train.objective import MetricSum
 from m3.train.optim import OptimConfig, Optimizer
 from m3.train.policy_model import PolicyModel
-from m3.train.stage import NonFiniteError, Source, StepBatch
+from m3.train.stage import NonFiniteError, OtherRankError, Source, StepBatch
 from m3.train.streams import Sample, microbatches, pack
 from m3kernels.checks import refuse
 
@@ -57,7 +57,8 @@ class TrainConfig:
         minibatches: parts of a batch, in order, one update each. epochs: times that a batch is gone through.
         checkpoint_every: steps; one is written at the end in any case. keep: how many.
         samples_every: steps; 0: never. samples: how many of a batch are written as text.
-        deterministic: ask torch for deterministic algorithms; it warns of those that are not.
+        deterministic: ask torch for deterministic algorithms; it warns of those that are not. On a CPU the same seed
+            gives the same bytes with the same number of threads; with another one, last bits differ.
         workspace_bytes: of logits at once, as in linear_policy_loss.
         seed: of torch's and python's generators when a run begins.
     """
@@ -197,11 +198,14 @@ async def train(
         teachers: by domain, for samples without teacher_logprobs, where the objective distils.
         decode: ids to text, for samples to read.
     Raises:
-        ValueError: a stream that is missing and that nobody here can compute; a run under ``out`` with other settings.
+        ValueError: a stream that is missing and that nobody here can compute; a run under ``out`` with other settings,
+            or with checkpoints of which none is whole; another process has the run open.
         NonFiniteError: nan or inf in a stream, a loss, a gradient. The batch lies in ``out`` (metrics.load_batch),
-            weights are as before that update, the last checkpoint is as it was.
+            weights are as before that update.
         OSError: a checkpoint could not be written; older ones are as they were.
-        What the source raises; a checkpoint of the steps before is written.
+        OtherRankError: another rank has raised one of these.
+        What the source raises. Before what it or the loss raises, a checkpoint of the steps before is written, but
+        where an update of the step was taken already, or one rank of several has failed in it.
     """
     run = Run(source, model, config, Path(out), reference, teachers or {}, decode, progress, ranks or Alone())
     with _deterministic(config.deterministic), Signals() as signals:
@@ -231,20 +235,25 @@ class Run:
         self.settings = {**config.deciding(), "objective": f"{spec} {self.objective.aggregation}"}
         self.settings["frozen"] = model.frozen()
         self.step, self.written = 0, -1
-        path = checkpoint.latest(out / CHECKPOINTS)
-        self.resumed = path is not None
-        if path is None:
-            torch.manual_seed(config.seed)
-            random.seed(config.seed)
-        else:
-            self._resume(path)
-        self.moment = checkpoint.moment(self.step, source.state())
-        board = config.tensorboard
-        self.log = RunLog(out, step=self.step, decode=decode, tensorboard=board) if self._first else None
-
-    @property
-    def _first(self) -> bool:
-        return self.ranks.rank == 0
+        self.log = RunLog(out, decode=decode, tensorboard=config.tensorboard) if self.ranks.rank == 0 else None
+        try:
+            path = checkpoint.latest(out / CHECKPOINTS)
+            self.resumed = path is not None
+            if path is not None:
+                self._resume(path)
+            elif damaged := checkpoint.finished(out / CHECKPOINTS):
+                want = "a checkpoint that is whole, or none: remove those that are damaged to begin anew"
+                raise refuse("train", f"{out / CHECKPOINTS}", want, f"{len(damaged)} damaged")
+            else:
+                torch.manual_seed(config.seed)
+                random.seed(config.seed)
+            self.moment = checkpoint.moment(self.step, source.state())
+            if self.log is not None:
+                self.log.begin(self.step)
+        except BaseException:
+            if self.log is not None:
+                self.log.close()
+            raise
 
     def _resume(self, path: Path) -> None:
         state = checkpoint.load(path)
@@ -280,17 +289,26 @@ class Run:
                 raise
             if batch is None:
                 break
-            waited = time.monotonic() - begun
-            values, timings = await work(functools.partial(self._learn, batch))
+            waited, updates = time.monotonic() - begun, self.optimizer.updates
+            try:
+                values, timings = await work(functools.partial(self._learn, batch))
+            except Exception:
+                if self.ranks.size == 1 and self.optimizer.updates == updates:
+                    await self._checkpoint(work)
+                raise
             self.step += 1
             begun = time.monotonic()
-            await self.source.updated(self.step - 1, self.step)
-            timings |= {"batch_seconds": waited, "refresh_seconds": time.monotonic() - begun}
-            self.moment = checkpoint.moment(self.step, self.source.state())
-            if self.log is not None:
-                self.log.step(self.step, values, timings)
-                if self.config.samples_every and self.step % self.config.samples_every == 0:
-                    self.log.samples(self.step, batch.samples[: self.config.samples])
+            self.moment = checkpoint.moment(self.step, self.source.state())  # a resumed run tells the source too
+            try:
+                await self.source.updated(self.step - 1, self.step)
+            except Exception:
+                self._log(values, timings)
+                if self.ranks.size == 1:
+                    await self._checkpoint(work)
+                raise
+            self._log(values, timings | {"batch_seconds": waited, "refresh_seconds": time.monotonic() - begun})
+            if self.log is not None and self.config.samples_every and self.step % self.config.samples_every == 0:
+                self.log.samples(self.step, batch.samples[: self.config.samples])
             if self.step % self.config.checkpoint_every == 0:
                 await self._checkpoint(work)
             self.progress(self.step, self.config.steps, values)
@@ -301,22 +319,31 @@ class Run:
         await work(functools.partial(self.ranks.export, self.model, folder))
         return Outcome(step=self.step, signal=None, model=folder)
 
+    def _log(self, values: Mapping[str, float], timings: Mapping[str, float]) -> None:
+        if self.log is not None:
+            self.log.step(self.step, values, timings)
+
     async def _stopped(self, signals: Signals, work: _Worker) -> bool:
         """Whether some rank has had a signal; the event loop goes on while they wait for one another."""
         return await work(functools.partial(self.ranks.any, signals.first is not None))
 
     async def _batch(self, signals: Signals) -> StepBatch | None:
-        """The next batch; None where there is no more, or a signal came first."""
+        """The next batch; None where there is no more, or a signal came first.
+
+        Of several ranks only a source that tells all of them (``Relayed``) may be cancelled: it ends as it must.
+        """
         task = asyncio.ensure_future(self.source.batch(self.step))
         stop = asyncio.ensure_future(signals.came.wait())
         try:
-            await asyncio.wait({task, stop} if self.ranks.size == 1 else {task}, return_when=asyncio.FIRST_COMPLETED)
-            if task.done():
-                batch = task.result()
-                if batch is not None and batch.step != self.step:
-                    raise refuse("train", "source.batch", f"the batch of step {self.step}", f"that of {batch.step}")
-                return batch
-            return None
+            await asyncio.wait({task, stop}, return_when=asyncio.FIRST_COMPLETED)
+            if not task.done():
+                if self.ranks.size == 1 or getattr(self.source, "relays", False):
+                    task.cancel()
+                await asyncio.wait({task})
+            batch = None if task.cancelled() else task.result()
+            if batch is not None and batch.step != self.step:
+                raise refuse("train", "source.batch", f"the batch of step {self.step}", f"that of {batch.step}")
+            return batch
         finally:
             for one in (task, stop):
                 if not one.done():
@@ -341,17 +368,22 @@ class Run:
     def _learn(self, batch: StepBatch) -> tuple[dict[str, float], dict[str, float]]:
         """(metrics, timings) of the updates that are taken on a batch."""
         begun = time.monotonic()
+        check(batch.metrics)
+        check({f"reward of {one.id!r}": one.reward for one in batch.samples if one.reward is not None})
         try:
             plan = self._plan(batch.samples)
             filled = time.monotonic()
             sums, norms, rate = self._update(plan)
         except NonFiniteError as error:
             self.optimizer.zero_grad()
-            place = (
-                self.out / f"failed-step-{self.step + 1:06d}{f'-rank-{self.ranks.rank}' if self.ranks.rank else ''}.pt"
-            )
-            save_batch(place, batch.samples, str(error))
-            raise NonFiniteError(f"step {self.step + 1}: {error}; its batch is in {place}") from error
+            rank = f"-rank-{self.ranks.rank}" if self.ranks.rank else ""
+            place = self.out / f"failed-step-{self.step + 1:06d}{rank}.pt"
+            try:
+                save_batch(place, batch.samples, str(error))
+                saved = f"its batch is in {place}"
+            except OSError as full:
+                saved = f"its batch could not be saved: {full}"
+            raise NonFiniteError(f"step {self.step + 1}: {error}; {saved}") from error
         done = time.monotonic()
         own = told_by([sample for _, parts in plan for part in parts for sample in part])
         told = own if self.ranks.size == 1 else told_by(batch.samples)
@@ -403,7 +435,7 @@ class Run:
     def _stop_together(self, failure: Exception | None) -> None:
         """Raises on all ranks what one of them has met, so that none waits for it."""
         if self.ranks.any(failure is not None):
-            raise failure or NonFiniteError("another rank has stopped, and says why")
+            raise failure or OtherRankError("another rank has stopped, and says why")
 
     def _filled(self, samples: list[Sample], lacking: Sequence[str]) -> list[Sample]:
         """A microbatch with the log-probabilities that some model here can give it."""

@@ -44,17 +44,16 @@ class RunLog:
     """Writes the files of a run; one process at a time.
 
     Args:
-        folder: of the run. step: steps done before; lines beyond it are dropped, they will come again.
+        folder: of the run.
         decode: ids to text, special tokens included; None: samples are not written.
         tensorboard: write for it too, if it is installed.
     Raises:
         ValueError: another process has the run open.
     """
 
-    def __init__(
-        self, folder: str | Path, *, step: int = 0, decode: Decode | None = None, tensorboard: bool = True
-    ) -> None:
-        self.folder, self.decode = Path(folder), decode
+    def __init__(self, folder: str | Path, *, decode: Decode | None = None, tensorboard: bool = True) -> None:
+        self.folder, self.decode, self.tensorboard = Path(folder), decode, tensorboard
+        self._board: Any = None
         self.folder.mkdir(parents=True, exist_ok=True)
         self._lock = (self.folder / LOCK).open("ab")
         try:
@@ -62,10 +61,16 @@ class RunLog:
         except BlockingIOError as error:
             self._lock.close()
             raise refuse("train", str(self.folder), "a run that no process has open", "one that is going on") from error
+
+    def begin(self, step: int) -> None:
+        """To be called before ``step``: so many steps are done; lines beyond them are dropped, they will come again.
+
+        Raises:
+            ValueError: a line of the files is not one; names it.
+        """
         for name in (METRICS, TIMINGS):
             _cut(self.folder / name, step)
-        self._board: Any = None
-        if tensorboard and importlib.util.find_spec("tensorboard") is not None:
+        if self.tensorboard and importlib.util.find_spec("tensorboard") is not None:
             from torch.utils.tensorboard import SummaryWriter
 
             self._board = SummaryWriter(str(self.folder / TENSORBOARD), purge_step=step + 1)
@@ -76,14 +81,15 @@ class RunLog:
         Raises:
             ValueError: a metric that is no finite number; names it.
         """
-        for name, value in metrics.items():
-            if not isinstance(value, (int, float)) or not math.isfinite(value):
-                raise refuse("metrics", name, "a finite number", value)
+        check(metrics)
         plain = {name: value for name, value in metrics.items() if not of_the_clock(name)}
         clock = {name: value for name, value in metrics.items() if of_the_clock(name)} | dict(timings)
         for file, values in ((METRICS, plain), (TIMINGS, clock)):
-            with (self.folder / file).open("ab") as out:
-                out.write(json.dumps({"step": step, **values}, allow_nan=False).encode() + b"\n")
+            try:
+                with (self.folder / file).open("ab") as out:
+                    out.write(json.dumps({"step": step, **values}, allow_nan=False).encode() + b"\n")
+            except OSError as error:
+                raise OSError(f"metrics: {self.folder / file}: {error}") from error
             for name, value in values.items() if self._board is not None else ():
                 self._board.add_scalar(name, value, step)
 
@@ -93,7 +99,7 @@ class RunLog:
         folder = self.folder / SAMPLES
         folder.mkdir(exist_ok=True)
         text = "\n".join(sample_text(sample, self.decode) for sample in samples)
-        (folder / f"step-{step:06d}.txt").write_text(text, encoding="utf-8")
+        (folder / f"step-{step:06d}.txt").write_text(text, encoding="utf-8", errors="backslashreplace")
 
     def to_disk(self) -> None:
         """What a checkpoint will rely on."""
@@ -106,6 +112,13 @@ class RunLog:
         self._lock.close()
         if self._board is not None:
             self._board.close()
+
+
+def check(metrics: Mapping[str, Any]) -> None:
+    """Raises ValueError: a metric that is no finite number; names it."""
+    for name, value in metrics.items():
+        if not isinstance(value, (int, float)) or not math.isfinite(value):
+            raise refuse("metrics", name, "a finite number", value)
 
 
 def read_metrics(path: str | Path) -> list[dict[str, float]]:
@@ -135,11 +148,22 @@ def sample_text(sample: Sample, decode: Decode) -> str:
 
 
 def save_batch(path: Path, samples: Sequence[Sample], why: str) -> None:
-    """The samples of a step that failed, for ``load_batch``."""
+    """The samples of a step that failed, for ``load_batch``.
+
+    Raises:
+        OSError: the disk is full, or worse; nothing is there.
+    """
     rows = [{field.name: getattr(sample, field.name) for field in dataclasses.fields(sample)} for sample in samples]
     part = path.with_name(path.name + ".part")
-    torch.save({"why": why, "samples": rows}, part)
-    part.replace(path)
+    try:
+        with part.open("wb") as file:
+            torch.save({"why": why, "samples": rows}, file)
+        part.replace(path)
+    except BaseException as error:
+        part.unlink(missing_ok=True)
+        if isinstance(error, RuntimeError):  # torch's name for what the disk has said
+            raise OSError(f"{path}: {error}") from error
+        raise
 
 
 def load_batch(path: str | Path) -> tuple[list[Sample], str]:
@@ -189,7 +213,21 @@ def _cut(path: Path, step: int) -> None:
     """Keep the lines of steps up to ``step``; one that a kill cut short goes with the others."""
     if not path.is_file():
         return
-    kept = [line for line in path.read_bytes().split(b"\n")[:-1] if json.loads(line)["step"] <= step]
+    kept, last = [], 0
+    for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], 1):
+        try:
+            done = json.loads(line)["step"]
+        except (ValueError, TypeError, KeyError) as error:
+            if last >= step:  # what a machine that went down left of lines that come again
+                break
+            raise refuse("metrics", f"{path}: line {number}", "JSON with a step", repr(line[:60])) from error
+        if done <= step:
+            kept.append(line)
+            last = done
     part = path.with_name(path.name + ".part")
-    part.write_bytes(b"".join(line + b"\n" for line in kept))
-    part.replace(path)
+    try:
+        part.write_bytes(b"".join(line + b"\n" for line in kept))
+        part.replace(path)
+    except OSError as error:
+        part.unlink(missing_ok=True)
+        raise OSError(f"metrics: {path}: {error}") from error

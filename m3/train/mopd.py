@@ -4,8 +4,9 @@
 
 Each domain is a source of on-policy samples (TaskRL over consultations, PromptRollouts over prompts) with the student
 as its physician: whose outcome advantages are the domain's, and whose batch size is its part of the mixture. A domain
-is judged while others are still being drawn. The loss is m3/algorithms/mopd.py's; the teacher is its reference.
-The model that comes out (``Outcome.model``) is an initial model for stage 1 again: the cycle of the paper.
+is judged while others are still being drawn, or by its own source while it draws (``teacher_logprobs``). The loss is
+m3/algorithms/mopd.py's; the teacher is its reference. The model that comes out (``Outcome.model``) is an initial model
+for stage 1 again: the cycle of the paper.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import torch
 from torch import Tensor
 
 from m3.algorithms import mopd
-from m3.train.rollouts import EnginePhysician
+from m3.train.rollouts import Physician
 from m3.train.stage import Objective, Source, StepBatch
 from m3.train.streams import Sample
 from m3.train.teachers import Teacher, judged
@@ -45,14 +46,14 @@ class Mopd:
         self,
         domains: Mapping[str, Source],
         teachers: Mapping[str, Teacher],
-        physician: EnginePhysician,
+        physician: Physician,
         weights: Callable[[], Mapping[str, Tensor]],
         config: mopd.Config | None = None,
     ) -> None:
         if not domains or domains.keys() != teachers.keys():
             raise refuse(OP, "teachers", f"one of each domain, {sorted(domains)}", f"{sorted(teachers)}")
         self.config = config or mopd.Config()
-        self.objective = Objective(spec=mopd.loss_spec(self.config))
+        self.objective = Objective(spec=mopd.loss_spec(self.config), on_policy=True)
         self._domains = dict(sorted(domains.items()))
         self._teachers, self._physician, self._weights = dict(teachers), physician, weights
         self._run = {
@@ -82,18 +83,23 @@ class Mopd:
         batch = await self._domains[domain].batch(step)
         if batch is None:
             return None
-        told = await judged("ref_logprobs", batch.samples, self._teachers[domain])
+        told: Sequence[Sample] = batch.samples
+        if any(sample.teacher_logprobs is None for sample in told):
+            told = await judged("teacher_logprobs", told, self._teachers[domain])
         return dataclasses.replace(batch, samples=[self._taught(sample, domain) for sample in told])
 
     def _taught(self, sample: Sample, domain: str) -> Sample:
-        """The sample with alpha * A_outcome; ``old_logprobs`` None, so that A_t and w_t are those of pi itself."""
+        """The sample with its teacher as the reference, and alpha * A_outcome; A_t and w_t are those of pi itself
+        (``on_policy``)."""
         for name in ("advantages", "sampler_logprobs"):
             if getattr(sample, name) is None:
                 want = "a stream of every sample"
                 raise refuse(OP, name, want, f"none of sample {sample.id!r} of {domain!r}")
         assert sample.advantages is not None
         outcome = mopd.outcome_advantages(sample.advantages, self.config)
-        return dataclasses.replace(sample, domain=domain, advantages=outcome, old_logprobs=None)
+        return dataclasses.replace(
+            sample, domain=domain, advantages=outcome, old_logprobs=None, ref_logprobs=sample.teacher_logprobs
+        )
 
     async def updated(self, step: int, version: int) -> None:
         """The student goes on with the trainer's weights, once for all domains."""

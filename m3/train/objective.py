@@ -31,13 +31,14 @@ def needed(objective: Objective, samples: Sequence[Sample], updates: int = 1) ->
     """Streams that all samples of a batch must have, ``updates`` optimiser updates being taken on it.
 
     With one update the policy before it is the policy itself: its log-probabilities are not needed, and every ratio
-    is 1. They are with more updates, or where a sample brings its own.
+    is 1. They are with more updates, or where a sample brings its own; never where the objective is ``on_policy``.
     """
     spec = objective.spec
     if isinstance(spec, DistillSpec):
         return ("teacher_logprobs",)
     names = ["advantages"]
-    if updates > 1 or any(sample.old_logprobs is not None for sample in samples):
+    told = any(sample.old_logprobs is not None for sample in samples)
+    if not objective.on_policy and (updates > 1 or told):
         names.append("old_logprobs")
     if spec.kl_coef > 0:
         names.append("ref_logprobs")
@@ -124,7 +125,7 @@ def loss(
         head.weight,
         batch.ids[1:],
         _shifted(batch, "advantages", spec),
-        None if batch.old_logprobs is None else batch.old_logprobs[1:],
+        None if objective.on_policy or batch.old_logprobs is None else batch.old_logprobs[1:],
         _shifted(batch, "ref_logprobs", spec) if kl else None,
         _shifted(batch, "sampler_logprobs", spec) if sampler else None,
         batch.mask[1:],

@@ -61,7 +61,7 @@ class OfflineDistillConfig:
                 raise refuse("OfflineDistillConfig", f"weights[{domain!r}]", "a number > 0", weight)
 
     def objective(self) -> Objective:
-        """The loss. For "forward" every sample's teacher is as sure as can be (``OfflineDistill.batch``)."""
+        """The loss. For "forward" every sample is one of a ``certain`` teacher."""
         return Objective(spec=clip_forward_kl.loss_spec(self.loss), aggregation=self.loss.aggregation)
 
 
@@ -151,10 +151,8 @@ class OfflineDistill:
         return rows[_order(self.config.seed, domain, epoch, len(rows))[place]]
 
     def _judged(self, sample: Sample) -> Sample:
-        """The sample as the loss wants it: with "forward" no token is more likely than under its teacher."""
-        if self.config.divergence == "clip_forward":
-            return sample
-        return dataclasses.replace(sample, teacher_logprobs=torch.zeros(sample.tokens))
+        """The sample as the loss wants it."""
+        return sample if self.config.divergence == "clip_forward" else certain(sample)
 
     def _measured(self, samples: list[Sample]) -> dict[str, float]:
         """samples/DOMAIN; teacher_nll/DOMAIN: -log pi_teacher of the drawn tokens, nats; epoch: of all domains."""
@@ -166,6 +164,11 @@ class OfflineDistill:
             if told:
                 found[f"teacher_nll/{domain}"] = -float(torch.cat(told).double().mean())
         return found
+
+
+def certain(sample: Sample) -> Sample:
+    """The sample of a teacher that gives each of its tokens the probability 1: all of them are taught, -log pi."""
+    return dataclasses.replace(sample, teacher_logprobs=torch.zeros(sample.tokens))
 
 
 @functools.lru_cache(maxsize=64)

@@ -7,9 +7,11 @@
                  with attention that keeps no scores)
     logits       of the loss's workspace, which bounds them
     KV cache     2 L K E values a token, of as many tokens as run at one time
+    process      on a CPU: the interpreter and its libraries, which a small model is small beside
 
 D hidden, L layers, H heads of E values, K key-value heads, I intermediate (of the experts that a token takes), V
-vocabulary. Estimates: allocators and communication add to them. Tokens are the most that a step can have.
+vocabulary. Estimates: allocators and communication add to them. Tokens are the most that a step can have, and about as
+many as it has where the recipe says how many turns are usual (``source.usual_turns``); time follows from these.
 """
 
 from __future__ import annotations
@@ -19,12 +21,14 @@ import json
 from pathlib import Path
 from typing import Any
 
-from m3.train.metrics import TIMINGS, read_metrics
+from m3.train.metrics import METRICS, TIMINGS, read_metrics
 from m3.train.recipe import Recipe, Shape, flat
 from m3kernels.checks import refuse
 
-GIB = 2**30
+MIB, GIB = 2**20, 2**30
 BYTES = {"float32": 4, "bfloat16": 2}
+PROCESS = 430 * MIB  # ours: as measured on Linux, with torch and transformers loaded
+FORWARD = 1 / 3  # of an update's time, that a frozen model's pass takes: no backward, which is twice a forward
 WORKSPACE = {"cpu": 64 * 2**20, "cuda": 2**30}  # of linear_policy_loss
 
 
@@ -33,20 +37,25 @@ class Plan:
     """Of one step, and of the run; bytes are of one device.
 
     Args:
+        shape: of the model; None: not known.
         parameters, active: of the model; that a token meets (fewer with experts). 0: shape not known.
         learning: parameters that learn.
         sequences: samples of a step. tokens, drawn: of a step, at most.
+        usual_tokens, usual_drawn: as measured in a run, else with as many turns as are usual.
         memory: bytes by what holds them, training. sampler: likewise, of the sampler.
         seconds: of the run; None: no rate is known. rate_from: what told the rate.
     """
 
     recipe: Recipe
+    shape: Shape | None
     parameters: int
     active: int
     learning: int
     sequences: int
     tokens: int
     drawn: int
+    usual_tokens: int
+    usual_drawn: int
     memory: dict[str, float]
     sampler: dict[str, float]
     seconds: float | None
@@ -71,63 +80,78 @@ class Plan:
         for key, value in flat(recipe.to_json()):
             if value not in ("", {}, 0, 0.0) and not key.startswith("model.shape"):
                 lines.append(f"  {key} = {json.dumps(value)}")
-        many = f"{self.parameters / 1e9:.3f} billion parameters" if self.parameters else "size of the model not known"
-        lines.append(f"model        {many}" + (f", {self.active / 1e9:.3f} active" if self.parameters else ""))
+        lines.append(f"model        {_parameters(self)}")
         if self.learning != self.parameters:
             lines.append(f"learning     {self.learning / 1e6:.1f} million (LoRA)")
         lines.append(
             f"a step       {self.sequences} sequences, at most {self.tokens} tokens, {self.drawn} of them drawn"
         )
+        if self.usual_tokens < self.tokens:
+            lines.append(f"             usually about {self.usual_tokens} tokens, {self.usual_drawn} of them drawn")
         lines.append(f"the run      {recipe.optim.steps} steps, at most {recipe.optim.steps * self.tokens} tokens")
         for title, parts in (("training", self.memory), ("sampler", self.sampler)):
             if parts:
-                told = ", ".join(f"{name} {value / GIB:.2f}" for name, value in parts.items())
-                lines.append(f"{title:12} {sum(parts.values()) / GIB:.2f} GiB a device: {told}")
+                told = ", ".join(f"{name} {_bytes(value)}" for name, value in parts.items())
+                lines.append(f"{title:12} {_bytes(sum(parts.values()))} a device: {told}")
         if self.fits is not None:
             verdict = "fits" if self.fits else "does not fit"
             turns = "taking turns" if recipe.scale.offload else "side by side"
             lines.append(f"device       {recipe.scale.memory_gib:g} GiB: {verdict}, training and sampler {turns}")
-        hours = (
-            "not known: give scale.tokens_per_second" if self.seconds is None else f"{self.seconds / 3600:.2f} hours"
-        )
-        lines.append(
-            f"time         {hours}" + (f", at most, from {self.rate_from}" if self.seconds is not None else "")
-        )
+        lines.append(f"time         {_time(self)}")
         return "\n".join(lines)
 
 
-def plan_of(recipe: Recipe, out: str | Path | None = None) -> Plan:
+def _parameters(plan: Plan) -> str:
+    if not plan.parameters:
+        return "size of the model not known"
+    size, name = (1e9, "billion") if plan.parameters >= 1e8 else (1e6, "million")
+    active = f", {plan.active / size:.3f} active" if plan.active != plan.parameters else ""
+    return f"{plan.parameters / size:.3f} {name} parameters{active}"
+
+
+def _bytes(value: float) -> str:
+    return f"{value / GIB:.2f} GiB" if value >= GIB / 4 else f"{value / MIB:.1f} MiB"
+
+
+def _time(plan: Plan) -> str:
+    if plan.seconds is None:
+        wanted = "scale.tokens_per_second" + (" and rollout.tokens_per_second" if _samples(plan.recipe) else "")
+        return f"not known: give {wanted}"
+    told = f"{plan.seconds / 3600:.2f} hours" if plan.seconds >= 3600 else f"{plan.seconds / 60:.1f} minutes"
+    return f"{told}{'' if plan.usual_tokens < plan.tokens else ', at most'}, from {plan.rate_from}"
+
+
+def plan_of(recipe: Recipe, out: str | Path | None = None, shape: Shape | None = None) -> Plan:
     """The plan of a recipe.
 
     Args:
         out: a run of this recipe; its measured rates go before those of the recipe.
+        shape: of a model that is not there yet.
     Raises:
         ValueError: a shape that is not whole.
     """
-    shape = shape_of(recipe)
+    shape = shape_of(recipe) or shape
     parameters, active = count(shape) if shape else (0, 0)
     rank = recipe.model.lora_rank
     learning = lora_count(shape, rank) if shape and rank else parameters
-    source, rollout = recipe.source, recipe.rollout
-    sequences = source.groups * source.rollouts
+    source = recipe.source
     turns = 1 if source.fragments else source.max_turns
-    drawn = min(turns * rollout.max_tokens, rollout.context) * sequences
-    tokens = rollout.context * sequences
-    if source.kind == "consult":
-        from m3.train.tasks.consult import OPENING, STEP
-
-        tokens, drawn = (OPENING + STEP * turns) * sequences, 2 * turns * sequences
+    tokens, drawn = _tokens(recipe, turns)
+    usual = _measured(out) or _tokens(recipe, min(source.usual_turns or turns, turns))
     memory = _training(recipe, shape, parameters, learning, min(tokens, recipe.scale.max_tokens)) if shape else {}
     sampler = _sampler(recipe, shape, parameters) if shape and recipe.stage != "offline-distill" else {}
-    seconds, told = _seconds(recipe, tokens, drawn, out)
+    seconds, told = _seconds(recipe, *usual, out)
     return Plan(
         recipe=recipe,
+        shape=shape,
         parameters=parameters,
         active=active,
         learning=learning,
-        sequences=sequences,
+        sequences=_sequences(recipe),
         tokens=tokens,
         drawn=drawn,
+        usual_tokens=usual[0],
+        usual_drawn=usual[1],
         memory=memory,
         sampler=sampler,
         seconds=seconds,
@@ -155,6 +179,15 @@ def shape_of(recipe: Recipe) -> Shape | None:
     name = recipe.model.name
     folder = built_in_path(name) if name in BUILT_IN else Path(name)
     path = folder / "config.json"
+    if not name and recipe.source.kind == "consult":
+        from m3.train.tasks.consult import WORDS
+        from m3.train.tasks.consult_policy import DecoderConfig
+
+        made = DecoderConfig()
+        return Shape(
+            hidden=made.hidden, layers=made.layers, heads=made.heads, kv_heads=made.heads,
+            head_dim=made.hidden // made.heads, intermediate=made.intermediate, vocabulary=len(WORDS), tied=True,
+        )  # fmt: skip
     return shape_of_config(json.loads(path.read_text(encoding="utf-8"))) if name and path.is_file() else None
 
 
@@ -197,6 +230,35 @@ def lora_count(shape: Shape, rank: int) -> int:
     return shape.layers * rank * (attention + mlp + router)
 
 
+def _sequences(recipe: Recipe) -> int:
+    """Samples of a step: on the clinic each domain of stage 3 has as many."""
+    source = recipe.source
+    domains = len(recipe.model.teachers) if recipe.stage == "mopd" and source.kind == "clinic" else 1
+    return source.groups * source.rollouts * max(domains, 1)
+
+
+def _tokens(recipe: Recipe, turns: float) -> tuple[int, int]:
+    """(all, drawn) of a step whose consultations have ``turns`` turns."""
+    source, rollout, sequences = recipe.source, recipe.rollout, _sequences(recipe)
+    if source.kind == "consult":
+        from m3.train.tasks.consult import OPENING, STEP
+
+        return round((OPENING + STEP * turns) * sequences), round(2 * turns * sequences)
+    share = 1.0 if source.fragments else turns / source.max_turns
+    return round(rollout.context * share * sequences), round(
+        min(turns * rollout.max_tokens, rollout.context) * sequences
+    )
+
+
+def _measured(out: str | Path | None) -> tuple[int, int] | None:
+    """(all, drawn) of a step, on average over a run."""
+    rows = read_metrics(Path(out) / METRICS) if out is not None and (Path(out) / METRICS).is_file() else []
+    if not rows:
+        return None
+    told = [sum(row[name] for row in rows) / len(rows) for name in ("tokens_packed", "tokens_drawn")]
+    return round(told[0]), round(told[1])
+
+
 def _training(recipe: Recipe, shape: Shape, parameters: int, learning: int, tokens: int) -> dict[str, float]:
     size, devices = BYTES[recipe.model.dtype], recipe.scale.devices
     if recipe.scale.engine == "verl":
@@ -215,6 +277,8 @@ def _training(recipe: Recipe, shape: Shape, parameters: int, learning: int, toke
     }
     if devices > 1:
         found["layer whole"] = (parameters - shape.vocabulary * shape.hidden) / shape.layers * computed
+    if recipe.scale.device == "cpu":
+        found["process"] = float(PROCESS)
     if frozen:
         found["frozen models"] = frozen * parameters * computed / devices
     return found
@@ -240,7 +304,13 @@ def _seconds(recipe: Recipe, tokens: int, drawn: int, out: str | Path | None) ->
         step = sum(row["batch_seconds"] + row["logprobs_seconds"] + row["update_seconds"] for row in rows) / len(rows)
         return step * recipe.optim.steps, f"{len(rows)} steps measured in {out}"
     train, sample = recipe.scale.tokens_per_second, recipe.rollout.tokens_per_second
-    if not train or (recipe.stage != "offline-distill" and not sample):
+    if not train or (_samples(recipe) and not sample):
         return None, ""
-    step = tokens * recipe.optim.epochs / train + (drawn / sample if recipe.stage != "offline-distill" else 0.0)
+    judged = bool(recipe.model.reference) or recipe.stage == "mopd"
+    step = tokens * (recipe.optim.epochs + FORWARD * judged) / train + (drawn / sample if _samples(recipe) else 0.0)
     return step * recipe.optim.steps, "the recipe's tokens_per_second"
+
+
+def _samples(recipe: Recipe) -> bool:
+    """Whether a step draws tokens: of the policy, or of the small task's teachers."""
+    return recipe.stage != "offline-distill" or (recipe.source.kind == "consult" and bool(recipe.model.teachers))

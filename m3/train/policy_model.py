@@ -1,8 +1,9 @@
 """The model that is trained: a causal language model of transformers, read as hidden states and a linear head.
 
 The losses of m3kernels.policy_loss want hidden states (T, D) and the head, never the logits (T, V). Sequences are
-packed into one row; transformers (5.2 or later) masks them from one another by their position ids. Dropout is off: the
-ratio of the new policy to the old one would be noise.
+packed into one row, and what they share of their beginnings is computed once (shared_prefix.py); where a model does not
+allow that, transformers (5.2 or later) masks them from one another by their position ids. Dropout is off: the ratio of
+the new policy to the old one would be noise.
 """
 
 from __future__ import annotations
@@ -17,7 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from m3.train.streams import Packed
+from m3.train import shared_prefix
+from m3.train.shared_prefix import Tree
+from m3.train.streams import Packed, Sample, pack
 from m3kernels.checks import refuse
 from m3kernels.policy_loss import linear_logprobs
 
@@ -73,6 +76,7 @@ class PolicyModel(nn.Module):
         _without_dropout(causal)
         self.causal: Any = causal if lora is None else _adapted(causal, lora)
         self.source = None if source is None else Path(source)
+        self.shares = shared_prefix.apply_to(self.causal)
         self.train(gradient_checkpointing)  # the only thing that the mode decides here
         if gradient_checkpointing:
             later = getattr(self.causal, "activation_checkpointing_enable", None)  # its name in newer transformers
@@ -97,7 +101,7 @@ class PolicyModel(nn.Module):
         Args:
             dtype: of weights, gradients and the optimiser's moments. bf16 halves memory, but drops an update below
                 about 2^-9 of its weight.
-            attention: of transformers: "sdpa", "eager", "flash_attention_2".
+            attention: of transformers: "sdpa", "eager", "flash_attention_2". Prefixes are shared with "sdpa" alone.
         """
         import transformers
 
@@ -124,13 +128,25 @@ class PolicyModel(nn.Module):
         softcap = getattr(self.causal.config, "final_logit_softcapping", None) or 0.0
         return LinearHead(weight=layer.weight, bias=getattr(layer, "bias", None), softcap=float(softcap))
 
-    def forward(self, ids: Tensor, position_ids: Tensor) -> Tensor:
-        """(1, T, D) hidden states, normed, of packed ids (T,)."""
-        return self.body(input_ids=ids[None], position_ids=position_ids[None], use_cache=False).last_hidden_state
+    def forward(self, ids: Tensor, position_ids: Tensor, tree: Tree | None = None) -> Tensor:
+        """(1, T, D) hidden states, normed, of packed ids (T,); or of those (U,) that a tree computes."""
+        more = {} if tree is None else {"tree": tree, "attention_mask": ids.new_empty(1, 1, 1, 1)}  # made, not read
+        return self.body(
+            input_ids=ids[None], position_ids=position_ids[None], use_cache=False, **more
+        ).last_hidden_state
 
-    def hidden(self, packed: Packed) -> Tensor:
-        """(T, D) normed hidden states; those of a sequence are independent of its neighbours, but for rounding."""
-        return self(packed.ids.to(self.device), packed.position_ids.to(self.device))[0]
+    def hidden(self, packed: Packed, *, least: int = shared_prefix.LEAST) -> Tensor:
+        """(T, D) normed hidden states; those of a sequence are independent of its neighbours, but for rounding.
+
+        Args:
+            least: tokens of a beginning that sequences share, from which on it is computed once.
+        """
+        ids, places = packed.ids, packed.position_ids
+        tree = shared_prefix.tree(ids, packed.cu_seqlens, least) if self.shares else None
+        if tree is None:
+            return self(ids.to(self.device), places.to(self.device))[0]
+        found = self(ids[tree.tokens].to(self.device), places[tree.tokens].to(self.device), tree)[0]
+        return tree.spread(found)
 
     @torch.no_grad()
     def logprobs(self, packed: Packed) -> Tensor:
@@ -202,16 +218,22 @@ class PolicyModel(nn.Module):
 
     @torch.no_grad()
     def _check_head(self) -> None:
+        """Two sequences that share half of their tokens, packed, against the model's own logits."""
         head = self.head
-        ids = torch.arange(min(WIDEST_CHECKED, len(head.weight)), device=self.device)
-        hidden = self(ids, torch.arange(len(ids), device=self.device))[0]
-        logits = self.causal(input_ids=ids[None], use_cache=False).logits[0].float()
-        own = logits.log_softmax(-1).gather(1, ids[:, None])[:, 0]
-        read = linear_logprobs(hidden, head.weight, ids, bias=head.bias, softcap=head.softcap).logprobs
+        count = min(WIDEST_CHECKED, len(head.weight))
+        one = torch.arange(count)
+        ids = torch.stack([one, torch.cat([one[: count // 2], one[count // 2 :].flip(0)])])
+        none = torch.zeros(count), torch.full((count,), -1)
+        both = pack([Sample(id="", ids=row, mask=none[0], steps=none[1]) for row in ids])
+        ids = ids.to(self.device)
+        logits = self.causal(input_ids=ids, use_cache=False).logits.float().flatten(0, 1)
+        own = logits.log_softmax(-1).gather(1, ids.flatten()[:, None])[:, 0]
+        hidden = self.hidden(both, least=1)
+        read = linear_logprobs(hidden, head.weight, ids.flatten(), bias=head.bias, softcap=head.softcap).logprobs
         error = float((own - read).abs().max())
         bound = HEAD_ERROR if head.weight.dtype == torch.float32 else 0.1  # logits of transformers are rounded to bf16
         if not error <= bound * max(1.0, float(own.abs().max())):
-            want = f"logits that are a linear head of the hidden states (softcap {head.softcap:g})"
+            want = f"logits that are a linear head of the hidden states of packed sequences (softcap {head.softcap:g})"
             raise refuse("PolicyModel", "causal", want, f"log-probabilities {error:.3g} nats off")
 
 

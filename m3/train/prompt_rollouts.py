@@ -24,7 +24,7 @@ from m3.environment.episode import CaseView, Said
 from m3.environment.seeds import derive_seed
 from m3.environment.trajectory import Message
 from m3.train.group_advantages import Algorithm, step_advantages
-from m3.train.rollouts import EnginePhysician
+from m3.train.rollouts import Physician
 from m3.train.stage import Objective, StepBatch
 from m3.train.streams import Sample
 from m3.train.together import together
@@ -90,7 +90,7 @@ class PromptRollouts:
     def __init__(
         self,
         prompts: Sequence[Prompt],
-        physician: EnginePhysician,
+        physician: Physician,
         weights: Callable[[], Mapping[str, Tensor]],
         config: PromptRolloutsConfig | None = None,
         *,

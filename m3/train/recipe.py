@@ -34,9 +34,12 @@ from m3kernels.policy_loss.types import DistillSpec, check_choice
 OP = "recipe"
 STAGES = ("task-rl", "offline-distill", "mopd")
 RESOLVED = "recipe.json"
+SHIPPED = Path(__file__).parents[1] / "recipes"
 DISTILL = ("clip_forward_kl", "forward_kl")
 DEFAULT_ALGORITHM = {"task-rl": "spar", "offline-distill": "clip_forward_kl", "mopd": "mopd"}
-FREE = ("checkpoint", "scale.tokens_per_second", "rollout.tokens_per_second")  # may differ when a run goes on
+FREE = (  # may differ when a run goes on
+    "checkpoint", "scale.tokens_per_second", "rollout.tokens_per_second", "source.usual_turns",
+)  # fmt: skip
 T = TypeVar("T")
 
 
@@ -92,8 +95,13 @@ class Source:
         cases: file or folder of cases; "": our own. split: "train", "held_out", "": both.
         groups: contexts of a step. rollouts: of a context. epochs: times that a case is taken; they bound the run.
         resample: as TaskRLConfig. stages: of a consultation, the first ones. max_turns: of an inquiry.
+        usual_turns: of an inquiry, as measured; for plans. 0: not known.
         fragments: only the next reply is reinforced (M2). interruption: share of interrupted beginnings.
-        domain: names the teacher that is trained. department: of the small task's cases; "": both.
+        domain: names the teacher that is trained; of the clinic, the one that is consultations. department: of the
+            small task's cases; "": both.
+        prompts: of the clinic, a file by domain: HealthBench's form, a prompt a line with its rubric; "own": ours.
+        samples: of each teacher, of stage 2 of the clinic. folder: where a source keeps what it makes (trajectories,
+            weights for a server); "": in the run's folder.
         options: of a source of one's own.
     """
 
@@ -106,14 +114,18 @@ class Source:
     resample: int = 0
     stages: tuple[str, ...] = tuple(str(phase) for phase in PHASES)
     max_turns: int = 20
+    usual_turns: float = 0.0
     fragments: bool = False
     interruption: float = 0.25
     domain: str = "inquiry"
     department: str = ""
+    prompts: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    samples: int = 256  # ours
+    folder: str = ""
     options: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        _least("source", self, groups=1, rollouts=1, epochs=1, resample=0, max_turns=1)
+        _least("source", self, groups=1, rollouts=1, epochs=1, resample=0, max_turns=1, usual_turns=0, samples=1)
         check_choice(OP, "source.split", self.split, ("", "train", "held_out"))
         for name in self.stages:
             check_choice(OP, "source.stages", name, tuple(str(phase) for phase in PHASES))
@@ -163,6 +175,10 @@ class Rollout:
     Args:
         max_tokens: of one message. context: of a whole consultation. timeout: seconds of a message.
         max_running: sequences of one step of the engine. memory_mb: of its cache, in 10^6 bytes.
+        server: who draws instead of the engine here, http://host:port/v1#model (m3/train/served_physician.py).
+        refresh: what makes it take new weights, a URL or a command.
+        read_ahead: the trainer's and the reference's log-probabilities of a rollout are read while others are drawn;
+            with them the metrics have sampler_gap.
         tokens_per_second: drawn by the engine, as measured; for plans. 0: not known.
     """
 
@@ -175,6 +191,9 @@ class Rollout:
     timeout: float = 600.0
     max_running: int = 64
     memory_mb: int = 512
+    server: str = ""
+    refresh: str = ""
+    read_ahead: bool = True
     tokens_per_second: float = 0.0
 
     def __post_init__(self) -> None:
@@ -191,12 +210,17 @@ class Rewards:
         kind: "rules": those of m3/rewards/stage_rewards; the small task has its own.
         steps: verify steps, so that SPAR has violations. penalties: lambda of a violation, over spar.PENALTIES.
         tau: gate of each stage (Eq 6), by its name; others 0.5.
+        judge: of rubrics: as open_chat has it (http://host:port/v1#model, embedded:MODEL), or "rules": a clause is met
+            where half of its words stand in the answer, for trials. "": nobody.
+        rubrics: store of a run's rubrics, which may change while it runs (m3/rewards/rubric_store.py); "": none.
     """
 
     kind: str = "rules"
     steps: bool = True
     penalties: Mapping[str, float] = dataclasses.field(default_factory=dict)
     tau: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    judge: str = ""
+    rubrics: str = ""
 
     def __post_init__(self) -> None:
         check_choice(OP, "rewards.kind", self.kind, ("rules",))
@@ -307,7 +331,7 @@ class Recipe:
         if self.algorithm == "clip_forward_kl":
             return Objective(spec=clip_forward_kl.loss_spec(config), aggregation=config.aggregation)
         if self.algorithm == "mopd":
-            return Objective(spec=mopd.loss_spec(config))
+            return Objective(spec=mopd.loss_spec(config), on_policy=True)
         level = None if self.objective.sampler_level == "none" else self.objective.sampler_level
         changes: dict[str, Any] = {"sampler_level": level, "sampler_high": self.objective.sampler_high}
         return Objective(spec=dataclasses.replace(loss_spec(config), **changes))
@@ -349,6 +373,22 @@ def read(path: str | Path, overrides: Sequence[str] = (), *, stage: str = "") ->
     if stage and found.stage != stage:
         raise refuse(OP, str(path), f"a recipe of {stage}", f"one of {found.stage}")
     return found
+
+
+def located(path: str | Path) -> Path:
+    """A recipe's file: as given, else a shipped one: "tiny_cpu/start.toml", with or without "recipes/" before it.
+
+    Raises:
+        ValueError: neither is there; names the shipped ones.
+    """
+    path = Path(path)
+    if path.is_file() or path.is_absolute():
+        return path
+    parts = path.parts[1:] if path.parts[:1] == (SHIPPED.name,) else path.parts
+    if SHIPPED.joinpath(*parts).is_file():
+        return SHIPPED.joinpath(*parts)
+    names = ", ".join(sorted(one.relative_to(SHIPPED).as_posix() for one in SHIPPED.rglob("*.toml")))
+    raise refuse(OP, "path", f"a file, or a shipped recipe ({names})", str(path))
 
 
 def parse(kind: type[T], path: str | Path, overrides: Sequence[str] = ()) -> T:

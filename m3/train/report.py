@@ -1,12 +1,13 @@
-"""A run as one self-contained HTML page: curves, rewards by stage, step penalties, rollouts with each turn's credit.
+"""A run as one self-contained HTML page: curves, rewards by domain and rubric, step penalties, rollouts with credit.
 
-Everything comes from the run's own files: recipe.json, metrics.jsonl, timings.jsonl, the newest of samples/. The page
-needs no network and no script.
+Everything comes from the run's own files: recipe.json, metrics.jsonl, timings.jsonl, scores.json, the newest of
+samples/. The page needs no network and no script.
 """
 
 from __future__ import annotations
 
 import io
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,35 +16,45 @@ import jinja2
 
 from m3.train.metrics import METRICS, SAMPLES, TIMINGS, read_metrics
 from m3.train.recipe import RESOLVED, flat, read
+from m3.train.run_stage import SCORES
 from m3kernels.checks import refuse
 
 PAGE = "report.html"
 DISCLAIMER = "Research software: not a medical device, not for the care of patients."
+OTHERS = "Others"
+PER_DOMAIN, PER_RUBRIC, PENALTIES = "Rewards per stage or domain", "Rewards per rubric", "Step penalties"
+TOGETHER = (PER_DOMAIN, PER_RUBRIC, PENALTIES)  # sections of one figure: their metrics have one scale
+COLOURS = ("#0b5c7a", "#d1603d", "#4b8f52", "#8a5aa8", "#b8860b", "#c2457f", "#5d6b78", "#2f9c95", "#7a4b2a", "#000000")
 Rows = Sequence[Mapping[str, float]]
-GROUPS: tuple[tuple[str, tuple[str, ...]], ...] = (  # title, names or their beginnings; the first that fits takes it
+GROUPS: tuple[tuple[str, tuple[str, ...]], ...] = (  # title, names or their beginnings; the longest that fits takes it
     ("Rewards", ("reward", "group_std", "coverage", "diagnosis")),
-    ("Step penalties", ("violations/", "gamma", "repeat_score", "logical_score", "phrasing_score", "safe")),
+    (PER_DOMAIN, ("reward/",)),
+    (PER_RUBRIC, ("rubric/",)),
+    (PENALTIES, ("violations/", "gamma", "repeat_score", "logical_score", "phrasing_score", "safe")),
     ("Consultations", ("turns", "discarded/", "rollouts_failed", "groups", "cut")),
-    ("Policy", ("entropy", "kl", "approx_kl", "ratio", "clip", "dual_clip", "sampler", "advantage")),
+    ("Policy", ("entropy", "kl", "approx_kl", "ratio", "clip", "dual_clip", "sampler", "advantage", "reverse_kl",
+                "outcome")),
     ("Optimiser", ("loss", "grad_norm", "lr")),
     ("Tokens", ("tokens", "samples", "rows_")),
     ("Time and memory", ("batch_seconds", "logprobs_seconds", "update_seconds", "refresh_seconds", "rollout_seconds",
                          "peak_memory")),
-    ("Others", ("",)),
+    (OTHERS, ("",)),
 )  # fmt: skip
-TEMPLATE = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><title>{{ title }}</title><style>
+STYLE = """
 body { font: 15px/1.45 system-ui, sans-serif; max-width: 1080px; margin: 2em auto; padding: 0 1em; color: #1c2733 }
 h1, h2 { line-height: 1.2 } .note { color: #5d6b78 } .curves { display: flex; flex-wrap: wrap; gap: 8px }
 figure { margin: 0 } table { border-collapse: collapse } td, th { padding: 2px 10px; text-align: right }
 td:first-child, th:first-child { text-align: left } tr:nth-child(even) { background: #f3f6f8 }
 pre { white-space: pre-wrap; background: #f3f6f8; padding: 10px } .policy { color: #0b5c7a; font-weight: 600 }
-</style></head><body>
+tr.title td { font-weight: 600; background: #fff; padding-top: 10px } img { max-width: 100% }
+"""
+TEMPLATE = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><title>{{ title }}</title><style>{{ style }}</style></head><body>
 <h1>{{ title }}</h1><p class="note">{{ disclaimer }}</p><p>{{ subtitle }}</p>
-<h2>First and last steps</h2>
-<table><tr><th>metric</th><th>first {{ window }}</th><th>last {{ window }}</th></tr>
-{% for row in summary %}<tr><td>{{ row.name }}</td><td>{{ row.first }}</td><td>{{ row.last }}</td></tr>
-{% endfor %}</table>
+{% if scores %}<h2>Held-out cases, after the last step</h2>
+<table><tr><th></th>{% for name in domains %}<th>{{ name }}</th>{% endfor %}</tr>
+{% for name, values in scores %}<tr><td>{{ name }}</td>{% for value in values %}<td>{{ value }}</td>{% endfor %}</tr>
+{% endfor %}</table>{% endif %}
 {% for section in sections %}<h2>{{ section.title }}</h2><div class="curves">
 {% for svg in section.svgs %}<figure>{{ svg }}</figure>
 {% endfor %}</div>
@@ -54,6 +65,11 @@ pre { white-space: pre-wrap; background: #f3f6f8; padding: 10px } .policy { colo
 <pre>{% for line in rollout.lines %}<span class="{{ line.kind }}">{{ line.text }}</span>
 {% endfor %}</pre></details>
 {% endfor %}{% endif %}
+<h2>First and last steps</h2>
+<table><tr><th>metric</th><th>first {{ window }}</th><th>last {{ window }}</th></tr>
+{% for title, rows in summary %}<tr class="title"><td colspan="3">{{ title }}</td></tr>
+{% for row in rows %}<tr><td>{{ row.name }}</td><td>{{ row.first }}</td><td>{{ row.last }}</td></tr>
+{% endfor %}{% endfor %}</table>
 <h2>Recipe</h2><table>{% for key, value in recipe %}<tr><td>{{ key }}</td><td>{{ value }}</td></tr>
 {% endfor %}</table></body></html>
 """
@@ -81,25 +97,48 @@ def render(run: Path) -> str:
         raise refuse("report", str(run), f"a run with {METRICS}", "none, or no step")
     timings = read_metrics(run / TIMINGS) if (run / TIMINGS).is_file() else []
     recipe = read(run / RESOLVED) if (run / RESOLVED).is_file() else None
+    scores = json.loads((run / SCORES).read_text(encoding="utf-8")) if (run / SCORES).is_file() else {}
     rollouts, rollouts_of = newest_rollouts(run)
     window = max(1, len(metrics) // 10)
     names = grouped([*columns(metrics), *columns(timings)])
     found = {name: (metrics if name in columns(metrics) else timings) for _, some in names for name in some}
     sections = [
-        {"title": title, "svgs": [curve(name, found[name]) for name in some if _moves(name, found[name])]}
+        {"title": title, "svgs": figures(title, {name: found[name] for name in some if _moves(name, found[name])})}
         for title, some in names
     ]
+    domains = list(dict.fromkeys(name.partition("/")[2] for name in scores))
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
     what = "" if recipe is None else f"{recipe.stage}, {recipe.algorithm}, seed {recipe.seed}; "
     return environment.from_string(TEMPLATE).render(
         title=f"Training run {run.resolve().name}",
         disclaimer=DISCLAIMER,
+        style=STYLE,
         subtitle=f"{what}{int(metrics[-1]['step'])} steps",
         window=window,
+        domains=domains,
+        scores=[
+            (
+                name,
+                [
+                    f"{scores[one]:.3f}" if (one := f"{name}/{domain}".rstrip("/")) in scores else ""
+                    for domain in domains
+                ],
+            )
+            for name in dict.fromkeys(name.partition("/")[0] for name in scores)
+        ],
         summary=[
-            {"name": name, "first": _mean(name, found[name][:window]), "last": _mean(name, found[name][-window:])}
-            for _, some in names
-            for name in some
+            (
+                title,
+                [
+                    {
+                        "name": name,
+                        "first": _mean(name, found[name][:window]),
+                        "last": _mean(name, found[name][-window:]),
+                    }
+                    for name in some
+                ],
+            )
+            for title, some in names
         ],
         sections=[section for section in sections if section["svgs"]],
         rollouts=rollouts,
@@ -114,28 +153,71 @@ def columns(rows: Rows) -> list[str]:
 
 
 def grouped(names: Sequence[str]) -> list[tuple[str, list[str]]]:
-    """(title, names) of GROUPS; groups without a name are left out."""
+    """(title, names) of GROUPS; groups without a name are left out. "DOMAIN/name" is grouped as "name" is."""
     found: dict[str, list[str]] = {title: [] for title, _ in GROUPS}
     for name in names:
-        found[next(title for title, begins in GROUPS if name.startswith(begins))].append(name)
+        title = _group(name)
+        found[title if title != OTHERS else _group(name.partition("/")[2] or name)].append(name)
     return [(title, some) for title, some in found.items() if some]
+
+
+def _group(name: str) -> str:
+    fitting = [(len(begin), title) for title, begins in GROUPS for begin in begins if name.startswith(begin)]
+    return max(fitting)[1]
+
+
+def figures(title: str, metrics: Mapping[str, Rows]) -> list[Any]:
+    """SVGs of a section: one of each metric, or one of all."""
+    if title in TOGETHER:
+        return [curves(metrics)] if metrics else []
+    return [curve(name, rows) for name, rows in metrics.items()]
 
 
 def curve(name: str, rows: Rows) -> Any:
     """An SVG of a metric over the steps: the points, and their mean over a tenth of the run."""
-    import markupsafe
-    from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
 
-    points = [(row["step"], row[name]) for row in rows if name in row]
-    steps, values = zip(*points, strict=True)
+    figure = Figure(figsize=(3.4, 2.1))
+    axes = figure.add_axes((0.16, 0.12, 0.81, 0.76))  # fixed: a layout that is sought costs as much as the drawing
+    steps, values, smooth = _smoothed(name, rows)
+    axes.plot(steps, values, color="#9fb8c6", linewidth=0.8)
+    axes.plot(steps, smooth, color=COLOURS[0], linewidth=1.6)
+    axes.set_title(name, fontsize=9, parse_math=False)
+    return _svg(figure)
+
+
+def curves(metrics: Mapping[str, Rows]) -> Any:
+    """An SVG of several metrics of one scale: of each its mean over a tenth of the run."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10.4, 3.2), layout="constrained")
+    axes = figure.add_subplot()
+    for index, (name, rows) in enumerate(metrics.items()):
+        steps, values, smooth = _smoothed(name, rows)
+        colour = COLOURS[index % len(COLOURS)]
+        axes.plot(steps, values, color=colour, linewidth=0.5, alpha=0.25)
+        dashed = "-" if index < len(COLOURS) else "--"
+        axes.plot(steps, smooth, color=colour, linewidth=1.6, linestyle=dashed, label=name)
+    figure.legend(loc="outside right upper", fontsize=8, frameon=False)
+    return _svg(figure)
+
+
+def _smoothed(name: str, rows: Rows) -> tuple[list[float], list[float], list[float]]:
+    """(steps, values, their means over a tenth of the run)."""
+    steps = [row["step"] for row in rows if name in row]
+    values = [row[name] for row in rows if name in row]
     width = max(1, len(values) // 10)
     smooth = [sum(values[max(0, at - width + 1) : at + 1]) / min(at + 1, width) for at in range(len(values))]
-    figure = Figure(figsize=(3.4, 2.1), layout="constrained")
-    axes = figure.add_subplot()
-    axes.plot(steps, values, color="#9fb8c6", linewidth=0.8)
-    axes.plot(steps, smooth, color="#0b5c7a", linewidth=1.6)
-    axes.set_title(name, fontsize=9, parse_math=False)
+    return steps, values, smooth
+
+
+def _svg(figure: Any) -> Any:
+    import markupsafe
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+    from matplotlib.ticker import MaxNLocator
+
+    axes = figure.axes[0]
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
     axes.tick_params(labelsize=7)
     axes.spines[["top", "right"]].set_visible(False)
     FigureCanvasSVG(figure)
@@ -164,8 +246,9 @@ def newest_rollouts(run: Path) -> tuple[list[dict[str, Any]], str]:
 
 
 def _moves(name: str, rows: Rows) -> bool:
-    """Whether there is a curve to see."""
-    return len({row[name] for row in rows if name in row}) > 1
+    """Whether there is a curve to see, beyond rounding."""
+    values = [row[name] for row in rows if name in row]
+    return bool(values) and max(values) - min(values) > 1e-6 * max(map(abs, values))
 
 
 def _mean(name: str, rows: Rows) -> str:

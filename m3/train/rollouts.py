@@ -12,7 +12,9 @@ physician keeps nothing, and a consultation can go on in another process.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -33,6 +35,37 @@ from m3kernels.checks import refuse
 
 MARK = "\ue000said\ue001"  # stands for a message where the template is asked what follows it: of the private use area
 NOTHING = "..."  # what others hear of a message without a word
+
+
+class Physician(Protocol):
+    """A Policy whose every token is known, and whose weights a trainer may set.
+
+    ``sampling``: all that decides a draw beside weights, prompt and seed. ``filtered``: whether it draws from less than
+    the whole vocabulary. ``version``: of its weights.
+    """
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def temperature(self) -> float: ...
+
+    @property
+    def version(self) -> int: ...
+
+    @property
+    def sampling(self) -> str: ...
+
+    @property
+    def filtered(self) -> bool: ...
+
+    async def act(self, view: CaseView, messages: Sequence[Message], phase: Phase, seed: int) -> Said:
+        """The next message. Raises ChatError: there is none."""
+        ...
+
+    async def refresh(self, tensors: Mapping[str, Tensor], version: int) -> None:
+        """Go on with these weights, by their names in a Hugging Face checkpoint."""
+        ...
 
 
 class EnginePhysician:
@@ -148,13 +181,49 @@ def prompt_ids(tokenizer: Tokenizer, messages: Sequence[Message]) -> tuple[list[
     return stream, given[1:] if said.finish == "stop" and given[:1] == [said.token_ids[-1]] else given
 
 
-def sample_of(
-    segment: Segment, *, temperature: float, domain: str = "", penalties: spar.Config | None = None
-) -> Sample:
-    """A segment for the trainer: the whole stream of tokens, of which the policy's in the response count.
+def stream_of(name: str, prompt: Sequence[Message], response: Sequence[Message], *, temperature: float) -> Sample:
+    """The whole stream of tokens of a prompt and its response, of which the policy's in the response count.
 
     Steps are numbered by turn. Messages of the policy in the prompt are context: they were rewarded in their own
     stage. What was said after the last drawn token is left out.
+
+    Args:
+        name: of the sample. temperature: that the policy drew at.
+    Raises:
+        ValueError: a message of the policy without its tokens.
+    """
+    ids: list[int] = []
+    steps: list[int] = []
+    logprobs: list[float] = []
+    versions: list[int] = []
+    for place, message in enumerate((*prompt, *response)):
+        counts = place >= len(prompt)
+        said = Said.of(message)
+        if said is None:
+            if message.role == "assistant" and counts:
+                raise refuse("stream_of", "response", "token ids of each message that was drawn", name)
+            continue
+        ids += [*said.given_ids, *said.token_ids]
+        given, drawn = len(said.given_ids), len(said.token_ids)
+        steps += [-1] * given + [message.turn if counts else -1] * drawn
+        logprobs += [0.0] * given + (list(said.logprobs) if counts else [0.0] * drawn)
+        versions += [-1] * given + (list(said.versions) if counts else [-1] * drawn)
+    at = torch.tensor(steps)
+    return Sample(
+        id=name,
+        ids=torch.tensor(ids),
+        mask=(at >= 0).float(),
+        steps=at,
+        sampler_logprobs=torch.tensor(logprobs, dtype=torch.float32),
+        versions=torch.tensor(versions),
+        temperature=temperature,
+    )
+
+
+def sample_of(
+    segment: Segment, *, temperature: float, domain: str = "", penalties: spar.Config | None = None
+) -> Sample:
+    """A segment for the trainer: its ``stream_of``, with what is known of it.
 
     Args:
         temperature: that the policy drew at.
@@ -162,24 +231,8 @@ def sample_of(
     Raises:
         ValueError: a message of the policy without its tokens; a violation without a penalty.
     """
-    ids: list[int] = []
-    steps: list[int] = []
-    logprobs: list[float] = []
-    versions: list[int] = []
-    finished: list[str] = []
-    for place, message in enumerate((*segment.prompt, *segment.response)):
-        said = Said.of(message)
-        if said is None:
-            if message.role == "assistant" and place >= len(segment.prompt):
-                raise refuse("sample_of", "segment", "token ids of each message that was drawn", segment.id)
-            continue
-        counts = place >= len(segment.prompt)
-        ids += [*said.given_ids, *said.token_ids]
-        given, drawn = len(said.given_ids), len(said.token_ids)
-        steps += [-1] * given + [message.turn if counts else -1] * drawn
-        logprobs += [0.0] * given + (list(said.logprobs) if counts else [0.0] * drawn)
-        versions += [-1] * given + (list(said.versions) if counts else [-1] * drawn)
-        finished += [said.finish] if counts else []
+    drawn = stream_of(segment.id, segment.prompt, segment.response, temperature=temperature)
+    finished = [said.finish for message in segment.response if (said := Said.of(message)) is not None]
     violated = dict(zip(segment.steps, segment.violations(), strict=True))
     note: dict[str, str | float] = {
         "case": segment.case,
@@ -190,19 +243,12 @@ def sample_of(
         **{f"violates {turn}": ", ".join(sorted(names)) for turn, names in violated.items() if names},
         **segment.outcomes,
     }
-    at = torch.tensor(steps)
-    return Sample(
-        id=segment.id,
-        ids=torch.tensor(ids),
-        mask=(at >= 0).float(),
-        steps=at,
-        sampler_logprobs=torch.tensor(logprobs, dtype=torch.float32),
-        versions=torch.tensor(versions),
+    return dataclasses.replace(
+        drawn,
         domain=domain,
         group=segment.group,
         rollout=segment.rollout,
         reward=segment.reward,
         gammas={turn: spar.step_factor(names, penalties) for turn, names in violated.items()},
-        temperature=temperature,
         note=note,
     )

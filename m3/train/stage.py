@@ -14,6 +14,10 @@ class NonFiniteError(RuntimeError):
     """A stream, a loss or a gradient is nan or inf; the message says which."""
 
 
+class OtherRankError(RuntimeError):
+    """Another of the processes that train together has stopped, and says why."""
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Objective:
     """The loss of a batch: a policy loss, or a distillation from stored log-probabilities of teachers.
@@ -21,10 +25,13 @@ class Objective:
     Args:
         spec: of m3kernels.policy_loss; which streams it needs follows from it.
         aggregation: of a DistillSpec (a LossSpec has its own).
+        on_policy: the policy itself stands for the old one at every update of a batch, so that what is held constant
+            (A_t, w_t of MOPD) is that of the policy as it moves; old_logprobs are not read.
     """
 
     spec: LossSpec | DistillSpec
     aggregation: str = "token_mean"
+    on_policy: bool = False
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

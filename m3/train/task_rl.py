@@ -4,8 +4,9 @@
 
 A step draws a fixed number of groups over the stages that have work (m3.environment.lockstep). All that it draws is
 decided before it starts and the engine's rows do not depend on their neighbours: a batch is a function of the run's
-seed, the step's weights and ``state()``. Within a step nothing waits without need: a rollout is judged while others
-are still being drawn. Gamma, advantages: m3/algorithms. Source: Baichuan-M3, arXiv 2602.06570.
+seed, the step's weights and ``state()``. Within a step nothing waits without need: a rollout is judged, and its
+log-probabilities under other models are read, while others are still being drawn. Gamma, advantages: m3/algorithms.
+Source: Baichuan-M3, arXiv 2602.06570.
 """
 
 from __future__ import annotations
@@ -29,12 +30,15 @@ from m3.environment.lockstep import Group, Lockstep
 from m3.environment.pipeline import Consultation, StageReward
 from m3.environment.segment import Segment
 from m3.train.group_advantages import Algorithm, loss_spec, step_advantages, teaches, token_advantages
-from m3.train.rollouts import EnginePhysician, sample_of
+from m3.train.read_ahead import ReadAhead
+from m3.train.rollouts import Physician, sample_of
 from m3.train.stage import Objective, StepBatch
 from m3.train.streams import Sample
+from m3.train.teachers import Teacher
 from m3kernels.checks import refuse
 
 REDUNDANT = "redundant_question"
+Weights = Callable[[], Mapping[str, Tensor]]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -90,6 +94,8 @@ class TaskRL:
         consultation: of ``physician`` (SimulatedConsultation, or FragmentConsultation for M2's fragments).
         rewards: of each stage; with a step verifier their spans are the steps' violations.
         physician: who draws. weights: of the trainer now, by their names in a checkpoint (``PolicyModel.tensors``).
+        readers: who fills which stream of a sample while others are drawn (read_ahead.py); what they do not fill is
+            left to the loop.
     """
 
     def __init__(
@@ -97,14 +103,17 @@ class TaskRL:
         cases: Sequence[Case],
         consultation: Consultation,
         rewards: Mapping[Phase, StageReward],
-        physician: EnginePhysician,
-        weights: Callable[[], Mapping[str, Tensor]],
+        physician: Physician,
+        weights: Weights,
         config: TaskRLConfig | None = None,
+        *,
+        readers: Mapping[str, Teacher] | None = None,
     ) -> None:
         self.config = config or TaskRLConfig()
         self.objective = self.config.objective()
         self._physician, self._weights = physician, weights
-        self._lockstep = Lockstep(cases, consultation, rewards, self.config.pipeline)
+        self._ahead = ReadAhead(consultation, readers or {}, temperature=physician.temperature)
+        self._lockstep = Lockstep(cases, self._ahead, rewards, self.config.pipeline)
         stages = self.config.pipeline.stages
         if isinstance(consultation, FragmentConsultation) and stages != (Phase.inquiry,):
             got = str([str(phase) for phase in stages])
@@ -115,6 +124,7 @@ class TaskRL:
             "groups": self.config.groups,
             "resample": self.config.resample,
             "sampling": physician.sampling,
+            "readers": {stream: reader.name for stream, reader in sorted((readers or {}).items())},
         }
 
     async def batch(self, step: int) -> StepBatch | None:
@@ -123,6 +133,12 @@ class TaskRL:
         Raises:
             PipelineError: more rollouts failed than the pipeline's configuration bears, in this process.
         """
+        try:
+            return await self._batch(step)
+        finally:
+            await self._ahead.drop()
+
+    async def _batch(self, step: int) -> StepBatch | None:
         begun = time.monotonic()
         drawn: list[Group] = []
         kept: list[Group] = []
@@ -140,7 +156,7 @@ class TaskRL:
             kept = _complete(drawn)[: self.config.groups]
         if not kept:
             return None
-        samples = [sample for group in kept for sample in self._samples(group)]
+        samples = [await self._ahead.taken(sample) for group in kept for sample in self._samples(group)]
         metrics = measured(
             drawn, len(kept), [self._teaches(group) for group in _complete(drawn)], self.config.algorithm
         )

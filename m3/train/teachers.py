@@ -19,7 +19,7 @@ from m3.engine.engine import AsyncEngine
 from m3.engine.request import SamplingParams
 from m3.rollout.chat import ChatError, Failure
 from m3.train.policy_model import PolicyModel
-from m3.train.rollouts import EnginePhysician
+from m3.train.rollouts import Physician
 from m3.train.streams import Sample, microbatches, pack
 from m3.train.together import together
 from m3kernels.checks import refuse
@@ -58,7 +58,12 @@ class ModelTeacher:
 
     async def logprobs(self, samples: Sequence[Sample]) -> list[Tensor]:
         async with self._one_at_a_time:
-            return await asyncio.to_thread(self._read, samples)
+            work = asyncio.ensure_future(asyncio.to_thread(self._read, samples))
+            try:
+                return await asyncio.shield(work)
+            except asyncio.CancelledError:
+                await asyncio.wait({work})  # nobody changes the weights while they are read
+                raise
 
     def _read(self, samples: Sequence[Sample]) -> list[Tensor]:
         found: list[Tensor] = []
@@ -136,7 +141,7 @@ class ServedTeacher:
                     model=self._model, prompt=ids, max_tokens=1, temperature=0.0, extra_body={"prompt_logprobs": 0}
                 )
             except openai.OpenAIError as error:
-                raise self._failed(error) from error
+                raise failed(self._where, error) from error
         return _placed(sample, self._told(answer, ids))
 
     def _told(self, answer: Any, ids: Sequence[int]) -> list[float]:
@@ -156,17 +161,6 @@ class ServedTeacher:
             found.append(float(value))
         return found
 
-    def _failed(self, error: Exception) -> ChatError:
-        import openai
-
-        if isinstance(error, openai.APITimeoutError):
-            return ChatError(Failure.timeout, f"{self._where}: no answer, after every retry")
-        if isinstance(error, openai.APIStatusError):
-            status = error.status_code
-            failure = STATUSES.get(status, Failure.unreachable if status >= 500 else Failure.refused)
-            return ChatError(failure, f"{self._where}: status {status}: {error.message}"[:500])
-        return ChatError(Failure.unreachable, f"{self._where}: {error}"[:500])
-
 
 class SamplingTeacher:
     """The teacher that drew the samples itself: what its sampler said of them. For rollouts without filters alone.
@@ -175,7 +169,7 @@ class SamplingTeacher:
         ValueError: a physician that draws with top_k, top_p or min_p: its log-probabilities are those of another law.
     """
 
-    def __init__(self, physician: EnginePhysician, name: str | None = None) -> None:
+    def __init__(self, physician: Physician, name: str | None = None) -> None:
         if physician.filtered:
             raise refuse("SamplingTeacher", "physician", "one without top_k, top_p, min_p", physician.sampling)
         self.name = physician.name if name is None else name
@@ -193,6 +187,19 @@ async def judged(stream: str, samples: Sequence[Sample], teacher: Teacher) -> li
     found = await teacher.logprobs(samples)
     changes: list[dict[str, Any]] = [{stream: told} for told in found]
     return [dataclasses.replace(one, **change) for one, change in zip(samples, changes, strict=True)]
+
+
+def failed(where: str, error: Exception) -> ChatError:
+    """What an error of the openai client is, by name. ``where``: which server."""
+    import openai
+
+    if isinstance(error, openai.APITimeoutError):
+        return ChatError(Failure.timeout, f"{where}: no answer, after every retry")
+    if isinstance(error, openai.APIStatusError):
+        status = error.status_code
+        failure = STATUSES.get(status, Failure.unreachable if status >= 500 else Failure.refused)
+        return ChatError(failure, f"{where}: status {status}: {error.message}"[:500])
+    return ChatError(Failure.unreachable, f"{where}: {error}"[:500])
 
 
 def _check_temperature(op: str, sample: Sample) -> None:

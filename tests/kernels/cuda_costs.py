@@ -2,7 +2,8 @@
 
     python tests/kernels/cuda_costs.py 80 90a 100a 120a > tests/kernels/cuda_budget.json
 
-Needs nvcc; reads cubins with the cuobjdump and nvdisasm that Triton carries. No GPU and no driver.
+Needs nvcc; reads cubins with the cuobjdump and nvdisasm that Triton carries. No GPU and no driver. Where the CUDA
+module was built from these very sources for that target, its objects hold the cubins; else they are compiled.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
@@ -46,11 +48,37 @@ def sources() -> list[Path]:
     return [path for path in sorted((ROOT / "csrc").glob("*/*.cu")) if path.name != NO_KERNELS]
 
 
+@functools.cache
+def built(arch: str) -> dict[str, Path]:
+    """{source: cubin} out of the objects of the CUDA module; empty where one is missing, older, or of other targets."""
+    objects = ROOT / "build" / "native" / str(sysconfig.get_config_var("SOABI"))
+    newest = max(path.stat().st_mtime for path in (ROOT / "csrc").glob("*/*.[ch]*"))
+    folder = ROOT / "build" / "cuda_cubins" / arch / "built"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    found = {}
+    for path in sources():
+        source = path.relative_to(ROOT)
+        object_ = objects / f"{source}.o"
+        if not object_.is_file() or object_.stat().st_mtime < newest:
+            return {}
+        command = [tool("cuobjdump"), "-xelf", f"sm_{arch}", str(object_)]
+        subprocess.run(command, cwd=folder, capture_output=True, check=False)  # without that target it fails
+        cubins = [*folder.glob(f"{path.name}.*.cubin")]
+        if len(cubins) != 1:
+            return {}
+        place = folder / f"{path.parent.name}_{path.stem}.cubin"
+        found[str(source)] = cubins[0].rename(place)
+    return found
+
+
 _begun: dict[str, subprocess.Popen[bytes]] = {}
 
 
 def begin(arch: str) -> None:
-    """Start compiling beside other tests, one file at a time; ``compiled`` waits for it."""
+    """Start compiling beside other tests, one file at a time; ``compiled`` waits for it. Nothing where all is built."""
+    if built(arch):
+        return
     command, _ = plan(arch)
     with log(arch).open("w") as file:
         _begun[arch] = subprocess.Popen(["nice", *command, "-j", "1"], stdout=file, stderr=file)
@@ -82,6 +110,8 @@ def plan(arch: str) -> tuple[list[str], dict[str, Path]]:
 @functools.cache
 def compiled(arch: str) -> dict[str, Path]:
     """{source: cubin} for one target."""
+    if found := built(arch):
+        return found
     said = ""
     if arch in _begun:
         _begun[arch].wait()

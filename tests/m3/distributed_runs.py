@@ -88,7 +88,23 @@ class FailingSource(SteadySource):
         return await super().batch(step)
 
 
-SOURCES = {"drawn": DrawnSource, "steady": SteadySource, "spoilt": SpoiltSource, "failing": FailingSource}
+class SlowSource(SteadySource):
+    """Its third batch takes ten minutes; a signal comes meanwhile."""
+
+    async def batch(self, step: int) -> StepBatch | None:
+        found = await super().batch(step)
+        if step in self.at:
+            await asyncio.sleep(600)
+        return found
+
+
+SOURCES = {
+    "drawn": DrawnSource,
+    "steady": SteadySource,
+    "spoilt": SpoiltSource,
+    "failing": FailingSource,
+    "slow": SlowSource,
+}
 
 
 def one_run(folder: Path, out: Path, ranks: Alone | Together, job: Mapping[str, Any]) -> Outcome:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from trl_cases import WORDS, tiny_model, tokenizer
 
 from bench import train
 
-LENGTHS = (40, 30, 24, 20)
+SHAPE = train.Shape(context=20, lengths=(40, 35, 28, 24), rollouts=2, drawn=4, patient=3)
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +28,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="module")
 def rows(folder: str) -> list[train.TrainRow]:
-    return train.measure(folder, train.Plan(rounds=2, memory=False), "varied", LENGTHS, lambda text: None)
+    return train.measure(folder, train.Plan(rounds=2, memory=False), "inquiry", SHAPE, lambda text: None)
 
 
 def test_every_arm_has_the_gradients_of_trl(rows):
@@ -38,23 +39,42 @@ def test_every_arm_has_the_gradients_of_trl(rows):
 
 def test_rows_hold_what_was_measured(rows):
     ours = rows[0]
-    assert (ours.tokens, ours.clock, ours.rounds) == (114, "processor", 2)
-    assert ours.tokens_per_s == pytest.approx(114 / ours.median_s)
+    assert (ours.tokens, ours.clock, ours.rounds) == (127, "processor", 2)
+    assert ours.tokens_per_s == pytest.approx(127 / ours.median_s)
     assert set(ours.faster) == {"trl", "trl_1", "spar_trl"}
-    assert "| varied | m3" in train.table(rows)
+    assert "| inquiry | m3" in train.table(rows)
 
 
 def test_consultation_has_steps_between_the_patients_words():
-    one = train.Consultation.draw(200, len(WORDS), 0)
+    shape = train.Shape(context=64, lengths=(152,), drawn=24, patient=40)
+    one = train.Consultation.draw(shape, 0, len(WORDS))
     drawn = one.mask.tolist()
     assert drawn[:64] == [0] * 64
     assert drawn[64:152] == [1] * 24 + [0] * 40 + [1] * 24
-    assert len({round(float(value), 5) for value in one.advantages[one.mask > 0]}) == 3
+    assert len({round(float(value), 5) for value in one.advantages[one.mask > 0]}) == 2
     assert not one.advantages[one.mask == 0].any()
 
 
+def test_rollouts_share_their_context_alone():
+    batch = [train.Consultation.draw(SHAPE, place, len(WORDS)) for place in range(4)]
+    assert batch[0].ids[:20].equal(batch[1].ids[:20]) and batch[2].ids[:20].equal(batch[3].ids[:20])
+    assert not batch[0].ids[:20].equal(batch[2].ids[:20])
+    assert not batch[0].ids[20:28].equal(batch[1].ids[20:28])
+
+
+def test_every_consultation_of_a_batch_ends_with_the_policys_words():
+    ends = [
+        bool(train.Consultation.draw(shape, place, len(WORDS)).mask[-1])
+        for shape in train.SHAPES.values()
+        for place in range(len(shape.lengths))
+    ]
+    assert all(ends)
+
+
 def test_padding_keeps_contexts_and_completions_apart():
-    batch = [train.Consultation.draw(tokens, len(WORDS), seed) for seed, tokens in enumerate((20, 12))]
+    shape = train.Shape(context=10, lengths=(20, 12))
+    batch = [train.Consultation.draw(shape, place, len(WORDS)) for place in range(2)]
+    batch[1] = dataclasses.replace(batch[1], context=6)
     found = train.padded(batch, pad=0)
     assert found["prompt_mask"].tolist() == [[1] * 10, [0] * 4 + [1] * 6]
     assert found["completion_mask"].tolist() == [[1] * 10, [1] * 6 + [0] * 4]
@@ -68,7 +88,7 @@ def test_arm_with_another_gradient_has_no_time(folder, monkeypatch):
 
     monkeypatch.setattr(train.Ours, "named", wrong)
     plan = train.Plan(rounds=1, memory=False, arms=("m3", "trl"))
-    ours, theirs = train.measure(folder, plan, "varied", LENGTHS, lambda text: None)
+    ours, theirs = train.measure(folder, plan, "inquiry", SHAPE, lambda text: None)
     assert ours.gate == "failed: gradients differ by 1.0e-02"
     assert ours.median_s is None
     assert theirs.gate == "passed"
@@ -84,5 +104,5 @@ def test_missing_gradient_is_no_number():
 
 @pytest.mark.slow
 def test_peak_is_of_a_process_of_its_own(folder, tmp_path: Path):
-    whole, update = train.peak("m3", folder, LENGTHS, 1, 512)
+    whole, update = train.peak("m3", folder, SHAPE, 1, 512)
     assert whole > update > 0

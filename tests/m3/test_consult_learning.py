@@ -11,12 +11,16 @@ import torch
 
 from m3.algorithms import spar
 from m3.train.loop import TrainConfig, train
+from m3.train.objective import loss, normaliser
 from m3.train.optim import OptimConfig
 from m3.train.policy_model import PolicyModel
+from m3.train.stage import Objective
 from m3.train.streams import pack
 from m3.train.tasks import consult as task
 from m3.train.tasks import consult_policy as policy
 from m3.train.tasks import consult_rl as rl
+from m3.train.tasks.open_consult import TeacherSource
+from m3kernels.policy_loss import DistillSpec
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -187,3 +191,24 @@ def test_summary_by_hand() -> None:
         "reward": 0.75, "repeat_score": 0.875, "logical_score": 1.0, "phrasing_score": 1.0, "safe": 0.5, "turns": 3.0,
         "diagnosis": 0.5, "coverage": 0.5,
     }  # fmt: skip
+
+
+def test_teachers_who_ask_to_the_last_turn_teach() -> None:
+    """The word that ended such a consultation was given: it is not taught."""
+    source = TeacherSource({"chest": started(), "belly": started()}, Objective(spec=DistillSpec()), seed=1, batch=40)
+    samples = asyncio.run(source.batch(0)).samples
+    prompted = [one for one in samples if one.drawn % 2]
+    assert prompted and {int(one.steps.max()) for one in prompted} == {task.MAX_TURNS - 1}
+    for one in prompted:
+        last = int((one.steps == task.MAX_TURNS - 1).nonzero()[0, 0])
+        assert task.WORDS[int(one.ids[last - 1])] == "diagnosis" and one.mask.tolist()[last - 1 : last + 1] == [0, 1]
+        assert one.teacher_logprobs is not None and bool((one.teacher_logprobs[one.mask > 0] < 0).all())
+
+
+def test_forward_kl_of_teachers_is_the_likelihood_of_their_tokens() -> None:
+    objective = Objective(spec=DistillSpec(divergence="forward"))
+    source = TeacherSource({"chest": started()}, objective, seed=1, batch=6)
+    samples = asyncio.run(source.batch(0)).samples
+    student, packed = policy.decoder(SMALL), pack(samples)
+    value, _ = loss(objective, student, packed, normaliser(objective, samples))
+    assert value.item() == pytest.approx(-float(student.logprobs(packed).sum() / packed.mask.sum()), rel=1e-5)

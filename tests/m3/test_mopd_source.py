@@ -39,7 +39,7 @@ one_thread = pytest.fixture(scope="module", autouse=True)(with_one_thread)
 class Given:
     """A domain whose batches are given; the state is how many were taken."""
 
-    objective = Objective(spec=mopd.loss_spec())
+    objective = Objective(spec=mopd.loss_spec(), on_policy=True)
 
     def __init__(self, *batches: Sequence[Sample]) -> None:
         self.batches, self.taken, self.closed = batches, 0, False
@@ -116,6 +116,14 @@ def test_streams_and_metrics_by_hand():
         "inquiry/turns": 2, "inquiry/reverse_kl": -1.5 + 3.0, "inquiry/outcome": 0.125,
     })  # fmt: skip
     assert set(objective.needed(source.objective, batch.samples)) == {"advantages", "ref_logprobs", "sampler_logprobs"}
+
+
+def test_a_domain_that_was_judged_while_it_was_drawn_is_not_judged_again():
+    judged = torch.tensor([0, 0, 0, -7.0, -8.0])
+    source = made(Given([sample("i", teacher_logprobs=judged)]), Given([sample("g")]))
+    general, inquiry = asyncio.run(source.batch(0)).samples
+    assert inquiry.ref_logprobs.tolist() == judged.tolist()
+    assert general.ref_logprobs.tolist() == [0, 0, 0, -0.5, -0.5]
 
 
 @pytest.mark.parametrize("name", ["advantages", "sampler_logprobs"])

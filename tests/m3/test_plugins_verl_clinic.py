@@ -30,7 +30,8 @@ from m3.environment.episode import run_consultation, run_inquiry
 from m3.environment.modes import draw
 from m3.environment.patient import ScriptedPatient
 from m3.environment.physicians import Good, Repeat
-from m3.environment.segment import Context, derive_seed
+from m3.environment.seeds import derive_seed
+from m3.environment.segment import Context
 from m3.plugins import verl_clinic, verl_spar
 from m3.rewards.spans import violations
 from m3.rewards.stage_rewards import rule_rewards

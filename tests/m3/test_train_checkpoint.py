@@ -40,7 +40,7 @@ def test_killed_at_ten_moments_of_writing_there_is_always_one_to_load(processes,
     for _ in range(KILLS):
         process = processes.Process(target=write_until_killed, args=(str(tmp_path), SIZE))
         process.start()
-        while process.is_alive() and checkpoint._all(tmp_path)[0][0] <= steps[-1] + 1:
+        while process.is_alive() and checkpoint.finished(tmp_path)[0][0] <= steps[-1] + 1:
             time.sleep(0.001)
         files = chance.randint(0, len(checkpoint.FILES))
         while process.is_alive() and len(list(tmp_path.glob(".writing-*/*"))) < files:
@@ -54,7 +54,7 @@ def test_killed_at_ten_moments_of_writing_there_is_always_one_to_load(processes,
         found = checkpoint.load(newest)
         steps.append(found.moment.step)
         assert is_whole(found, steps[-1], SIZE)
-    assert steps == sorted(set(steps)) and torn >= 1
+    assert steps == sorted(set(steps)) and torn >= 3
 
 
 @pytest.mark.parametrize(

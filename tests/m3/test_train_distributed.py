@@ -7,7 +7,6 @@ import json
 import math
 import multiprocessing
 import signal
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -16,7 +15,8 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from train_cases import PRELOADED, draw_samples, with_one_thread
+from tiny_models import make_checkpoint
+from train_cases import PRELOADED, draw_samples, free_port, with_one_thread
 
 from m3.train.distributed import dealt
 from m3.train.loop import Alone
@@ -33,14 +33,16 @@ TAUGHT = {
 }  # fmt: skip
 JOBS: dict[str, dict[str, Any]] = {
     "begun-by-two": {**RUN, "at": 2},
-    "begun-by-one": {**RUN, "relayed": True},
     "failing": {**RUN, "source": "failing", "relayed": True},
-    "taught": TAUGHT,
-    "spoilt": {"objective": "spar", "source": "spoilt"},
 }
+STAGES = ("spar", "clip-forward-kl", "mopd")
 EXACT = {"objective": "mopd", "source": "drawn"}
 LONG_JOBS: dict[str, dict[str, Any]] = {
     "whole": RUN,
+    "begun-by-one": {**RUN, "relayed": True},
+    "given-up": {**RUN, "source": "slow", "relayed": True, "at": 2},
+    "taught": TAUGHT,
+    "spoilt": {"objective": "spar", "source": "spoilt"},
     "exact": EXACT,
     "halved": {**EXACT, "at": 3},
     "halved-resumed": {**EXACT, "folder": "halved"},
@@ -49,42 +51,35 @@ HAS_PEFT = importlib.util.find_spec("peft") is not None
 needs_peft = pytest.mark.skipif(not HAS_PEFT, reason="needs peft")
 
 
-def free_port() -> int:
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        return int(one.getsockname()[1])
-
-
 @pytest.fixture(scope="module")
 def one(llama, tmp_path_factory) -> Path:
-    """The runs of one process."""
+    """The run of one process."""
     out = tmp_path_factory.mktemp("one")
     one_run(llama[0], out / "whole", Alone(), RUN)
-    one_run(llama[0], out / "taught", Alone(), TAUGHT)
     return out
 
 
 @pytest.fixture(scope="module")
-def two(llama, one, tmp_path_factory) -> Path:
+def two(llama, tmp_path_factory) -> Path:
     """The jobs of two ranks, done by one pair of processes."""
     out = tmp_path_factory.mktemp("two")
-    assert one_run(llama[0], out / "begun-by-one", Alone(), {**RUN, "at": 3}).signal == signal.SIGTERM
-    passes = {name: {} for name, case in PASSES.items() if HAS_PEFT or "lora" not in case}
-    together(llama[0], out, passes | JOBS)
+    together(llama[0], out, {name: PASSES[name] for name in STAGES} | JOBS)
     return out
 
 
 @pytest.fixture(scope="module")
 def two_long(llama, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("two-long")
-    together(llama[0], out, LONG_JOBS)
+    assert one_run(llama[0], out / "begun-by-one", Alone(), {**RUN, "at": 3}).signal == signal.SIGTERM
+    passes = {name: case for name, case in PASSES.items() if HAS_PEFT or "lora" not in case}
+    together(llama[0], out, {name: passes[name] for name in passes if name not in STAGES} | LONG_JOBS)
     return out
 
 
 def together(folder: Path, out: Path, jobs: dict[str, dict[str, Any]]) -> None:
     """The jobs, done by two ranks."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([*PRELOADED, "tests.m3.distributed_runs", "torch.distributed.fsdp"])
+    context.set_forkserver_preload(PRELOADED)
     port = free_port()
     ranks = [context.Process(target=rank, args=(number, 2, port, str(folder), str(out), jobs)) for number in (0, 1)]
     for process in ranks:
@@ -115,12 +110,32 @@ def assert_same_run(first: Path, second: Path) -> None:
 
 
 # -- a pass -----------------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=needs_peft if "lora" in name else ()) for name in PASSES]
-)  # fmt: skip
+@pytest.mark.parametrize("name", STAGES)
 @pytest.mark.parametrize("number", [0, 1])
 def test_losses_and_gradients_are_those_of_one_process(llama, two, name, number):
-    values, tensors = one_pass(llama[0], Alone(), name)
+    assert_same_pass(llama[0], two, name, number)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=needs_peft if "lora" in name else ()) for name in PASSES if name not in STAGES]
+)  # fmt: skip
+@pytest.mark.parametrize("number", [0, 1])
+def test_so_are_those_of_other_models_and_batches(llama, two_long, name, number):
+    assert_same_pass(llama[0], two_long, name, number)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [0, 1])
+def test_so_are_those_of_a_mixture_of_experts(tmp_path, number):
+    make_checkpoint(tmp_path / "moe", "qwen3_moe")
+    (tmp_path / "two").mkdir()
+    together(tmp_path / "moe", tmp_path / "two", {"mopd": PASSES["mopd"]})
+    assert_same_pass(tmp_path / "moe", tmp_path / "two", "mopd", number)
+
+
+def assert_same_pass(folder: Path, two: Path, name: str, number: int) -> None:
+    values, tensors = one_pass(folder, Alone(), name)
     found, theirs = torch.load(two / name / f"{number}.pt", weights_only=True)
     assert found == pytest.approx(values, rel=1e-5, abs=1e-6)
     assert theirs.keys() == tensors.keys()
@@ -143,7 +158,9 @@ def test_one_process_goes_on_where_two_ranks_stopped(llama, one, two):
     assert_same_run(out, one / "whole")
 
 
-def test_two_ranks_go_on_where_one_process_stopped(one, two):
+@pytest.mark.slow
+def test_two_ranks_go_on_where_one_process_stopped(one, two_long):
+    two = two_long
     assert [end["step"] for end in ended(two, "begun-by-one")] == [6, 6]
     assert_same_run(two / "begun-by-one", one / "whole")
     exported, own = (load_file(out / "model" / "model.safetensors") for out in (two / "begun-by-one", one / "whole"))
@@ -162,15 +179,24 @@ def test_an_interrupted_run_of_two_ranks_is_an_unbroken_one_bit_for_bit(two_long
         assert (resumed / place).read_bytes() == (unbroken / place).read_bytes()
 
 
-def test_what_one_rank_meets_stops_all(two):
-    told = [end["error"] for end in ended(two, "spoilt")]
+@pytest.mark.slow
+def test_what_one_rank_meets_stops_all(two_long):
+    told = [end["error"] for end in ended(two_long, "spoilt")]
     assert sorted("advantages: want finite numbers" in text for text in told) == [False, True]
     assert sorted("another rank has stopped" in text for text in told) == [False, True]
 
 
-def test_teachers_that_are_sharded_judge_as_whole_ones(one, two):
-    assert [end["step"] for end in ended(two, "taught")] == [2, 2]
-    assert_same_run(two / "taught", one / "taught")
+@pytest.mark.slow
+def test_teachers_that_are_sharded_judge_as_whole_ones(llama, two_long, tmp_path):
+    one_run(llama[0], tmp_path, Alone(), TAUGHT)
+    assert [end["step"] for end in ended(two_long, "taught")] == [2, 2]
+    assert_same_run(two_long / "taught", tmp_path)
+
+
+@pytest.mark.slow
+def test_a_signal_while_rank_0_makes_a_batch_gives_it_up_on_all(two_long):
+    assert [(end["step"], end["signal"]) for end in ended(two_long, "given-up")] == [(2, 15), (2, 15)]
+    assert [path.name for path in (two_long / "given-up" / "checkpoints").iterdir()] == ["step-000002"]
 
 
 def test_a_source_that_fails_on_rank_0_leaves_a_checkpoint(two):

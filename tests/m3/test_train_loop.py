@@ -13,7 +13,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from train_cases import OBJECTIVES, PRELOADED, STREAMS, DrawnSource, config, run, run_apart, with_one_thread
+from train_cases import (
+    OBJECTIVES,
+    PRELOADED,
+    STREAMS,
+    DrawnSource,
+    config,
+    draw_samples,
+    run,
+    run_apart,
+    with_one_thread,
+)
 
 from m3.train import checkpoint, objective
 from m3.train.loop import MODEL, train
@@ -113,6 +123,25 @@ def test_a_signal_during_an_update_lets_the_step_end(llama, tmp_path):
     ended = asyncio.run(train(source, model, config(), tmp_path))
     assert (ended.step, ended.signal) == (2, signal.SIGTERM)
     assert checkpoint.load(tmp_path / "checkpoints" / "step-000002").updates == 2
+
+
+def test_a_signal_while_a_checkpoint_is_written_lets_it_end(llama, tmp_path, monkeypatch):
+    own = checkpoint.write
+
+    def heard(*call, **more):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return own(*call, **more)
+
+    monkeypatch.setattr(checkpoint, "write", heard)
+    ended = run(llama[0], tmp_path, "mopd")
+    assert (ended.step, ended.signal) == (3, signal.SIGTERM)
+    assert checkpoint.load(tmp_path / "checkpoints" / "step-000003").updates == 3
+
+
+def test_a_second_signal_ends_the_process_at_once(processes, llama, tmp_path):
+    """The second comes while the source gives its batch up: nothing more is written."""
+    assert apart(processes, llama[0], tmp_path, "mopd", {4: signal.SIGTERM}, stubborn=True) == -signal.SIGTERM
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-000003"]
 
 
 def test_another_number_of_threads_is_told(llama, tmp_path):
@@ -250,6 +279,23 @@ def test_old_logprobs_are_taken_once_before_the_first_update(llama, tmp_path):
     assert first["ratio_max"] == 1 and first["clip_low"] == first["clip_high"] == 0
     assert both["ratio_max"] > 1.001 and both["clip_low"] + both["clip_high"] > 0.1
     assert any(not torch.equal(a, b) for (_, a), (_, b) in zip(one.trained(), two.trained(), strict=True))
+
+
+def test_a_second_update_of_mopd_is_relative_to_the_policy_as_it_is_then(llama, tmp_path):
+    """Two passes over a batch, against two steps that are each given it: A_t and w_t are those of pi, not of old_pi."""
+    samples = draw_samples("m", streams=without("old_logprobs"))
+
+    class Same(DrawnSource):
+        async def batch(self, step: int) -> StepBatch | None:
+            return StepBatch(step=step, samples=samples)
+
+    made = []
+    for steps, epochs in ((1, 2), (2, 1)):
+        model = PolicyModel.load(llama[0])
+        settings = config(steps=steps, epochs=epochs, optim=OptimConfig(lr=1e-2, eps=1e-3))
+        asyncio.run(train(Same(OBJECTIVES["mopd"], model), model, settings, tmp_path / f"{epochs}"))
+        made.append(model)
+    assert all(torch.equal(a, b) for (_, a), (_, b) in zip(*(one.trained() for one in made), strict=True))
 
 
 def test_old_logprobs_of_the_trainer_are_those_that_a_sample_would_bring(llama, tmp_path):

@@ -69,7 +69,9 @@ def test_lines_after_the_step_and_torn_ones_are_dropped_at_a_resume(tmp_path):
     with (tmp_path / "metrics.jsonl").open("ab") as file:
         file.write(b'{"step": 4, "lo')
     assert len(read_metrics(tmp_path / "metrics.jsonl")) == 3
-    RunLog(tmp_path, step=2, tensorboard=False).step(3, {"loss": 1.0}, {"tokens_per_second": 7.0})
+    log = RunLog(tmp_path, tensorboard=False)
+    log.begin(2)
+    log.step(3, {"loss": 1.0}, {"tokens_per_second": 7.0})
     assert (tmp_path / "metrics.jsonl").read_bytes() == first
     assert read_metrics(tmp_path / "timings.jsonl")[0] == {"step": 1, "judge_seconds": 0.5, "tokens_per_second": 7.0}
     assert json.loads(first.splitlines()[0]) == {"step": 1, "loss": 1 / 3}
@@ -104,6 +106,7 @@ def test_a_failed_batch_comes_back_as_it_was(tmp_path):
 def test_tensorboard_has_the_numbers(tmp_path):
     reader = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator", reason="needs tensorboard")
     log = RunLog(tmp_path)
+    log.begin(0)
     log.step(1, {"loss": 0.5}, {"tokens_per_second": 7.0})
     log.close()
     found = reader.EventAccumulator(str(tmp_path / "tensorboard"))

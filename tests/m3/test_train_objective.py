@@ -176,6 +176,7 @@ def test_a_distillation_has_the_aggregation_of_its_objective():
         ("spar", 1, {"advantages"}),
         ("spar", 2, {"advantages", "old_logprobs"}),
         ("mopd", 1, {"advantages", "ref_logprobs", "sampler_logprobs"}),
+        ("mopd", 4, {"advantages", "ref_logprobs", "sampler_logprobs"}),
         ("clip-forward-kl", 4, {"teacher_logprobs"}),
     ],
 )

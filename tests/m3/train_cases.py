@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import random
+import socket
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -23,12 +24,13 @@ from m3kernels.policy_loss import LossSpec
 
 PRELOADED = [  # by the server that processes fork from: what a run imports late
     "tests.m3.train_cases", "transformers.models.llama.modeling_llama", "safetensors.torch", "torch._dynamo",
+    "tests.m3.distributed_runs", "torch.distributed.fsdp",
 ]  # fmt: skip
 VOCABULARY = 99  # of tiny_models
 OBJECTIVES = {
     "spar": Objective(spec=spar.loss_spec()),
     "clip-forward-kl": Objective(spec=clip_forward_kl.loss_spec()),
-    "mopd": Objective(spec=mopd.loss_spec()),
+    "mopd": Objective(spec=mopd.loss_spec(), on_policy=True),
     "ppo": Objective(spec=LossSpec(kl_coef=0.1, entropy_coef=0.01, sampler_level="token", ratio_level="step")),
     "constant": Objective(spec=LossSpec(aggregation="constant", constant_length=16)),
 }
@@ -64,6 +66,8 @@ def draw_samples(seed: str = "a", lengths: tuple[int, ...] = (9, 4, 17, 12, 6), 
 class DrawnSource:
     """Batches that follow from all batches before, and from the weights: what is not restored shows."""
 
+    stubborn = False  # the signal comes again when the batch is given up
+
     def __init__(
         self,
         objective: Objective,
@@ -84,7 +88,11 @@ class DrawnSource:
         self.memory += int(samples[0].ids.sum())
         if step in self.at:
             os.kill(os.getpid(), self.at[step])
-            await asyncio.sleep(0.05)
+            try:
+                await asyncio.sleep(0.05)
+            finally:
+                if self.stubborn:
+                    os.kill(os.getpid(), self.at[step])
         return StepBatch(step=step, samples=samples, metrics={"memory": self.memory, "draw_seconds": 0.5})
 
     async def updated(self, step: int, version: int) -> None:
@@ -113,6 +121,7 @@ def run(folder: Path, out: Path, objective: str, *, at: Mapping[int, int] | None
     """A run of six steps of the model in ``folder``."""
     model = PolicyModel.load(folder)
     source = DrawnSource(OBJECTIVES[objective], model, at=at)
+    source.stubborn = changes.pop("stubborn", False)
     return asyncio.run(train(source, model, config(**changes), out, decode=str))
 
 
@@ -122,6 +131,12 @@ def with_one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+def free_port() -> int:
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        return int(one.getsockname()[1])
 
 
 # -- in a process of its own ------------------------------------------------------------------------------------------

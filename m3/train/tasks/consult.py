@@ -23,10 +23,11 @@ Source: the names and Eq 1 are those of Baichuan-M3, arXiv 2602.06570; the task 
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import hashlib
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from m3.rewards.rubric import rubric_reward
 from m3kernels.checks import refuse
@@ -156,6 +157,14 @@ def checklist(case: Case, points: Points | None = None) -> dict[int, float]:
     return found
 
 
+def kind(case: Case, place: int) -> str:
+    """Of a finding on the checklist: a name of Points."""
+    topic, detail = divmod(place, PER_TOPIC)
+    if topic == case.complaint:
+        return "red_flag" if detail == RED_FLAG else "detail"
+    return "further" if detail else "stem"
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Score:
     """What came of a consultation.
@@ -164,13 +173,15 @@ class Score:
         reward: Eq 1 in [0, 1], unpenalised.
         violations: of each step.
         diagnosed: rightly or not; None: no diagnosis was given.
-        coverage: share of the points for questions that was reached.
+        coverage: share of the points for questions that was reached. asked: share of the findings that were asked for,
+            by kind; kinds that the case's checklist has.
     """
 
     reward: float
     violations: tuple[tuple[str, ...], ...]
     diagnosed: bool | None
     coverage: float
+    asked: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
     @property
     def turns(self) -> int:
@@ -211,11 +222,15 @@ class Consultation:
         ending = (self.points.diagnosis, self.points.wrong)
         reward = rubric_reward((*worth.values(), *ending), (*asked, self.diagnosed is True, self.diagnosed is not True))
         reached = sum(value for value, is_asked in zip(worth.values(), asked, strict=True) if is_asked)
+        kinds: dict[str, list[bool]] = collections.defaultdict(list)
+        for place in worth:
+            kinds[kind(self.case, place)].append(place in self.told)
         return Score(
             reward=reward,
             violations=tuple(self.violations),
             diagnosed=self.diagnosed,
             coverage=reached / sum(worth.values()),
+            asked={name: sum(some) / len(some) for name, some in kinds.items()},
         )
 
     def _answer(self, first: int, second: int) -> tuple[int | None, list[str]]:

@@ -52,8 +52,8 @@ class DecoderConfig:
     seed: int = 0
 
 
-def decoder(config: DecoderConfig | None = None) -> PolicyModel:
-    """A decoder with random weights, from a seed."""
+def decoder(config: DecoderConfig | None = None, *, words: int = len(WORDS), context: int = CONTEXT) -> PolicyModel:
+    """A decoder with random weights, from a seed; the first of its words begins a sequence."""
     import transformers
 
     config = config or DecoderConfig()
@@ -61,13 +61,13 @@ def decoder(config: DecoderConfig | None = None) -> PolicyModel:
         torch.manual_seed(config.seed)
         causal = transformers.LlamaForCausalLM(
             transformers.LlamaConfig(
-                vocab_size=len(WORDS),
+                vocab_size=words,
                 hidden_size=config.hidden,
                 intermediate_size=config.intermediate,
                 num_hidden_layers=config.layers,
                 num_attention_heads=config.heads,
                 num_key_value_heads=config.heads,
-                max_position_embeddings=2 * CONTEXT,
+                max_position_embeddings=2 * context,
                 tie_word_embeddings=True,
                 bos_token_id=BEGIN,
                 eos_token_id=None,
@@ -77,12 +77,12 @@ def decoder(config: DecoderConfig | None = None) -> PolicyModel:
     return PolicyModel(causal.float())
 
 
-def write_tokenizer(folder: str | Path) -> Path:
-    """tokenizer.json of the task beside a saved model: words between spaces; the path."""
+def write_tokenizer(folder: str | Path, words: Sequence[str] = WORDS, unknown: str = "pardon") -> Path:
+    """tokenizer.json of a task beside a saved model: words between spaces; the path."""
     import tokenizers
     from tokenizers import models, pre_tokenizers
 
-    made = tokenizers.Tokenizer(models.WordLevel({word: index for index, word in enumerate(WORDS)}, unk_token="pardon"))
+    made = tokenizers.Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token=unknown))
     made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     path = Path(folder) / "tokenizer.json"
     made.save(str(path))
@@ -200,11 +200,11 @@ def roll_out(
     cache: Any = transformers.DynamicCache()
     coming = torch.tensor(ids)
     for turn in range(max_turns):
-        first, told = _draw(model, coming, cache, noise[rows, 2 * turn], temperature)
+        first, told = draw(model, coming, cache, noise[rows, 2 * turn], temperature)
         prompted = turn == max_turns - 1
         if prompted:
             first = torch.full_like(first, DIAGNOSIS)
-        second, told_second = _draw(model, first[:, None], cache, noise[rows, 2 * turn + 1], temperature)
+        second, told_second = draw(model, first[:, None], cache, noise[rows, 2 * turn + 1], temperature)
         alive, answers = [], []
         for place, row in enumerate(rows):
             pair = int(first[place]), int(second[place])
@@ -235,12 +235,15 @@ def roll_out(
     ]
 
 
-def _draw(model: PolicyModel, coming: Tensor, cache: Any, noise: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """(tokens, log-probabilities) after ``coming`` (B, L), whose keys and values go into the cache."""
+def draw(model: PolicyModel, coming: Tensor, cache: Any, noise: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """(tokens (B,), log-probabilities (B,)) after ``coming`` (B, L), whose keys and values go into the cache.
+
+    ``noise`` (B,) fp64 in [0, 1) decides what is drawn.
+    """
     found = model.causal(input_ids=coming, past_key_values=cache, use_cache=True, logits_to_keep=1)
     logprobs = (found.logits[:, -1].double() / temperature).log_softmax(-1)
     sums = logprobs.exp().cumsum(-1)
-    drawn = torch.searchsorted(sums, (noise * sums[:, -1])[:, None], right=True)[:, 0].clamp(max=len(WORDS) - 1)
+    drawn = torch.searchsorted(sums, (noise * sums[:, -1])[:, None], right=True)[:, 0].clamp(max=sums.shape[1] - 1)
     return drawn, logprobs.gather(1, drawn[:, None])[:, 0]
 
 

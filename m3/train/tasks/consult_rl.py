@@ -85,8 +85,12 @@ class ConsultSource:
         self.drawn += sum(sample.drawn for sample in samples)
         scores = [rollout.score for rollout in rollouts]
         spread = torch.tensor([score.reward for score in scores]).reshape(config.cases, -1).std(1)
-        metrics = summary(scores) | {"group_std": float(spread.mean()), "tokens_so_far": self.drawn}
+        metrics = summary(scores) | by_rubric(scores) | {"group_std": float(spread.mean()), "tokens_so_far": self.drawn}
         del metrics["reward"]  # the loop's own
+        for index, domain in enumerate(DEPARTMENTS):
+            mine = [one.score.reward for one in rollouts if one.case.department == index]
+            if mine:
+                metrics[f"reward/{domain}"] = math.fsum(mine) / len(mine)
         return StepBatch(step=step, samples=samples, metrics=metrics)
 
     async def updated(self, step: int, version: int) -> None:
@@ -165,6 +169,15 @@ MEASURES = {
 def summary(scores: Sequence[Score]) -> dict[str, float]:
     """Mean of each of MEASURES."""
     return {name: math.fsum(map(measure, scores)) / len(scores) for name, measure in MEASURES.items()}
+
+
+def by_rubric(scores: Sequence[Score]) -> dict[str, float]:
+    """rubric/KIND: mean share of the findings of a kind that were asked for; rubric/diagnosis: share of right ones."""
+    found = {"rubric/diagnosis": sum(score.diagnosed is True for score in scores) / len(scores)}
+    for name in sorted({name for score in scores for name in score.asked}):
+        shares = [score.asked[name] for score in scores if name in score.asked]
+        found[f"rubric/{name}"] = math.fsum(shares) / len(shares)
+    return found
 
 
 async def evaluate(model: PolicyModel, cases: Sequence[Case], seed: str = "held out") -> list[Score]:

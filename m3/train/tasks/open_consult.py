@@ -6,17 +6,21 @@
     mopd              rollouts of the student in both departments, judged by the teacher of the department
 
 A frozen teacher's rollouts follow from the recipe's seed and the step alone: they are drawn when they are needed.
+Where several processes train together rank 0 draws, from a whole copy of the model.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 import random
+import statistics
 from collections.abc import AsyncIterator, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from m3.algorithms import mopd, spar
+from m3.train.offline_distill import certain
 from m3.train.open_stage import Stage, load_frozen, load_model, load_teachers
 from m3.train.policy_model import PolicyModel
 from m3.train.recipe import OP, Recipe
@@ -25,19 +29,24 @@ from m3.train.tasks.consult import DEPARTMENTS, draw_case, draw_cases, text
 from m3.train.tasks.consult_policy import ScriptedSource, decoder, rolled_out, sample_of
 from m3.train.tasks.consult_rl import ConsultConfig, ConsultSource, evaluate, summary
 from m3kernels.checks import refuse
+from m3kernels.policy_loss.types import DistillSpec
 
-HELD_OUT = 100  # ours: consultations of each department; the standard error of a mean reward is about 0.02
+if TYPE_CHECKING:
+    from m3.train.distributed import Together
+
+HELD_OUT = 400  # ours: consultations of each department; the standard error of a mean reward is about 0.015
 ARMS = {"spar": "spar", "grpo": "grpo"}
 
 
 class TeacherSource:
-    """Consultations of frozen teachers, department by department, with the log-probabilities of their tokens."""
+    """Consultations of frozen teachers, department by department, with the log-probabilities of their tokens.
+
+    As in OfflineDistill, forward KL is -log pi of the teachers' own tokens.
+    """
 
     def __init__(self, teachers: Mapping[str, PolicyModel], objective: Objective, *, seed: int, batch: int) -> None:
-        for name in teachers:
-            if name not in DEPARTMENTS:
-                raise refuse(OP, "model.teachers", f"departments, {list(DEPARTMENTS)}", repr(name))
         self.teachers, self.objective, self.seed, self.size = teachers, objective, seed, batch
+        self.forward = isinstance(objective.spec, DistillSpec) and objective.spec.divergence == "forward"
 
     async def batch(self, step: int) -> StepBatch:
         samples, metrics = [], {}
@@ -47,8 +56,16 @@ class TeacherSource:
             rollouts = await rolled_out(teacher, cases, f"teachers {self.seed} {step} {domain}")
             for index, one in enumerate(rollouts):
                 name = f"{step}-{domain}-{index}"
-                sample = sample_of(one.ids, one.score, name=name, sampler_logprobs=one.logprobs, domain=domain)
-                samples.append(dataclasses.replace(sample, teacher_logprobs=sample.sampler_logprobs))
+                sample = sample_of(
+                    one.ids,
+                    one.score,
+                    name=name,
+                    prompted=one.prompted,
+                    sampler_logprobs=one.logprobs,
+                    domain=domain,
+                )
+                told = dataclasses.replace(sample, teacher_logprobs=sample.sampler_logprobs)
+                samples.append(certain(told) if self.forward else told)
             metrics[f"reward/{domain}"] = summary([one.score for one in rollouts])["reward"]
         return StepBatch(step=step, samples=samples, metrics=metrics)
 
@@ -71,7 +88,7 @@ class StudentSource(ConsultSource):
     def __init__(self, model: PolicyModel, config: ConsultConfig, distillation: mopd.Config) -> None:
         super().__init__(model, config)
         self.distillation = distillation
-        self.objective = Objective(spec=mopd.loss_spec(distillation))
+        self.objective = Objective(spec=mopd.loss_spec(distillation), on_policy=True)
 
     def _samples(self, *arguments: Any) -> list[Any]:
         found = super()._samples(*arguments)
@@ -82,19 +99,36 @@ class StudentSource(ConsultSource):
         ]
 
 
+def check_consult(recipe: Recipe) -> None:
+    """What ``consult`` refuses before it loads anything. Raises ValueError as there."""
+    department, teachers = recipe.source.department, recipe.model.teachers
+    if department not in ("", *DEPARTMENTS):
+        raise refuse(OP, "source.department", f"one of {list(DEPARTMENTS)}", repr(department))
+    other = sorted(set(teachers) - set(DEPARTMENTS))
+    if other:
+        raise refuse(OP, "model.teachers", f"departments, {list(DEPARTMENTS)}", repr(other[0]))
+    missing = sorted(set([department] if department else DEPARTMENTS) - set(teachers))
+    if recipe.stage == "mopd" and missing:
+        raise refuse(OP, "model.teachers", "a teacher of each department", f"none of {missing}")
+    if recipe.stage == "task-rl" and recipe.algorithm not in ARMS:
+        raise refuse(OP, "objective.algorithm", f"one of {sorted(ARMS)} on this task", repr(recipe.algorithm))
+
+
 @contextlib.asynccontextmanager
-async def consult(recipe: Recipe) -> AsyncIterator[Stage]:
+async def consult(recipe: Recipe, ranks: Together | None = None) -> AsyncIterator[Stage]:
     """The stage of a recipe on this task; ``model.name`` may be "", a decoder with random weights.
 
     Raises:
         ValueError: an algorithm that the task has not; a department that it has not; no teacher for stage 3.
     """
+    check_consult(recipe)
     model = load_model(recipe) if recipe.model.name else decoder()
+    drawer = model  # whose rollouts are drawn
+    if ranks is not None:
+        drawer = load_frozen(recipe, recipe.model.name) if recipe.model.name else decoder()
     teachers = load_teachers(recipe)
     source: Source
     department = recipe.source.department or None
-    if department not in (None, *DEPARTMENTS):
-        raise refuse(OP, "source.department", f"one of {list(DEPARTMENTS)}", repr(department))
     if recipe.stage == "offline-distill":
         size = recipe.source.groups * recipe.source.rollouts
         if teachers:
@@ -102,19 +136,27 @@ async def consult(recipe: Recipe) -> AsyncIterator[Stage]:
         else:
             source = ScriptedSource(seed=recipe.seed, batch=size, department=department)
     else:
-        source = _rollouts(recipe, model, department)
-    missing = sorted(set(DEPARTMENTS if department is None else [department]) - set(teachers))
-    if recipe.stage == "mopd" and missing:
-        raise refuse(OP, "model.teachers", "a teacher of each department", f"none of {missing}")
+        source = _rollouts(recipe, drawer, department)
     reference = load_frozen(recipe, recipe.model.reference) if recipe.model.reference else None
 
     async def held_out() -> dict[str, float]:
         found: dict[str, float] = {}
         for domain in DEPARTMENTS:
             cases = draw_cases(HELD_OUT, "held out", held_out=True, department=domain)
-            scored = summary(await evaluate(model, cases))
-            found |= {f"{name}/{domain}": value for name, value in scored.items()}
+            scores = await evaluate(drawer, cases)
+            found |= {f"{name}/{domain}": value for name, value in summary(scores).items()}
+            spread = statistics.stdev(score.reward for score in scores)
+            found[f"standard_error/{domain}"] = spread / math.sqrt(len(scores))
         return found
+
+    if ranks is not None:
+        from m3.train.distributed import Copied, Relayed
+
+        judges = [] if recipe.stage == "offline-distill" else list({id(one): one for one in teachers.values()}.values())
+        for one in (model, *judges, *([] if reference is None else [reference])):
+            ranks.shard(one)
+        own = Copied(source, model, drawer) if ranks.rank == 0 else None
+        source = Relayed(ranks, source.objective, own, model=model)
 
     yield Stage(model=model, source=source, reference=reference, teachers=teachers, decode=text, evaluate=held_out)
 
@@ -134,6 +176,4 @@ def _rollouts(recipe: Recipe, model: PolicyModel, department: str | None) -> Sou
     )
     if recipe.stage == "mopd":
         return StudentSource(model, config, algorithm)
-    if recipe.algorithm not in ARMS:
-        raise refuse(OP, "objective.algorithm", f"one of {sorted(ARMS)} on this task", repr(recipe.algorithm))
     return ConsultSource(model, config)
