@@ -90,6 +90,7 @@ def quantize(
     from m3.quantize.autoround import AutoRoundConfig
     from m3.quantize.gptq import GptqConfig
     from m3.quantize.job import JobConfig, part_of, quantize_checkpoint
+    from m3.quantize.report import write_page
     from m3.quantize.scheme import Scheme
 
     set_threads(threads)
@@ -120,6 +121,7 @@ def quantize(
             progress=bar.step,
             shard_done=_Log(config),
         )
+    write_page(out, report)
     summarise(report, out, group_size, folder)
 
 

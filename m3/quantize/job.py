@@ -467,7 +467,7 @@ class _Job:
 
     def finish(self) -> Report:
         """Everything that is not a shard; then the folder gets its name."""
-        from m3.quantize.report import write_report
+        from m3.quantize.report import write_result
 
         length = len(self.calibration[0]) if self.calibration else 0
         report = Report(
@@ -488,7 +488,7 @@ class _Job:
             with safe_open(self.part / record.file, framework="pt") as file:
                 where |= dict.fromkeys(file.keys(), record.file)
         write_json(self.part / INDEX, {"metadata": {"total_size": report.nbytes}, "weight_map": where})
-        write_report(self.part, report)
+        write_result(self.part, report)
         for path in self.part.iterdir():
             if path.suffix == ".bin":
                 path.unlink()

@@ -49,9 +49,13 @@ layers up to it, on the calibration set and the held-out text.</p></body></html>
 """
 
 
-def write_report(folder: Path, report: Report) -> None:
-    """Both files in ``folder``."""
+def write_result(folder: Path, report: Report) -> None:
+    """report.json in ``folder``."""
     write_json(folder / RESULT, dataclasses.asdict(report))
+
+
+def write_page(folder: Path, report: Report) -> None:
+    """report.html in ``folder``."""
     (folder / PAGE).write_text(render(report), encoding="utf-8")
 
 
@@ -115,7 +119,7 @@ def figures(report: Report) -> list[tuple[Any, str]]:
     made = []
 
     def axes(label: str, scale: str) -> tuple[Any, Any]:
-        figure = Figure(figsize=(9, 3), layout="constrained")
+        figure = Figure(figsize=(9, 3))
         one = figure.subplots()
         one.set(xlabel="layer", ylabel=label, yscale=scale)
         return figure, one

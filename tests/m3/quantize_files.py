@@ -1,7 +1,7 @@
 """Checkpoint folders for the tests of the quantisation job, and runs of it that are killed.
 
-As a program: ``quantize_files.py MODEL OUT METHOD KILLS SEED`` quantises in a child process, kills it KILLS times at
-random moments, lets it finish, and prints the number of shards that were done at each kill.
+As a program: ``quantize_files.py MODEL WHOLE KILLED METHOD KILLS SEED`` quantises to WHOLE; then to KILLED in a child
+process, kills it KILLS times at random moments, lets it finish, and says how many shards were done at each kill.
 """
 
 from __future__ import annotations
@@ -58,33 +58,41 @@ def digests(folder: Path) -> dict[str, str]:
     }
 
 
-def killed_runs(model: Path, out: Path, method: str, kills: int, seed: int) -> list[int]:
-    """Shards that were done at each kill."""
-    drawn, done, longest = random.Random(seed), [], 0.5
-    while not out.exists():
-        started = time.monotonic()
-        child = os.fork()
-        if child == 0:
-            try:
-                quantised(model, out, config_of(method))
-                os._exit(0)
-            except BaseException as error:
-                print(error, file=sys.stderr)
-                os._exit(1)
-        if len(done) < kills:
-            time.sleep(drawn.uniform(0, longest / 2))
-            os.kill(child, signal.SIGKILL)
-        _, status = os.waitpid(child, 0)
-        if os.WIFSIGNALED(status):
-            journal = part_of(out) / JOURNAL
-            done.append(journal.read_bytes().count(b"\n") - 1 if journal.is_file() else 0)
-        elif status:
-            raise SystemExit("a run failed")
-        longest = max(longest, time.monotonic() - started)
+def run_in_child(model: Path, out: Path, method: str, kill_after: float | None = None) -> bool:
+    """Quantise in a process of its own; True if it was killed."""
+    child = os.fork()
+    if child == 0:
+        try:
+            quantised(model, out, config_of(method))
+            os._exit(0)
+        except BaseException as error:
+            sys.stderr.write(f"{error!r}\n")
+            os._exit(1)
+    if kill_after is not None:
+        time.sleep(kill_after)
+        os.kill(child, signal.SIGKILL)
+    _, status = os.waitpid(child, 0)
+    if os.WIFEXITED(status) and os.WEXITSTATUS(status):
+        raise SystemExit("a run failed")
+    return os.WIFSIGNALED(status)
+
+
+def killed_runs(model: Path, whole: Path, out: Path, method: str, kills: int, seed: int) -> list[int]:
+    """Shards that were done at each kill; most runs live long enough for one or two."""
+    started = time.monotonic()
+    run_in_child(model, whole, method)
+    whole_seconds = time.monotonic() - started
+    drawn, done = random.Random(seed), []
+    while len(done) < kills and run_in_child(model, out, method, drawn.uniform(0, whole_seconds / 2.5)):
+        journal = part_of(out) / JOURNAL
+        done.append(max(0, journal.read_bytes().count(b"\n") - 1) if journal.is_file() else 0)
+    if not out.exists():
+        run_in_child(model, out, method)
     return done
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    model, out, method, kills, seed = sys.argv[1:]
-    print(*killed_runs(Path(model), Path(out), method, int(kills), int(seed)))
+    model, whole, out, method, kills, seed = sys.argv[1:]
+    found = killed_runs(Path(model), Path(whole), Path(out), method, int(kills), int(seed))
+    sys.stdout.write(" ".join(map(str, found)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import resource
@@ -20,8 +21,10 @@ from m3.checkpoint import INDEX, Checkpoint
 from m3.cli import app
 from m3.models.int4_linear import Int4Linear
 from m3.models.loader import load_model
+from m3.quantize.autoround import AutoRoundConfig
 from m3.quantize.evaluate import compare_models
 from m3.quantize.job import JOURNAL, quantize_checkpoint
+from m3.quantize.report import render
 from m3.quantize.round_to_nearest import RoundConfig, quantize_model
 from m3kernels.int4 import int4_dequantize
 
@@ -61,10 +64,15 @@ def test_what_is_measured_is_what_is_written(tmp_path, family, method):
     assert report.comparison.perplexity_quantised.mean == pytest.approx(compared.perplexity_quantised.mean, rel=1e-3)
 
 
-def test_learning_beats_the_nearest(model, tmp_path):
-    kl = {method: quantised(model, tmp_path / method, config_of(method)).comparison.kl.mean for method in METHODS}
-    assert kl["gptq"] < kl["rtn"]
-    assert kl["autoround"] < kl["rtn"]
+@pytest.mark.parametrize("method", ["gptq", "autoround"])
+def test_learning_beats_the_nearest(model, tmp_path, method):
+    learnt = dataclasses.replace(config_of(method), autoround=AutoRoundConfig(iterations=60, batch=12))
+    ids = tokens(48, 24)
+    found = [
+        quantize_checkpoint(model, tmp_path / one.method, one, calibration=ids) for one in (config_of("rtn"), learnt)
+    ]
+    nearest, better = (report.shards[-1].hidden_error for report in found)
+    assert better < 0.9 * nearest
 
 
 def test_everything_else_is_copied_as_stored(tmp_path):
@@ -124,7 +132,7 @@ def test_report_beside_the_model(model, tmp_path):
     assert found["comparison"]["kl"]["mean"] == report.comparison.kl.mean
     assert len(found["shards"]) == 4
     assert 0 < found["shards"][1]["errors"]["mlp.down_proj"]["output"] < 0.1
-    page = (tmp_path / "out" / "report.html").read_text()
+    page = render(report)
     assert page.count("<svg") == 3
     assert f"{report.comparison.kl.mean:.4f}" in page
 
@@ -136,11 +144,10 @@ def test_killed_ten_times_the_bytes_are_the_same(tmp_path, family, method):
     script = Path(__file__).with_name("quantize_files.py")
     paths = [str(Path(__file__).parent), str(Path(__file__).parents[2])]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths)}
-    done = {}
-    for name, kills in (("whole", "0"), ("killed", "10")):
-        command = [sys.executable, script, tmp_path / "model", tmp_path / name, method, kills, "7"]
-        done[name] = subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout.split()
-    assert len(done["killed"]) >= 5  # of those that a kill came in time for
+    command = [sys.executable, script, *(tmp_path / name for name in ("model", "whole", "killed")), method, "10", "7"]
+    done = subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout.split()
+    assert len(done) >= 5  # kills that came in time
+    assert max(map(int, done)) > 0
     assert digests(tmp_path / "killed") == digests(tmp_path / "whole")
     assert INDEX in digests(tmp_path / "whole")
 
@@ -163,14 +170,11 @@ def test_a_damaged_shard_is_refused(model, tmp_path):
 def half_done(model, tmp_path):
     """The folder of a run that stopped after two shards."""
 
-    class Stop(Exception):
-        pass
-
     def stop(record, left):
         if left == 2:
-            raise Stop
+            raise InterruptedError
 
-    with pytest.raises(Stop):
+    with pytest.raises(InterruptedError):
         quantize_checkpoint(
             model,
             tmp_path / "out",
@@ -247,7 +251,7 @@ def test_a_bad_checkpoint_is_one_line(model, tmp_path, damage, message):
     ("text", "options", "message"),
     [
         ("a", (), "want 512 tokens or more, a window; got 1"),
-        ("a", ("--tokens", 1), "1"),
+        ("a", ("--tokens", 1), "greater than or equal to 2"),
         ("", ("--tokens", 8), "got 0"),
         (None, (), "want a file; got none"),
     ],
