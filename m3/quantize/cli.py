@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import enum
 import time
 from pathlib import Path
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from m3.models.tokenizer import Tokenizer
-    from m3.quantize.job import JobConfig, Report, ShardRecord
+    from m3.quantize.job import Report, ShardRecord
 
 MB, GB = 1e6, 1e9
 HELD_OUT_TOKENS = 256  # of each held-out passage (ours: what a small checkpoint passes through in seconds)
@@ -89,18 +90,22 @@ def quantize(
     from m3.models.tokenizer import Tokenizer
     from m3.quantize.autoround import AutoRoundConfig
     from m3.quantize.gptq import GptqConfig
-    from m3.quantize.job import JobConfig, part_of, quantize_checkpoint
+    from m3.quantize.job import JOURNAL, JobConfig, part_of, quantize_checkpoint
     from m3.quantize.report import write_page
     from m3.quantize.scheme import Scheme
 
     set_threads(threads)
-    start = {} if range_ is None else {"start": str(range_)}
+    gptq = GptqConfig(act_order=act_order, least_tokens=least_tokens)
+    autoround = AutoRoundConfig(iterations=iterations, least_tokens=least_tokens, apart=apart, seed=seed)
+    if range_ is not None:
+        gptq = dataclasses.replace(gptq, start=str(range_))
+        autoround = dataclasses.replace(autoround, start=str(range_))
     config = JobConfig(
         method=str(method),
         scheme=Scheme(group_size=group_size, symmetric=symmetric),
         range=str(range_ or Range.weighted),
-        gptq=GptqConfig(act_order=act_order, least_tokens=least_tokens, **start),
-        autoround=AutoRoundConfig(iterations=iterations, least_tokens=least_tokens, apart=apart, seed=seed, **start),
+        gptq=gptq,
+        autoround=autoround,
         quantised_prefix=not float_prefix,
         keep=tuple(keep or ()),
         head=head,
@@ -109,7 +114,7 @@ def quantize(
         folder = resolve(model, bar.fetch)
     tokenizer = Tokenizer(folder) if (folder / "tokenizer.json").is_file() else None
     ids = calibration_ids(calibration, tokenizer, samples=samples, tokens=tokens, seed=seed)
-    if (part_of(out) / "quantize.jsonl").is_file():
+    if (part_of(out) / JOURNAL).is_file():
         console.print(f"going on in {part_of(out)}", highlight=False, soft_wrap=True)
     with Bar("quantising") as bar:
         report = quantize_checkpoint(
@@ -119,7 +124,7 @@ def quantize(
             calibration=ids,
             held_out=held_out(tokenizer) if measure and tokenizer is not None else (),
             progress=bar.step,
-            shard_done=_Log(config),
+            shard_done=_Log(),
         )
     write_page(out, report)
     summarise(report, out, group_size, folder)
@@ -128,8 +133,7 @@ def quantize(
 class _Log:
     """A line for every finished layer, with the time that the rest will take."""
 
-    def __init__(self, config: JobConfig) -> None:
-        self.config = config
+    def __init__(self) -> None:
         self.started = self.count = 0.0
 
     def __call__(self, record: ShardRecord, left: int) -> None:

@@ -483,7 +483,7 @@ class _Job:
         for name in COMPANIONS:
             if (self.shards.folder / name).is_file():
                 shutil.copyfile(self.shards.folder / name, self.part / name)
-        where = {}
+        where: dict[str, str] = {}
         for record in self.records:
             with safe_open(self.part / record.file, framework="pt") as file:
                 where |= dict.fromkeys(file.keys(), record.file)

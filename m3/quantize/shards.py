@@ -42,7 +42,7 @@ class Shards:
         self.model = DecoderConfig.from_hf(self.config)
         self._layers: list[list[str]] = [[] for _ in range(self.model.num_layers)]
         prefixes = {LAYER.format(index): index for index in range(self.model.num_layers)}
-        outside = []
+        outside: list[str] = []
         for name in sorted(self.source.names):
             index = prefixes.get(".".join(name.split(".")[:3]) + ".")
             (outside if index is None else self._layers[index]).append(name)
