@@ -1,4 +1,4 @@
-"""A tiny random Llama that speaks printable ASCII, one token a letter, with a chat template."""
+"""A tiny random model that speaks printable ASCII, one token a letter, with a chat template."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ TEMPLATE = (
 )
 
 
-def make_letters_model(folder: Path) -> Path:
+def make_letters_model(folder: Path, family: str = "llama") -> Path:
     """Write the checkpoint and its tokenizer."""
-    make_checkpoint(folder, "llama")
+    make_checkpoint(folder, family)
     fast = Tokenizer(models.BPE({letter: n for n, letter in enumerate(LETTERS)}, []))
     fast.decoder = decoders.Fuse()
     fast.add_special_tokens([AddedToken("<s>", special=True), AddedToken("</s>", special=True)])
