@@ -13,8 +13,6 @@ import typer
 from m3.terminal import Bar, Debug, Threads, console, one_line_errors, set_threads
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from m3.models.tokenizer import Tokenizer
     from m3.quantize.job import Report, ShardRecord
 
@@ -57,8 +55,11 @@ def quantize(
     ] = None,
     head: Annotated[bool, typer.Option("--head", help="Round the output head too.")] = False,
     calibration: Annotated[
-        str | None, typer.Option("--calibration", help="A file of text or .jsonl to learn from (gptq, autoround).")
-    ] = None,
+        str,
+        typer.Option(
+            "--calibration", help="What gptq and autoround learn from: self (the model's answers), or a file."
+        ),
+    ] = "self",
     samples: Annotated[int, typer.Option("--samples", min=1, help="Calibration sequences.")] = 128,
     tokens: Annotated[int, typer.Option("--tokens", min=2, help="Tokens of each.")] = 512,
     iterations: Annotated[int, typer.Option("--iterations", min=0, help="Of autoround, for each layer.")] = 200,
@@ -71,6 +72,10 @@ def quantize(
     ] = False,
     keep: Annotated[
         list[str] | None, typer.Option("--keep", help="A linear that stays as it is, by its full name; repeatable.")
+    ] = None,
+    keep_budget: Annotated[
+        str | None,
+        typer.Option("--keep-budget", help="Keep the linears that lose most, for 5% or 200MB more: measured first."),
     ] = None,
     float_prefix: Annotated[
         bool, typer.Option("--float-prefix", help="Layers learn from inputs of layers that are not quantised.")
@@ -89,8 +94,10 @@ def quantize(
     from m3.models.hub import resolve
     from m3.models.tokenizer import Tokenizer
     from m3.quantize.autoround import AutoRoundConfig
+    from m3.quantize.budget import keep_under_budget
+    from m3.quantize.calibration import CalibrationConfig, calibration_of
     from m3.quantize.gptq import GptqConfig
-    from m3.quantize.job import JOURNAL, JobConfig, part_of, quantize_checkpoint
+    from m3.quantize.job import JOURNAL, RESPONSES, JobConfig, check_out, part_of, quantize_checkpoint
     from m3.quantize.report import write_page
     from m3.quantize.scheme import Scheme
 
@@ -112,8 +119,19 @@ def quantize(
     )
     with Bar(model) as bar:
         folder = resolve(model, bar.fetch)
+    check_out(out)
     tokenizer = Tokenizer(folder) if (folder / "tokenizer.json").is_file() else None
-    ids = calibration_ids(calibration, tokenizer, samples=samples, tokens=tokens, seed=seed)
+    ids = None
+    if config.method != "rtn" or keep_budget is not None:
+        wanted = CalibrationConfig(samples=samples, tokens=tokens, seed=seed, least_tokens=least_tokens)
+        with Bar("calibration") as bar:
+            store = part_of(out) / RESPONSES
+            ids = calibration_of(calibration, folder, wanted, store=store, progress=bar.step).stacked()
+    if keep_budget is not None and ids is not None:
+        with Bar("measuring linears") as bar:
+            found = keep_under_budget(folder, keep_budget, ids, config.scheme, config.range, part_of(out), bar.step)
+        config = dataclasses.replace(config, keep=tuple(sorted({*config.keep, *found})))
+        console.print(f"{len(found)} linears stay as they are", highlight=False)
     if (part_of(out) / JOURNAL).is_file():
         console.print(f"going on in {part_of(out)}", highlight=False, soft_wrap=True)
     with Bar("quantising") as bar:
@@ -156,20 +174,6 @@ def duration(seconds: float) -> str:
     if seconds < 100:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
-
-
-def calibration_ids(
-    source: str | None, tokenizer: Tokenizer | None, *, samples: int, tokens: int, seed: int
-) -> Tensor | None:
-    """(S, L) token ids of what the user named."""
-    from m3.quantize.windows import windows
-    from m3kernels.checks import refuse
-
-    if source is None:
-        return None
-    if tokenizer is None:
-        raise refuse("quantize", "calibration", "a model with tokenizer.json", "none beside its weights")
-    return windows(source, tokenizer, samples=samples, tokens=tokens, seed=seed)
 
 
 def held_out(tokenizer: Tokenizer) -> list[list[int]]:

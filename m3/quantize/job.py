@@ -40,11 +40,13 @@ from m3.models.loader import EMBEDDING, HEAD, LAYER, NORM
 from m3.quantize import autoround, gptq
 from m3.quantize.autoround import AutoRoundConfig
 from m3.quantize.block import FUSED_DOWN, FUSED_GATE_UP, Block
+from m3.quantize.budget import UNITS
 from m3.quantize.evaluate import Comparison, Head, Tally
 from m3.quantize.export import COMPANIONS, quantization_config
 from m3.quantize.gptq import GptqConfig
 from m3.quantize.round_to_nearest import BF16_BYTES
 from m3.quantize.scheme import Rounded, Scheme, nearest
+from m3.quantize.sensitivity import Dequantised, units_of
 from m3.quantize.shards import Shards
 from m3.quantize.states import States, write_states
 from m3.train.checkpoint import to_disk
@@ -55,6 +57,8 @@ from m3kernels.int4.quantize import METHODS as RANGES
 
 FORMAT = "m3 quantize 1"
 JOURNAL = "quantize.jsonl"
+RESPONSES = "responses.jsonl"  # of the model, to be calibrated on
+SCRATCH = (RESPONSES, UNITS)  # not kept
 METHODS = ("rtn", "gptq", "autoround")
 SAMPLE_TOKENS = 512  # of each layer, whose outputs say how far a linear is off (ours: enough for two digits)
 Progress = Callable[[int, int], None]  # (steps of the layer done, in all)
@@ -184,23 +188,10 @@ def quantize_checkpoint(
         job.shards.close()
 
 
-class Dequantized(Mapping[str, Tensor]):
-    """The weights (N, K) fp32 of rounded linears, made when they are asked for."""
-
-    def __init__(self, rounded: Mapping[str, Rounded]) -> None:
-        self.rounded = rounded
-
-    def __getitem__(self, name: str) -> Tensor:
-        return self.rounded[name].dequantized()
-
-    def __contains__(self, name: object) -> bool:
-        return name in self.rounded
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.rounded)
-
-    def __len__(self) -> int:
-        return len(self.rounded)
+def check_out(out: Path) -> None:
+    """Raises ValueError: ``out`` is in use."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise refuse("quantize", "OUT", "a new or empty folder", str(out))
 
 
 class _Job:
@@ -208,8 +199,7 @@ class _Job:
         self, model: Path, out: Path, config: JobConfig, calibration: Tensor | None, held_out: Sequence[Sequence[int]]
     ) -> None:
         self.out, self.part, self.config = out, part_of(out), config
-        if out.exists() and (not out.is_dir() or any(out.iterdir())):
-            raise refuse("quantize", "OUT", "a new or empty folder", str(out))
+        check_out(out)
         self.shards = Shards(model)
         self.calibration = self.checked(calibration)
         passages = [torch.tensor(list(passage)) for passage in held_out]
@@ -334,7 +324,7 @@ class _Job:
             after = self.open(index + 1, "full")
         rounded = {} if len(kept) == len(block.linears) else self.rounded(block, full, int4, after, progress)
         rounded = {name: one for name, one in rounded.items() if name not in kept}
-        weights: Mapping[str, Tensor] = Dequantized(rounded)
+        weights: Mapping[str, Tensor] = Dequantised(rounded, list(rounded))
         if not block.has_experts:
             weights = dict(weights)
         hidden_error = None
@@ -371,7 +361,7 @@ class _Job:
         kept = {name.removeprefix(prefix) for name in self.config.keep if name.startswith(prefix)}
         if unknown := sorted(kept - set(block.linears)):
             raise refuse("quantize", "keep", "linears of the model", prefix + unknown[0])
-        for names in together(block):
+        for names in map(set, units_of(block)):
             if kept & names and not names <= kept:
                 missing = sorted(names - kept)
                 raise refuse("quantize", "keep", f"{prefix}{missing[0]} too: one product with it", "only a part")
@@ -490,7 +480,7 @@ class _Job:
         write_json(self.part / INDEX, {"metadata": {"total_size": report.nbytes}, "weight_map": where})
         write_result(self.part, report)
         for path in self.part.iterdir():
-            if path.suffix == ".bin":
+            if path.suffix == ".bin" or path.name in SCRATCH:
                 path.unlink()
             else:
                 to_disk(path)
@@ -528,15 +518,6 @@ class _Job:
 
 
 # -- small parts ------------------------------------------------------------------------------------------------------
-def together(block: Block) -> list[set[str]]:
-    """Linears that are one product."""
-    if block.has_experts:
-        feed = {name for name in block.linears if ".experts." in name}
-    else:
-        feed = {"mlp.gate_proj", "mlp.up_proj"}
-    return [{f"self_attn.{one}_proj" for one in "qkv"}, feed]
-
-
 def packed_tensors(name: str, rounded: Rounded) -> dict[str, Tensor]:
     """The tensors of a linear in GPTQ form v1 (zero points are 1 to 15, so all have a place in it)."""
     try:

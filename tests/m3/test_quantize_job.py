@@ -250,10 +250,10 @@ def test_a_bad_checkpoint_is_one_line(model, tmp_path, damage, message):
 @pytest.mark.parametrize(
     ("text", "options", "message"),
     [
-        ("a", (), "want 512 tokens or more, a window; got 1"),
+        ("a", (), "want 128 sequences of 512 tokens (or ask for fewer or shorter ones); got 0 of them, 1 tokens"),
         ("a", ("--tokens", 1), "greater than or equal to 2"),
-        ("", ("--tokens", 8), "got 0"),
-        (None, (), "want a file; got none"),
+        ("", ("--tokens", 8), "want text; got an empty file"),
+        (None, (), "FILE: want 'self', a text file or a .jsonl file"),
     ],
     ids=["one-token", "windows-of-one", "empty", "absent"],
 )
@@ -267,8 +267,28 @@ def test_a_bad_calibration_is_one_line(model, tmp_path, text, options, message):
 
 
 def test_learning_wants_a_calibration(model, tmp_path):
-    text = refused("quantize", model, "-o", tmp_path / "out", "--method", "autoround")
-    assert "calibration: want sequences, which autoround learns from; got none" in text
+    with pytest.raises(ValueError, match="calibration: want sequences, which autoround learns from; got none"):
+        quantize_checkpoint(model, tmp_path / "out", config_of("autoround"))
+
+
+@pytest.mark.parametrize("source", ["self", "file"])
+def test_gptq_on_the_command_line(model, tmp_path, source):
+    text = tmp_path / "text.txt"
+    text.write_text("Chest pain for two hours. " * 20)
+    options = ("--group-size", 32, "--samples", 4, "--tokens", 16, "--keep-budget", "30%", "--method", "gptq")
+    command = ("quantize", model, "-o", tmp_path / "out", "--calibration", text if source == "file" else source)
+    result = CliRunner().invoke(app, [str(one) for one in (*command, *options)], env={"COLUMNS": "200"})
+    assert result.exit_code == 0, result.output
+    assert "layer 3 of 3: " in result.output
+    assert "held-out text: perplexity " in result.output
+    found = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert found["calibration"] == [4, 16]
+    assert found["settings"]["keep"]
+    written = Checkpoint(tmp_path / "out")
+    assert all(f"{name}.weight" in written for name in found["settings"]["keep"])
+    assert {"report.html", "config.json", "tokenizer.json"} <= {path.name for path in (tmp_path / "out").iterdir()}
+    assert not (tmp_path / "out" / "responses.jsonl").exists()
+    load_model(tmp_path / "out")
 
 
 def test_a_calibration_of_one_token(model, tmp_path):
