@@ -62,12 +62,8 @@ def run_in_child(model: Path, out: Path, method: str, kill_after: float | None =
     """Quantise in a process of its own; True if it was killed."""
     child = os.fork()
     if child == 0:
-        try:
-            quantised(model, out, config_of(method))
-            os._exit(0)
-        except BaseException as error:
-            sys.stderr.write(f"{error!r}\n")
-            os._exit(1)
+        quantised(model, out, config_of(method))
+        os._exit(0)
     if kill_after is not None:
         time.sleep(kill_after)
         os.kill(child, signal.SIGKILL)
