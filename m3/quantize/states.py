@@ -46,11 +46,14 @@ class States(Sequence[Tensor]):
 
 
 def write_states(path: Path, sequences: Iterable[Tensor]) -> None:
-    """The file at ``path``, whole and on the disk, or not there at all."""
+    """The file at ``path``, whole and on the disk, or not there at all. Raises OSError, of a full disk for one."""
     part = path.with_suffix(".tmp")
-    with part.open("wb") as file:
-        for rows in sequences:
-            file.write(rows.detach().float().contiguous().numpy().data)
-        file.flush()
-        os.fsync(file.fileno())
+    try:
+        with part.open("wb") as file:
+            for rows in sequences:
+                file.write(rows.detach().float().contiguous().numpy().data)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
     part.replace(path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import resource
 
 import pytest
 import torch
@@ -83,3 +84,14 @@ def test_states_of_another_size_are_refused(tmp_path):
     write_states(tmp_path / "states.bin", [torch.zeros(3, 6)])
     with pytest.raises(ValueError, match="want 96 bytes; got 72"):
         States(tmp_path / "states.bin", (4,), 6)
+
+
+def test_a_full_disk_names_the_file(tmp_path):
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+    try:
+        with pytest.raises(OSError, match=r"File too large: '.*states.bin'"):
+            write_states(tmp_path / "states.bin", [torch.zeros(100, 6)])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert not (tmp_path / "states.bin").exists()
