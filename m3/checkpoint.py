@@ -68,6 +68,10 @@ class Checkpoint:
                 ) from error
         return self._files[file]
 
+    def close(self) -> None:
+        """Let go of the files, and of the memory they are mapped to; ``get`` opens what it needs again."""
+        self._files.clear()
+
     @property
     def names(self) -> frozenset[str]:
         return frozenset(self._where)

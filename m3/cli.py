@@ -5,7 +5,6 @@ What a user can get wrong ends in one line on standard error and exit code 1; ``
 
 from __future__ import annotations
 
-import enum
 import os
 import time
 from pathlib import Path
@@ -17,6 +16,7 @@ from rich.table import Table
 from m3.draft.cli import app as draft_app
 from m3.environment.cli import app as clinic_app
 from m3.evaluate.cli import app as evaluate_app
+from m3.quantize.cli import quantize
 from m3.serve.cli import serve
 from m3.terminal import Bar, Debug, Threads, console, one_line_errors, open_model, say, set_threads
 from m3.train.cli import app as train_app
@@ -36,6 +36,7 @@ app.add_typer(evaluate_app, name="evaluate")
 app.add_typer(train_app, name="train")
 app.add_typer(pipeline_app, name="pipeline")
 app.command()(serve)
+app.command()(quantize)
 
 MODEL = "SmolLM2-135M-Instruct"
 QUESTION = "What are the warning signs of a heart attack, and what should I do if I notice them?"
@@ -43,14 +44,6 @@ GROUP_SIZE = 128
 ANSWER_TOKENS = 160
 DRAFT_MINUTES = 2.0
 MB = 1e6
-
-
-class Method(enum.StrEnum):
-    """How the range of a group is found."""
-
-    minmax = "minmax"
-    mse = "mse"
-    weighted = "weighted"
 
 
 Model = Annotated[str, typer.Argument(help=f"A checkpoint folder, {MODEL}, or owner/name on the Hugging Face hub.")]
@@ -96,7 +89,7 @@ def quickstart(
     set_threads(threads)
     started = time.monotonic()
     _, full, tokenizer = open_model(model)
-    configs = [RoundConfig(group_size=group_size, method=method) for method in (Method.minmax, Method.weighted)]
+    configs = [RoundConfig(group_size=group_size, method=method) for method in ("minmax", "weighted")]
     int4 = [rounded(full, config) for config in configs]
     with Bar("measuring") as bar:
         rows = compare(full, int4, tokenizer, bar.step)
@@ -137,49 +130,6 @@ def quickstart(
         style="dim",
         highlight=False,
     )
-
-
-@app.command()
-@one_line_errors
-def quantize(
-    model: Model,
-    out: Annotated[Path, typer.Argument(help="Folder to write (GPTQ form, for m3, vLLM, gptqmodel).")],
-    group_size: GroupSize = GROUP_SIZE,
-    method: Annotated[
-        Method, typer.Option("--method", help="minmax: plain; mse: least error; weighted: large weights first.")
-    ] = Method.weighted,
-    asymmetric: Annotated[bool, typer.Option("--asymmetric", help="Keep a zero point for every group.")] = False,
-    head: Annotated[bool, typer.Option("--head", help="Quantise the output head too.")] = False,
-    threads: Threads = None,
-    debug: Debug = False,
-) -> None:
-    """Round a model's linears to INT4 and write it as a Hugging Face checkpoint in GPTQ form."""
-    from m3.quantize.export import export_model
-    from m3.quantize.round_to_nearest import RoundConfig, sizes
-
-    set_threads(threads)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"quantize: OUT: want a new or empty folder; got {out}")
-    folder, full, _ = open_model(model)
-    config = RoundConfig(group_size=group_size, method=str(method), symmetric=not asymmetric, head=head)
-    int4 = rounded(full, config)
-    export_model(int4, out, folder)
-    size = sizes(int4)
-    console.print(
-        f"{out}: linears {size.linears_bf16 / MB:.1f} MB in bf16 -> {size.linears / MB:.1f} MB "
-        f"({100 * size.ratio:.1f}%); the rest {size.rest_bf16 / MB:.1f} MB",
-        highlight=False,
-        soft_wrap=True,
-    )
-    widths = {full.config.hidden_size, full.config.intermediate_size, full.config.num_heads * full.config.head_dim}
-    if group_size > 0 and any(width % group_size for width in widths):
-        console.print(
-            f"note: {group_size} does not divide every width of this model ({sorted(widths)}), which vLLM wants; "
-            "--group-size 64 or 32 may",
-            style="yellow",
-            highlight=False,
-            soft_wrap=True,
-        )
 
 
 @app.command(name="generate")

@@ -7,8 +7,9 @@ every width.
 
 from __future__ import annotations
 
+import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -88,18 +89,13 @@ class _Exporter:
         group_sizes = {weight.group_size for weight in self.weights}
         if len(group_sizes) != 1:
             raise refuse("export_model", "model", "one group size in all INT4 linears", f"{sorted(group_sizes)}")
-        return {
-            "quant_method": "gptq",
-            "bits": 4,
-            "group_size": group_sizes.pop(),
-            "sym": all(weight.symmetric for weight in self.weights),
-            "desc_act": any(weight.perm is not None for weight in self.weights),
-            "checkpoint_format": "gptq" if self.version == 1 else "gptq_v2",
-            "lm_head": isinstance(self.model.head, Int4Linear),
-            "true_sequential": True,
-            "damp_percent": 0.01,
-            "meta": {"quantizer": [f"m3:{__version__}"]},
-        }
+        return quantization_config(
+            group_size=group_sizes.pop(),
+            symmetric=all(weight.symmetric for weight in self.weights),
+            act_order=any(weight.perm is not None for weight in self.weights),
+            head=isinstance(self.model.head, Int4Linear),
+            version=self.version,
+        )
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         model, config = self.model, self.model.config
@@ -168,3 +164,37 @@ class _Exporter:
 def packed_weights(module: Int4Linear | Int4Experts) -> list[Int4Weight]:
     """The Int4Weights of a module."""
     return [module.weight.int4] if isinstance(module, Int4Linear) else [module.w13.int4, module.w2.int4]
+
+
+def quantization_config(
+    *,
+    group_size: int,
+    symmetric: bool,
+    act_order: bool = False,
+    head: bool = False,
+    version: int = 1,
+    damping: float = 0.01,
+    left_out: Sequence[str] = (),
+) -> dict[str, Any]:
+    """What config.json says about linears in GPTQ form.
+
+    Args:
+        left_out: full names of linears in layers that are not quantised. gptqmodel and vLLM look for them as patterns
+            under "dynamic", transformers for their names under "modules_to_not_convert".
+    """
+    found = {
+        "quant_method": "gptq",
+        "bits": 4,
+        "group_size": group_size,
+        "sym": symmetric,
+        "desc_act": act_order,
+        "checkpoint_format": "gptq" if version == 1 else "gptq_v2",
+        "lm_head": head,
+        "true_sequential": True,
+        "damp_percent": damping,
+        "meta": {"quantizer": [f"m3:{__version__}"]},
+    }
+    if left_out:
+        found["dynamic"] = {f"-:^{re.escape(name)}$": {} for name in left_out}
+        found["modules_to_not_convert"] = list(left_out)
+    return found

@@ -7,8 +7,8 @@ import json
 import pytest
 import torch
 from int4_formats import rewrite
+from quantize_files import add_tokenizer
 from tiny_models import make_checkpoint
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from typer.testing import CliRunner
 
 from m3.cli import app
@@ -26,16 +26,12 @@ def run(*args: object, code: int = 0) -> str:
 def folder(tmp_path):
     """A tiny Llama with a tokenizer of its own: 99 printable characters."""
     make_checkpoint(tmp_path / "model", "llama")
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())[:99]
-    fast = Tokenizer(models.BPE({char: index for index, char in enumerate(alphabet)}, []))
-    fast.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    fast.decoder = decoders.ByteLevel()
-    fast.save(str(tmp_path / "model" / "tokenizer.json"))
+    add_tokenizer(tmp_path / "model")
     return tmp_path / "model"
 
 
 def test_quantize_then_generate(folder, tmp_path):
-    text = run("quantize", folder, tmp_path / "int4", "--group-size", 32)
+    text = run("quantize", folder, "-o", tmp_path / "int4", "--group-size", 32)
     assert "linears 0.2 MB in bf16 -> " in text
     assert "note:" not in text
     assert isinstance(load_model(tmp_path / "int4").blocks[0].mlp.down, Int4Linear)
@@ -45,7 +41,9 @@ def test_quantize_then_generate(folder, tmp_path):
 
 
 def test_a_group_size_that_does_not_divide_is_noted(folder, tmp_path):
-    assert "note: 64 does not divide every width" in run("quantize", folder, tmp_path / "int4", "--group-size", 64)
+    assert "note: 64 does not divide every width" in run(
+        "quantize", folder, "-o", tmp_path / "int4", "--group-size", 64
+    )
 
 
 def test_a_seed_repeats(folder):
@@ -82,14 +80,14 @@ def test_debug_shows_the_traceback(tmp_path):
 
 
 def test_quantize_does_not_overwrite(folder):
-    assert "quantize: OUT: want a new or empty folder" in run("quantize", folder, folder, code=1)
+    assert "quantize: OUT: want a new or empty folder" in run("quantize", folder, "-o", folder, code=1)
 
 
 def test_quantize_refuses_an_int4_model(folder, tmp_path):
     reference = make_checkpoint(tmp_path / "int4", "llama")
     rewrite(tmp_path / "int4", "gptq-v1", reference)
     (tmp_path / "int4" / "tokenizer.json").write_bytes((folder / "tokenizer.json").read_bytes())
-    text = run("quantize", tmp_path / "int4", tmp_path / "out", code=1)
+    text = run("quantize", tmp_path / "int4", "-o", tmp_path / "out", code=1)
     assert "want a model that is not quantised yet" in text
     assert not (tmp_path / "out").exists()
 

@@ -1,0 +1,94 @@
+"""Checkpoint folders for the tests of the quantisation job, and runs of it that are killed.
+
+As a program: ``quantize_files.py MODEL WHOLE KILLED METHOD KILLS SEED`` quantises to WHOLE; then to KILLED in a child
+process, kills it KILLS times at random moments, lets it finish, and says how many shards were done at each kill.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import random
+import signal
+import sys
+import time
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+from m3.quantize.autoround import AutoRoundConfig
+from m3.quantize.job import JOURNAL, JobConfig, part_of, quantize_checkpoint
+from m3.quantize.report import PAGE, RESULT
+from m3.quantize.scheme import Scheme
+
+SCHEME = Scheme(group_size=32)
+
+
+def add_tokenizer(folder: Path) -> None:
+    """A tokenizer of 99 printable characters."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())[:99]
+    fast = Tokenizer(models.BPE({char: index for index, char in enumerate(alphabet)}, []))
+    fast.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    fast.decoder = decoders.ByteLevel()
+    fast.save(str(folder / "tokenizer.json"))
+
+
+def config_of(method: str, **changes) -> JobConfig:
+    return JobConfig(method=method, scheme=SCHEME, autoround=AutoRoundConfig(iterations=6, batch=2), **changes)
+
+
+def tokens(sequences: int, length: int, seed: int = 0) -> torch.Tensor:
+    return torch.randint(99, (sequences, length), generator=torch.Generator().manual_seed(seed))
+
+
+def quantised(model: Path, out: Path, config: JobConfig):
+    """The Report of a run with the calibration and held-out tokens of all these tests."""
+    passages = [tokens(1, length, seed=length)[0].tolist() for length in (20, 33)]
+    return quantize_checkpoint(model, out, config, calibration=tokens(6, 24), held_out=passages)
+
+
+def digests(folder: Path) -> dict[str, str]:
+    """SHA-256 of all files but those that say how long it took."""
+    timed = (JOURNAL, PAGE, RESULT)
+    return {
+        path.name: hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(folder.iterdir())
+        if path.name not in timed
+    }
+
+
+def run_in_child(model: Path, out: Path, method: str, kill_after: float | None = None) -> bool:
+    """Quantise in a process of its own; True if it was killed."""
+    child = os.fork()
+    if child == 0:
+        quantised(model, out, config_of(method))
+        os._exit(0)
+    if kill_after is not None:
+        time.sleep(kill_after)
+        os.kill(child, signal.SIGKILL)
+    _, status = os.waitpid(child, 0)
+    if os.WIFEXITED(status) and os.WEXITSTATUS(status):
+        raise SystemExit("a run failed")
+    return os.WIFSIGNALED(status)
+
+
+def killed_runs(model: Path, whole: Path, out: Path, method: str, kills: int, seed: int) -> list[int]:
+    """Shards that were done at each kill; most runs live long enough for one or two."""
+    started = time.monotonic()
+    run_in_child(model, whole, method)
+    whole_seconds = time.monotonic() - started
+    drawn, done = random.Random(seed), []
+    while len(done) < kills and run_in_child(model, out, method, drawn.uniform(0, whole_seconds / 2.5)):
+        journal = part_of(out) / JOURNAL
+        done.append(max(0, journal.read_bytes().count(b"\n") - 1) if journal.is_file() else 0)
+    if not out.exists():
+        run_in_child(model, out, method)
+    return done
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    model, whole, out, method, kills, seed = sys.argv[1:]
+    found = killed_runs(Path(model), Path(whole), Path(out), method, int(kills), int(seed))
+    sys.stdout.write(" ".join(map(str, found)))
