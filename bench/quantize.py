@@ -9,9 +9,13 @@
 
 All arms that calibrate get the same tokens: responses of the model itself to m3's prompts. All are written as GPTQ
 checkpoints and read back by m3.models.loader; INT4 products are exact, so that weights alone make the difference.
-Measured on the mixed text of m3.quantize.perplexity, which no arm has seen: nats per token, and KL(bf16 || arm) per
-token; 95 % intervals by a bootstrap over its passages, of differences to ``package`` passage by passage. CPU seconds
-and peaks are of the process that quantises, loading included in the peak.
+Measured on what no arm has seen: nats per token, and KL(bf16 || arm) per token; 95 % intervals by a bootstrap over the
+passages, of differences between arms passage by passage.
+
+    text      the mixed text of m3.quantize.perplexity, and the clinical cases of m3/data/cases, a passage each
+    answers   responses of the model to prompts on topics that no calibration prompt has
+
+CPU seconds and peaks are of the process that quantises, loading included in the peak.
 
 What is done under ``--out`` is not done again.
 """
@@ -21,6 +25,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import functools
+import itertools
 import json
 import math
 import subprocess
@@ -36,6 +41,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bench import harness, record, tables
+from bench.small_moe import strings
 from m3.checkpoint import Checkpoint, write_checkpoint
 from m3.draft.generate import EngineGenerator, Request, prompt_ids
 from m3.draft.prompts import read_prompts
@@ -56,7 +62,9 @@ BF16, PACKAGE = "bf16", "package"
 ARMS = (
     BF16, "rtn", "rtn_search", "gptq", "gptq_act", "autoround", "autoround_minmax", "autoround_float", PACKAGE,
 )  # fmt: skip
+TEXT, ANSWERS = "text", "answers"  # held out
 MAX_HELD_OUT = 512  # tokens of a passage
+ANSWERED, ANSWER_SEED = 48, 10_000  # held-out prompts, and the seed of the first response
 PROMPTS_AT_A_TIME = 48
 DRAWS = 10_000  # of the bootstrap
 
@@ -90,8 +98,8 @@ class Plan:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class QuantizeRow:
-    """An arm. Figures with their 95 % interval: (value, low, high). ``nats_over``, ``kl_over``: how much more a token
-    costs than with another arm, and how much larger its KL is; passage by passage."""
+    """An arm on one held-out set. Figures with their 95 % interval: (value, low, high). ``nats_over``, ``kl_over``: how
+    much more a token costs than with another arm, and how much larger its KL is; passage by passage."""
 
     arm: str
     model: str
@@ -101,6 +109,7 @@ class QuantizeRow:
     tokens: int
     iterations: int
     batch: int
+    held_out: str
     held_out_tokens: int
     perplexity: tuple[float, float, float]
     kl: tuple[float, float, float]
@@ -137,6 +146,31 @@ def generate(folder: Path, samples: int, tokens: int, say: Callable[[str], None]
         if len(found) >= samples:
             return [found[index] for index in sorted(found)][:samples]
     raise ValueError(f"bench quantize: {len(found)} responses of {tokens} tokens, wanted {samples}")
+
+
+def held_out_texts() -> list[str]:
+    """The mixed text, and every case of ours as the text of its fields."""
+    cases = sorted((record.ROOT / "m3" / "data" / "cases").glob("*.json"))
+    return [*mixed_text(), *(" ".join(strings(json.loads(path.read_text("utf-8")))) for path in cases)]
+
+
+def held_out_ids(out: Path, model: Path, say: Callable[[str], None]) -> dict[str, list[list[int]]]:
+    """Token ids of every held-out passage, by set; responses are drawn once and kept."""
+    tokenizer = Tokenizer(model)
+    told = out / "held_out_answers.json"
+    if not told.is_file():
+        say("held out: the model answers prompts")
+        prompts = read_prompts()
+        asked = [*prompts.held_out, *prompts.out_of_template][:ANSWERED]
+        requests = [
+            Request(prompt_ids(tokenizer, text), 1.0, ANSWER_SEED + index, MAX_HELD_OUT // 2)
+            for index, text in enumerate(asked)
+        ]
+        found = dict(EngineGenerator(load_model(model), batch=32).generate(requests))
+        rows = [[*request.prompt, *found[index]] for index, request in enumerate(requests)]
+        told.write_text(json.dumps(rows), encoding="utf-8")
+    texts = [tokenizer.encode(text)[:MAX_HELD_OUT] for text in held_out_texts()]
+    return {TEXT: texts, ANSWERS: [row[:MAX_HELD_OUT] for row in json.loads(told.read_text("utf-8"))]}
 
 
 # -- arms -------------------------------------------------------------------------------------------------------------
@@ -249,18 +283,15 @@ def logprobs(model: Decoder, ids: Sequence[int]) -> Tensor:
     return F.log_softmax(model.forward(torch.tensor([list(ids)]))[0].float(), dim=-1)
 
 
-def score(folder: Path, model: Path, progress: Callable[[int, int], None]) -> list[tuple[float, float, int]]:
-    """(-log p, KL(bf16 || arm), tokens) of each passage of the held-out text, summed over its tokens but the first."""
+def score(folder: Path, model: Path, passages: Sequence[Sequence[int]]) -> list[tuple[float, float, int]]:
+    """(-log p, KL(bf16 || arm), tokens) of each passage, summed over its tokens but the first."""
     reference, other = load_model(model), load_model(folder, activations="exact")
-    tokenizer = Tokenizer(model)
-    passages = [tokenizer.encode(text)[:MAX_HELD_OUT] for text in mixed_text()]
     found = []
-    for done, ids in enumerate(passages, 1):
+    for ids in passages:
         right, got = logprobs(reference, ids[:-1]), logprobs(other, ids[:-1])
         nll = -got.gather(1, torch.tensor(ids[1:])[:, None]).double().sum()
         kl = (right.exp() * (right - got)).double().sum()
         found.append((float(nll), float(kl), len(ids) - 1))
-        progress(done, len(passages))
     return found
 
 
@@ -273,13 +304,14 @@ def interval(values: np.ndarray, tokens: np.ndarray) -> tuple[float, float, floa
     return float(values.sum() / tokens.sum()), float(low), float(high)
 
 
-def scored(plan: Plan, arm: str, checkpoint: Path, model: Path, say: Callable[[str], None]) -> np.ndarray:
+def scored(
+    plan: Plan, arm: str, checkpoint: Path, model: Path, held_out: str, passages: Sequence[Sequence[int]]
+) -> np.ndarray:
     """(passages, 3) as ``score``."""
-    told = (plan.out / BF16 if arm == BF16 else plan.folder(arm)) / "scores.json"
+    told = (plan.out / BF16 if arm == BF16 else plan.folder(arm)) / f"scores-{held_out}.json"
     if not told.is_file():
-        say(f"{arm}: measuring")
         told.parent.mkdir(parents=True, exist_ok=True)
-        told.write_text(json.dumps(score(checkpoint, model, lambda done, total: None)), encoding="utf-8")
+        told.write_text(json.dumps(score(checkpoint, model, passages)), encoding="utf-8")
     return np.array(json.loads(told.read_text("utf-8")))
 
 
@@ -293,22 +325,26 @@ def run(plan: Plan, say: Callable[[str], None]) -> list[QuantizeRow]:
         rows = generate(model, max(plan.samples, Plan.samples), max(plan.tokens, Plan.tokens), say)
         cut = [row[: plan.tokens] for row in rows[: plan.samples]]  # a small set is a part of the usual one
         plan.calibration.write_text(json.dumps(cut), encoding="utf-8")
+    held_out = held_out_ids(plan.out, model, say)
     costs, scores = {}, {}
     for arm in plan.arms:
         checkpoint, costs[arm] = made(plan, arm, model, say)
-        scores[arm] = scored(plan, arm, checkpoint, model, say)
+        say(f"{arm}: measuring")
+        for name, passages in held_out.items():
+            scores[name, arm] = scored(plan, arm, checkpoint, model, name, passages)
     commit, dirty = record.commit()
     found = []
-    for arm in plan.arms:
-        nll, kl, tokens = scores[arm].T
+    for name, arm in itertools.product(held_out, plan.arms):
+        nll, kl, tokens = scores[name, arm].T
         over = [
-            {other: interval(mine - scores[other].T[which], tokens) for other in plan.arms if other != arm}
+            {other: interval(mine - scores[name, other].T[which], tokens) for other in plan.arms if other != arm}
             for which, mine in enumerate((nll, kl))
         ]
         found.append(
             QuantizeRow(
                 arm=arm, model=MODEL, group_size=plan.group_size, symmetric=plan.symmetric, samples=plan.samples,
-                tokens=plan.tokens, iterations=plan.iterations, batch=plan.batch, held_out_tokens=int(tokens.sum()),
+                tokens=plan.tokens, iterations=plan.iterations, batch=plan.batch, held_out=name,
+                held_out_tokens=int(tokens.sum()),
                 perplexity=tuple(math.exp(value) for value in interval(nll, tokens)), kl=interval(kl, tokens),
                 nats_over=over[0], kl_over=over[1], cpu_s=costs[arm].get("cpu_s"),
                 wall_s=costs[arm].get("wall_s"), peak_bytes=costs[arm].get("peak_bytes"),
@@ -327,13 +363,13 @@ def table(rows: Sequence[QuantizeRow]) -> str:
 
     lines = [
         [
-            row.arm, figure(row.perplexity, 2), figure(row.kl, 4), figure(row.nats_over.get(BF16), 3),
+            row.held_out, row.arm, figure(row.perplexity, 2), figure(row.kl, 4), figure(row.nats_over.get(BF16), 3),
             figure(row.kl_over.get(PACKAGE), 4), "" if row.cpu_s is None else f"{row.cpu_s:.0f}",
             "" if row.peak_bytes is None else f"{row.peak_bytes / 2**30:.2f}",
         ]
         for row in rows
     ]  # fmt: skip
-    header = ["arm", "perplexity", "KL", "nats over bf16", "KL over package", "CPU s", "peak GiB"]
+    header = ["held out", "arm", "perplexity", "KL", "nats over bf16", "KL over package", "CPU s", "peak GiB"]
     return tables.table(header, lines)
 
 
