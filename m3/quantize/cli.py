@@ -14,9 +14,10 @@ from m3.terminal import Bar, Debug, Threads, console, one_line_errors, set_threa
 
 if TYPE_CHECKING:
     from m3.models.tokenizer import Tokenizer
-    from m3.quantize.job import Report, ShardRecord
+    from m3.quantize.record import Report, ShardRecord
 
 MB, GB = 1e6, 1e9
+LEAST_TOKENS = 256  # of an expert (ours: some hundreds tell the directions that its inputs have)
 HELD_OUT_TOKENS = 256  # of each held-out passage (ours: what a small checkpoint passes through in seconds)
 
 
@@ -65,8 +66,11 @@ def quantize(
     iterations: Annotated[int, typer.Option("--iterations", min=0, help="Of autoround, for each layer.")] = 200,
     act_order: Annotated[bool, typer.Option("--act-order", help="gptq: columns in the order of their inputs.")] = False,
     least_tokens: Annotated[
-        int, typer.Option("--least-tokens", min=0, help="Every expert learns from so many tokens at least.")
-    ] = 0,
+        int | None,
+        typer.Option(
+            "--least-tokens", min=0, help=f"Every expert learns from so many tokens at least. Default: {LEAST_TOKENS}."
+        ),
+    ] = None,
     apart: Annotated[
         bool, typer.Option("--experts-apart", help="autoround: an expert at a time, in the memory of one.")
     ] = False,
@@ -102,8 +106,9 @@ def quantize(
     from m3.quantize.scheme import Scheme
 
     set_threads(threads)
-    gptq = GptqConfig(act_order=act_order, least_tokens=least_tokens)
-    autoround = AutoRoundConfig(iterations=iterations, least_tokens=least_tokens, apart=apart, seed=seed)
+    least = LEAST_TOKENS if least_tokens is None else least_tokens
+    gptq = GptqConfig(act_order=act_order, least_tokens=least)
+    autoround = AutoRoundConfig(iterations=iterations, least_tokens=least, apart=apart, seed=seed)
     if range_ is not None:
         gptq = dataclasses.replace(gptq, start=str(range_))
         autoround = dataclasses.replace(autoround, start=str(range_))
@@ -123,7 +128,7 @@ def quantize(
     tokenizer = Tokenizer(folder) if (folder / "tokenizer.json").is_file() else None
     ids = None
     if config.method != "rtn" or keep_budget is not None:
-        wanted = CalibrationConfig(samples=samples, tokens=tokens, seed=seed, least_tokens=least_tokens)
+        wanted = CalibrationConfig(samples=samples, tokens=tokens, seed=seed, least_tokens=least)
         with Bar("calibration") as bar:
             store = part_of(out) / RESPONSES
             ids = calibration_of(calibration, folder, wanted, store=store, progress=bar.step).stacked()
@@ -203,6 +208,13 @@ def summarise(report: Report, out: Path, group_size: int, folder: Path) -> None:
     lines.append(f"{report.seconds:.0f} s, peak memory {report.peak_memory / GB:.2f} GB; {out / 'report.html'}")
     for line in lines:
         console.print(line, highlight=False, soft_wrap=True)
+    if report.blind:
+        console.print(
+            f"note: {report.blind} experts learnt from no token; --least-tokens 256 gives them the likeliest ones",
+            style="yellow",
+            highlight=False,
+            soft_wrap=True,
+        )
     model = DecoderConfig.from_hf(read_json(folder / CONFIG))
     widths = {model.hidden_size, model.num_heads * model.head_dim}
     widths |= {model.moe_intermediate_size} if model.num_experts else {model.intermediate_size}

@@ -138,16 +138,15 @@ def pick(coverage: Coverage, samples: int, least: int) -> list[int]:
     return found
 
 
-def draw(coverage: Coverage, path: str | Path, *, least: int = 0) -> None:
-    """A heat map as PNG: layers down, experts across, tokens in colour; experts below ``least`` are marked."""
+def heat_map(total: Tensor, layers: Sequence[int], least: int = 0) -> Any:
+    """A matplotlib Figure of (M, E) tokens: layers down, experts across; experts below ``least`` are marked."""
     import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.colors import LogNorm
     from matplotlib.figure import Figure
 
-    total = coverage.total()
-    layers, experts = total.shape
-    figure = Figure(figsize=(min(16.0, 3 + experts * 0.16), min(14.0, 1.6 + layers * 0.16)), layout="constrained")
+    rows, experts = total.shape
+    figure = Figure(figsize=(min(16.0, 3 + experts * 0.16), min(14.0, 1.6 + rows * 0.16)), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     colours = matplotlib.colormaps["viridis"].with_extremes(bad="black")
@@ -156,12 +155,17 @@ def draw(coverage: Coverage, path: str | Path, *, least: int = 0) -> None:
         shown, aspect="auto", cmap=colours, norm=LogNorm(1, max(2, int(total.max()))), interpolation="nearest"
     )
     figure.colorbar(image, ax=axes, label="tokens (black: none)")
-    rows, columns = (total < least).nonzero(as_tuple=True)
-    if len(rows):
-        axes.plot(columns.tolist(), rows.tolist(), "x", color="red", markersize=4, label=f"fewer than {least}")
+    down, across = (total < least).nonzero(as_tuple=True)
+    if len(down):
+        axes.plot(across.tolist(), down.tolist(), "x", color="red", markersize=4, label=f"fewer than {least}")
         axes.legend(loc="lower left", bbox_to_anchor=(0, 1), fontsize="small")
     axes.set_xlabel("expert")
     axes.set_ylabel("layer")
-    step = max(1, layers // 24)
-    axes.set_yticks(range(0, layers, step), [str(layer) for layer in coverage.layers[::step]])
-    figure.savefig(path, dpi=100, metadata={"Software": None})
+    step = max(1, rows // 24)
+    axes.set_yticks(range(0, rows, step), [str(layer) for layer in layers[::step]])
+    return figure
+
+
+def draw(coverage: Coverage, path: str | Path, *, least: int = 0) -> None:
+    """The heat map as PNG."""
+    heat_map(coverage.total(), coverage.layers, least).savefig(path, dpi=100, metadata={"Software": None})

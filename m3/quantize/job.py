@@ -39,11 +39,12 @@ from m3.models.decoder import RMSNorm
 from m3.models.loader import EMBEDDING, HEAD, LAYER, NORM
 from m3.quantize import autoround, gptq
 from m3.quantize.autoround import AutoRoundConfig
-from m3.quantize.block import FUSED_DOWN, FUSED_GATE_UP, Block
+from m3.quantize.block import FUSED_DOWN, FUSED_GATE_UP, Block, batches
 from m3.quantize.budget import UNITS
 from m3.quantize.evaluate import Comparison, Head, Tally
 from m3.quantize.export import COMPANIONS, quantization_config
 from m3.quantize.gptq import GptqConfig
+from m3.quantize.record import LinearError, Report, ShardRecord
 from m3.quantize.round_to_nearest import BF16_BYTES
 from m3.quantize.scheme import Rounded, Scheme, nearest
 from m3.quantize.sensitivity import Dequantised, units_of
@@ -94,6 +95,11 @@ class JobConfig:
         if self.batch < 1:
             raise refuse("quantize", "batch", "1 or more", self.batch)
 
+    @property
+    def least_tokens(self) -> int:
+        """That every expert learns from; 0 if the method learns nothing."""
+        return {"gptq": self.gptq.least_tokens, "autoround": self.autoround.least_tokens}.get(self.method, 0)
+
     def settings(self) -> dict[str, Any]:
         """What decides about the result, as JSON holds it."""
         fields = dataclasses.asdict(self)
@@ -102,56 +108,6 @@ class JobConfig:
                 del fields[name]
         fields["scheme"]["scale_dtype"] = str(self.scheme.scale_dtype).removeprefix("torch.")
         return json.loads(json.dumps(fields))
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class LinearError:
-    """Squared error over squared size, of a weight and of its outputs on some tokens (None: no tokens came)."""
-
-    weight: float
-    output: float | None
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class ShardRecord:
-    """A finished shard. layer: -1 for what is in no layer. hidden_error: of the hidden states after the layer, all
-    layers up to it quantised, squared error over squared size."""
-
-    layer: int
-    file: str
-    sha256: str
-    nbytes: int  # of tensors
-    linears: int  # bytes of the quantised linears, packed
-    linears_bf16: int  # bytes that they take in bf16
-    errors: dict[str, LinearError]
-    hidden_error: float | None
-    seconds: float
-    peak_memory: int  # bytes of this process so far
-
-    @classmethod
-    def of(cls, fields: Mapping[str, Any]) -> ShardRecord:
-        """The record of a line."""
-        errors = {name: LinearError(**error) for name, error in fields["errors"].items()}
-        return cls(**{**fields, "errors": errors})
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Report:
-    """What a run did."""
-
-    settings: dict[str, Any]
-    calibration: tuple[int, int]  # sequences and tokens of each
-    shards: tuple[ShardRecord, ...]
-    nbytes: int  # of the checkpoint's tensors
-    nbytes_before: int
-    comparison: Comparison | None
-    seconds: float  # of the layers, in all runs that it took
-    peak_memory: int
-
-    @property
-    def linears(self) -> tuple[int, int]:
-        """Bytes of the quantised linears: packed, and in bf16."""
-        return sum(one.linears for one in self.shards), sum(one.linears_bf16 for one in self.shards)
 
 
 def part_of(out: Path) -> Path:
@@ -310,7 +266,7 @@ class _Job:
             tensors |= packed
             linears, linears_bf16 = total_bytes(packed), weight.numel() * BF16_BYTES
         self.write(0, tensors)
-        return self.fields(tensors, linears, linears_bf16, errors, None)
+        return self.fields(tensors, linears, linears_bf16, errors, None, None)
 
     def layer(self, index: int, progress: Progress) -> dict[str, Any]:
         """The shard of a layer, and the states after it."""
@@ -332,6 +288,9 @@ class _Job:
             write_states(self.states(index + 1, "int4"), self.forward(block, int4, weights))
             hidden_error = distance(after, self.open(index + 1, "int4"))
         errors = self.errors(block, weights, full)
+        experts = None
+        if block.has_experts and full is not None and int4 is not None and self.calibration:
+            experts = self.tokens_of_experts(block, (int4 if self.config.quantised_prefix else full))
         packed: dict[str, Tensor] = {}
         for name, one in rounded.items():
             packed |= packed_tensors(prefix + name, one)
@@ -339,7 +298,7 @@ class _Job:
         linears_bf16 = sum(block.weights[name].numel() for name in rounded) * BF16_BYTES
         self.write(index + 1, made)
         self.shards.close()
-        return self.fields(made, total_bytes(packed), linears_bf16, errors, hidden_error)
+        return self.fields(made, total_bytes(packed), linears_bf16, errors, hidden_error, experts)
 
     def fields(
         self,
@@ -348,8 +307,11 @@ class _Job:
         linears_bf16: int,
         errors: dict[str, LinearError],
         hidden_error: float | None,
+        experts: tuple[list[int], list[int]] | None,
     ) -> dict[str, Any]:
         return {
+            "routed": None if experts is None else experts[0],
+            "forced": None if experts is None else experts[1],
             "nbytes": total_bytes(tensors),
             "linears": linears,
             "linears_bf16": linears_bf16,
@@ -429,6 +391,15 @@ class _Job:
                 stop += 1
             yield from block.forward(torch.stack(states[start:stop]), weights)
             start = stop
+
+    def tokens_of_experts(self, block: Block, inputs: States) -> tuple[list[int], list[int]]:
+        """(routed, forced) as in ShardRecord."""
+        routed = torch.zeros(block.config.num_experts, dtype=torch.int64)
+        count = len(self.calibration)
+        for hidden in batches(inputs[:count], self.config.batch):
+            routed += block.routing(hidden).tokens_per_expert()
+        forced = (min(self.config.least_tokens, sum(inputs.lengths[:count])) - routed).clamp(min=0)
+        return routed.tolist(), forced.tolist()
 
     @torch.no_grad()
     def errors(self, block: Block, weights: Mapping[str, Tensor], full: States | None) -> dict[str, LinearError]:

@@ -12,12 +12,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import jinja2
+import torch
 
 from m3.checkpoint import write_json
+from m3.quantize.coverage import heat_map
 from m3.quantize.evaluate import Estimate
 
 if TYPE_CHECKING:
-    from m3.quantize.job import Report
+    from m3.quantize.record import Report
 
 RESULT, PAGE = "report.json", "report.html"
 WORST = 12  # linears in the table
@@ -83,6 +85,15 @@ def render(report: Report) -> str:
         ("time", f"{report.seconds:.1f} s"),
         ("peak memory", f"{report.peak_memory / GB:.2f} GB"),
     ]
+    experts = [shard for shard in report.shards if shard.routed is not None]
+    if experts:
+        fewest = min(min(shard.routed or (0,)) for shard in experts)
+        forced = [tokens for shard in experts for tokens in shard.forced or ()]
+        facts += [
+            ("fewest tokens that a router gave an expert", f"{fewest}"),
+            ("forced on experts that had too few", f"{sum(forced)} tokens, {sum(map(bool, forced))} experts"),
+            ("experts that learnt from no token", f"{report.blind}"),
+        ]
     errors = {
         f"{'' if shard.layer < 0 else f'model.layers.{shard.layer}.'}{name}": error
         for shard in report.shards
@@ -147,6 +158,10 @@ def figures(report: Report) -> list[tuple[Any, str]]:
         figure, one = axes("seconds", "linear")
         one.bar([shard.layer for shard in layers], [shard.seconds for shard in layers])
         made.append((svg(figure), "Time of each layer"))
+    experts = [shard for shard in layers if shard.routed is not None]
+    if experts:
+        total = torch.tensor([shard.routed for shard in experts])
+        made.append((svg(heat_map(total, [shard.layer for shard in experts])), "Tokens that routers gave experts"))
     return made
 
 

@@ -23,7 +23,9 @@ from m3.models.hub import resolve
 from m3.models.int4_linear import Int4Linear
 from m3.models.loader import load_model
 from m3.quantize.autoround import AutoRoundConfig
+from m3.quantize.coverage import count
 from m3.quantize.evaluate import compare_models
+from m3.quantize.gptq import GptqConfig
 from m3.quantize.job import JOURNAL, quantize_checkpoint
 from m3.quantize.report import render
 from m3.quantize.round_to_nearest import RoundConfig, quantize_model
@@ -103,6 +105,33 @@ def test_config_names_what_is_left_out(tmp_path):
     assert (found["bits"], found["group_size"], found["sym"], found["desc_act"]) == (4, 32, True, False)
     written = load_model(tmp_path / "out")
     assert torch.equal(written.blocks[1].mlp.down.weight, load_model(tmp_path / "model").blocks[1].mlp.down.weight)
+
+
+def test_no_expert_learns_from_nothing(tmp_path):
+    make_checkpoint(tmp_path / "model", "qwen3_moe-one-dense-layer")
+    ids = tokens(6, 24)
+
+    def rare(tensors):  # the router of layer 2 never chooses its last expert: one of w and -w is always above 0
+        gate = tensors["model.layers.2.mlp.gate.weight"]
+        gate[:4] = torch.cat([gate[:2], -gate[:2]])
+        gate[4:] = 0
+
+    def report_of(least):
+        config = config_of("gptq", gptq=GptqConfig(least_tokens=least), quantised_prefix=False)
+        return quantize_checkpoint(tmp_path / "model", tmp_path / f"out{least}", config, calibration=ids)
+
+    edit_weights(tmp_path / "model", rare)
+    blind, fed = report_of(0), report_of(32)
+    found = count(load_model(tmp_path / "model"), list(ids)).total()
+    for row, layer in enumerate((0, 2)):
+        assert blind.shards[layer + 1].routed == found[row].tolist()
+        assert min(map(sum, zip(fed.shards[layer + 1].routed, fed.shards[layer + 1].forced, strict=True))) >= 32
+    assert blind.shards[2].routed is None
+    assert blind.blind == (found == 0).sum() > 0
+    assert fed.blind == 0
+    page = render(fed)
+    assert f"{sum(map(sum, (shard.forced or () for shard in fed.shards)))} tokens" in page
+    assert "Tokens that routers gave experts" in page
 
 
 def test_a_part_of_a_product_cannot_be_kept(model, tmp_path):
