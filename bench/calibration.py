@@ -4,7 +4,7 @@
     self         the model's own responses to prompts of four domains (m3.quantize.calibration)
     self_rare    twice as many responses, those kept that serve rare experts, and tokens forced on experts that still
                  have fewer than --least
-    methods      rtn (which needs none), gptq, autoround
+    methods      rtn (which needs none), gptq, autoround; autoround_apart: each expert alone, for its own output
 
 Model: bench/small_moe.py. All sets have as many tokens. Held out: the model's own responses drawn with another seed,
 and the mixed text of m3.quantize.perplexity. Measured on the layers as they are, so that an expert's error is its own:
@@ -46,7 +46,7 @@ from m3.quantize.scheme import Rounded, Scheme, nearest
 
 DOCUMENT = record.ROOT / "docs" / "experiments"
 GENERIC, OWN, RARE, NONE = "generic", "self", "self_rare", "none"
-SETS, METHODS = (GENERIC, OWN, RARE), ("rtn", "gptq", "autoround")
+SETS, METHODS = (GENERIC, OWN, RARE), ("rtn", "gptq", "autoround", "autoround_apart")
 HELD_OUT_SEED = 1_000
 FEW = 16  # held-out tokens; an expert with fewer has no error to speak of
 DRAWS = 2000  # of the bootstrap
@@ -152,7 +152,11 @@ def quantised(layers: Layers, ids: Tensor, method: str, least: int, seed: int, p
             rounded = gptq.quantise_block(block, seen, targets, scheme, columns)
         else:
             learning = autoround.AutoRoundConfig(
-                iterations=plan.iterations, batch=plan.batch, least_tokens=least, seed=seed
+                iterations=plan.iterations,
+                batch=plan.batch,
+                least_tokens=least,
+                seed=seed,
+                apart=method == "autoround_apart",
             )
             rounded = autoround.quantise_block(block, seen, targets, scheme, learning)
         found.append(rounded)

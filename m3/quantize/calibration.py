@@ -133,11 +133,13 @@ def calibration_of(
         ValueError: a file that cannot be read or is too short, responses of another model or for other settings in
             ``store``, a model that says too little.
     """
-    tokenizer, sizes = Tokenizer(model), DecoderConfig.from_hf(read_json(Path(model) / "config.json"))
-    if config.tokens > sizes.max_position_embeddings:
-        raise refuse("calibration", "tokens", f"at most the model's {sizes.max_position_embeddings}", config.tokens)
+    tokenizer, fields = Tokenizer(model), read_json(Path(model) / "config.json")
+    most = fields.get("max_position_embeddings")
+    if isinstance(most, int) and config.tokens > most:
+        raise refuse("calibration", "tokens", f"at most the model's {most}", config.tokens)
     if str(source) != SELF:
         return from_file(source, tokenizer, config)
+    sizes = DecoderConfig.from_hf(fields)
     loaded: list[Decoder] = []
 
     def load() -> Decoder:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from m3.terminal import Bar, Debug, Threads, console, one_line_errors, set_threads
+from m3kernels.checks import refuse
 
 if TYPE_CHECKING:
     from m3.models.tokenizer import Tokenizer
@@ -27,6 +28,7 @@ class Method(enum.StrEnum):
     rtn = "rtn"
     gptq = "gptq"
     autoround = "autoround"
+    package = "package"
 
 
 class Range(enum.StrEnum):
@@ -42,7 +44,12 @@ def quantize(
     model: Annotated[str, typer.Argument(help="A checkpoint folder, a built-in name, or owner/name on the hub.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="New folder (GPTQ form, for m3, vLLM, gptqmodel).")],
     method: Annotated[
-        Method, typer.Option("--method", help="rtn: nearest, no calibration; gptq; autoround: learnt, best, slowest.")
+        Method,
+        typer.Option(
+            "--method",
+            help="rtn: nearest, no calibration; gptq; autoround: learnt, best, slowest; "
+            "package: the PyPI package auto-round, for models of other architectures.",
+        ),
     ] = Method.rtn,
     group_size: Annotated[
         int, typer.Option("--group-size", help="Columns that share a scale: 32, 64, 128, ... or -1 for a whole row.")
@@ -102,6 +109,7 @@ def quantize(
     from m3.quantize.calibration import CalibrationConfig, calibration_of
     from m3.quantize.gptq import GptqConfig
     from m3.quantize.job import JOURNAL, RESPONSES, JobConfig, check_out, part_of, quantize_checkpoint
+    from m3.quantize.package import quantize_with_package
     from m3.quantize.report import write_page
     from m3.quantize.scheme import Scheme
 
@@ -112,8 +120,12 @@ def quantize(
     if range_ is not None:
         gptq = dataclasses.replace(gptq, start=str(range_))
         autoround = dataclasses.replace(autoround, start=str(range_))
+    if method == Method.package and (keep or keep_budget or head or float_prefix):
+        raise refuse(
+            "quantize", "--keep, --keep-budget, --head, --float-prefix", "a method of ours", "--method package"
+        )
     config = JobConfig(
-        method=str(method),
+        method="rtn" if method == Method.package else str(method),
         scheme=Scheme(group_size=group_size, symmetric=symmetric),
         range=str(range_ or Range.weighted),
         gptq=gptq,
@@ -127,11 +139,16 @@ def quantize(
     check_out(out)
     tokenizer = Tokenizer(folder) if (folder / "tokenizer.json").is_file() else None
     ids = None
-    if config.method != "rtn" or keep_budget is not None:
+    if method != Method.rtn or keep_budget is not None:
         wanted = CalibrationConfig(samples=samples, tokens=tokens, seed=seed, least_tokens=least)
         with Bar("calibration") as bar:
             store = part_of(out) / RESPONSES
             ids = calibration_of(calibration, folder, wanted, store=store, progress=bar.step).stacked()
+    if method == Method.package:
+        assert ids is not None
+        quantize_with_package(folder, out, config.scheme, autoround, ids)
+        console.print(f"{out}", highlight=False, soft_wrap=True)
+        return
     if keep_budget is not None and ids is not None:
         with Bar("measuring linears") as bar:
             found = keep_under_budget(folder, keep_budget, ids, config.scheme, config.range, part_of(out), bar.step)
