@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -23,28 +24,32 @@ Threads = Annotated[
     int | None, typer.Option("--threads", min=1, help="Threads of torch and the kernels; default: all cores.")
 ]
 
+ERRORS = {  # of ours that a user can cause: class by module
+    "m3.environment.pipeline": "PipelineError",
+    "m3.models.hub": "FetchError",
+    "m3.rewards.rubric_evolution": "MiningError",
+    "m3.rewards.verdict": "UnjudgedError",
+    "m3.rollout.chat": "ChatError",
+    "m3.train.stage": "NonFiniteError",
+    "m3kernels": "BackendError",
+}
+
+
+def told() -> list[type[Exception]]:
+    """The classes of ERRORS, but for those of modules that are not loaded: they cannot have been raised."""
+    return [
+        getattr(sys.modules[module], name) for module, name in ERRORS.items() if hasattr(sys.modules.get(module), name)
+    ]
+
 
 def one_line_errors(command: Callable[..., None]) -> Callable[..., None]:
     """Turn what a user can cause into one line and exit code 1."""
 
     @functools.wraps(command)
     def run(*args: Any, debug: bool = False, **kwargs: Any) -> None:
-        from m3.environment.pipeline import PipelineError
-        from m3.models.hub import FetchError
-        from m3.rewards.rubric_evolution import MiningError
-        from m3.rewards.verdict import UnjudgedError
-        from m3.rollout.chat import ChatError
-        from m3.train.stage import NonFiniteError
-        from m3kernels import BackendError
-
-        known = (
-            *(ValueError, OSError, FetchError, BackendError, ChatError),
-            *(MiningError, NonFiniteError, PipelineError, UnjudgedError),
-        )
-
         try:
             command(*args, debug=debug, **kwargs)
-        except known as error:
+        except (ValueError, OSError, *told()) as error:
             if debug:
                 raise
             errors.print(

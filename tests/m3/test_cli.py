@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -72,6 +74,18 @@ def test_a_damaged_checkpoint_is_one_line(folder):
     text = run("generate", folder, "-p", "x", code=1)
     assert "model.safetensors: want a safetensors file; got 100 bytes" in text
     assert len(text.strip().splitlines()) == 1
+
+
+def test_an_error_is_one_line_without_the_clinic(tmp_path):
+    """With the extra m3 alone: what only the extra clinic brings is not there."""
+    absent = ("json_source_map", "bm25s", "redis", "openai", "uvicorn", "transformers")
+    command = ["generate", str(tmp_path / "nowhere"), "-p", "x"]
+    program = f"import sys\nsys.modules |= dict.fromkeys({absent})\nfrom m3.cli import app\napp({command})"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: ")
+    assert "nowhere" in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
 
 
 def test_debug_shows_the_traceback(tmp_path):
