@@ -79,7 +79,8 @@ class CalibrationRow:
 
     least_tokens, empty, below: of the least served expert; experts with none; experts with fewer than the plan's
     ``least`` (means over seeds, of what the router gives). forced: tokens, in all. worst, mean: error of experts.
-    kl, nats: per token, on the model's own words; mixed_kl, mixed_nats: on the mixed text.
+    kl, nats: per token, on the model's own words; mixed_kl, mixed_nats: on the mixed text. kl_over_generic: the kl less
+    that of the same method calibrated on generic text, seed by seed and sequence by sequence.
     """
 
     method: str
@@ -93,6 +94,7 @@ class CalibrationRow:
     worst: Interval
     mean: Interval
     kl: Interval
+    kl_over_generic: Interval | None
     nats: Interval
     mixed_kl: Interval
     mixed_nats: Interval
@@ -271,13 +273,21 @@ def interval(values: np.ndarray, weights: np.ndarray | None = None) -> Interval:
 
 
 def row_of(
-    plan: Plan, method: str, kind: str, seeds: Sequence[int], told: Sequence[Mapping[str, Any]]
+    plan: Plan,
+    method: str,
+    kind: str,
+    seeds: Sequence[int],
+    told: Sequence[Mapping[str, Any]],
+    generic: Sequence[Mapping[str, Any]] | None = None,
 ) -> CalibrationRow:
     errors = np.array([one["errors"] for one in told]).reshape(len(told), -1)
     known = ~np.isnan(errors).any(0)  # experts that are measured in every seed; held-out tokens are the same
     worst = errors[:, known].max(1)
     own, mixed = (np.array([one[name] for one in told]) for name in ("own", "mixed"))
     routed = np.array([one["routed"] for one in told], dtype=float) if told[0]["routed"] else None
+    over = None
+    if generic is not None:
+        over = interval(own[:, :, 0] - np.array([one["own"] for one in generic])[:, :, 0], own[:, :, 2])
     commit, dirty = record.commit()
     shown = {key: value for key, value in dataclasses.asdict(plan).items() if key not in ("out", "seeds")}
     return CalibrationRow(
@@ -292,6 +302,7 @@ def row_of(
         worst=(float(worst.mean()), float(worst.min()), float(worst.max())),  # least and largest of the seeds
         mean=interval(errors[:, known]),
         kl=interval(own[:, :, 0], own[:, :, 2]),
+        kl_over_generic=over,
         nats=interval(own[:, :, 1], own[:, :, 2]),
         mixed_kl=interval(mixed[:, :, 0], mixed[:, :, 2]),
         mixed_nats=interval(mixed[:, :, 1], mixed[:, :, 2]),
@@ -322,12 +333,14 @@ def table(rows: Sequence[CalibrationRow]) -> str:
         "worst expert",
         "mean",
         "KL",
+        "over generic",
         "KL, mixed text",
     ]
     lines = [
         [
             row.method, row.calibration, number(row.least_tokens), number(row.below), number(row.forced),
-            figure(row.worst, ".4f"), figure(row.mean, ".4f"), figure(row.kl, ".5f"), figure(row.mixed_kl, ".5f"),
+            figure(row.worst, ".4f"), figure(row.mean, ".4f"), figure(row.kl, ".5f"),
+            "" if row.kl_over_generic is None else figure(row.kl_over_generic, ".5f"), figure(row.mixed_kl, ".5f"),
         ]
         for row in rows
     ]  # fmt: skip
@@ -383,7 +396,10 @@ def main() -> int:
         for kind in (NONE,) if method == "rtn" else SETS:
             seeds = plan.seeds[:1] if kind == NONE else plan.seeds
             told[method, kind] = [run(plan, model, method, kind, seed) for seed in seeds]
-    rows = [row_of(plan, *arm, plan.seeds[: len(one)], one) for arm, one in told.items()]
+    rows = [
+        row_of(plan, *arm, plan.seeds[: len(one)], one, told.get((arm[0], GENERIC)) if arm[1] != GENERIC else None)
+        for arm, one in told.items()
+    ]
     print(table(rows))
     if given.document is not None:
         lines = [json.dumps(dataclasses.asdict(row), allow_nan=False) + "\n" for row in rows]
