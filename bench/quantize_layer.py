@@ -33,14 +33,14 @@ from torch import Tensor
 
 from bench import harness, record, tables
 from m3.checkpoint import CONFIG, INDEX, Checkpoint, write_json
+from m3.models.decoder import DecoderConfig
 from m3.models.loader import EMBEDDING, HEAD, LAYER, NORM
 from m3.quantize.autoround import AutoRoundConfig
-from m3.quantize.block import EXPERT, ROUTER
+from m3.quantize.block import EXPERT, ROUTER, Block
 from m3.quantize.coverage import Coverage, counts_of
 from m3.quantize.gptq import GptqConfig
 from m3.quantize.job import JOURNAL, METHODS, JobConfig, quantize_checkpoint
 from m3.quantize.scheme import Scheme
-from m3.quantize.shards import Shards
 from m3.quantize.states import ROW_BYTES
 
 RESULTS = record.RESULTS / "quantize" / "layer.jsonl"
@@ -73,7 +73,18 @@ class Plan:
     least_tokens: int = 128
     group_size: int = 128
     threads: int = 2
-    shape: Mapping[str, Any] = dataclasses.field(default_factory=lambda: QWEN3_235B_A22B)
+    experts: int = QWEN3_235B_A22B["num_experts"]
+
+    @property
+    def shape(self) -> dict[str, Any]:
+        """config.json; of fewer experts each still gets its share of the tokens."""
+        whole = QWEN3_235B_A22B["num_experts"]
+        chosen = max(1, QWEN3_235B_A22B["num_experts_per_tok"] * self.experts // whole)
+        return {**QWEN3_235B_A22B, "num_experts": self.experts, "num_experts_per_tok": chosen}
+
+    @property
+    def model(self) -> Path:
+        return self.folder / f"model-{self.experts}"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -82,6 +93,8 @@ class LayerRow:
 
     arm: str
     shape: str
+    experts: int
+    experts_per_token: int
     samples: int
     tokens: int
     iterations: int | None
@@ -163,12 +176,14 @@ def token_ids(plan: Plan) -> Tensor:
 @torch.no_grad()
 def coverage(model: Path, ids: Tensor) -> Coverage:
     """What the router gives the experts of these tokens."""
-    source = Shards(model)
-    block = source.block(0, source.layer(0))
-    embedding = source.get(EMBEDDING)
-    found = [block.routing(embedding[row][None].float()).ids for row in ids]
-    counts = torch.stack([counts_of(one, 1, source.model.num_experts) for one in found])
-    return Coverage(layers=(0,), counts=counts, tokens=ids.numel())
+    source, prefix = Checkpoint(model), LAYER.format(0)
+    config = DecoderConfig.from_hf(source.config)
+    layer = {name.removeprefix(prefix): source.get(name) for name in source.names if name.startswith(prefix)}
+    block, embedding = Block.from_tensors(config, layer), source.get(EMBEDDING)
+    counts = torch.cat(
+        [counts_of(block.routing(embedding[row][None].float()).ids, 1, config.num_experts) for row in ids]
+    )
+    return Coverage(layers=(0,), counts=counts[:, None], tokens=ids.numel())
 
 
 # -- one arm ----------------------------------------------------------------------------------------------------------
@@ -192,7 +207,7 @@ def quantise(plan: Plan, arm: str) -> dict[str, Any]:
 
     cpu, start = time.process_time(), time.perf_counter()
     report = quantize_checkpoint(
-        plan.folder / "model", plan.folder / arm, config_of(plan, arm), calibration=token_ids(plan), progress=progress
+        plan.model, plan.folder / arm, config_of(plan, arm), calibration=token_ids(plan), progress=progress
     )
     end = time.perf_counter()
     return {
@@ -246,7 +261,7 @@ def check(before: Checkpoint, after: Checkpoint, error: float | None) -> None:
 
 def measured(plan: Plan, arm: str, covered: Coverage) -> LayerRow:
     """One arm; its files are deleted."""
-    model, out = plan.folder / "model", plan.folder / arm
+    model, out = plan.model, plan.folder / arm
     cost = in_a_process(plan, arm)
     before, after = Checkpoint(model), Checkpoint(out)
     check(before, after, cost["hidden_error"])
@@ -256,7 +271,7 @@ def measured(plan: Plan, arm: str, covered: Coverage) -> LayerRow:
     experts = covered.experts(plan.least_tokens)
     commit, dirty = record.commit()
     row = LayerRow(
-        arm=arm, shape=SHAPE, samples=plan.samples, tokens=plan.tokens,
+        arm=arm, shape=SHAPE, experts=plan.experts, experts_per_token=plan.shape["num_experts_per_tok"], samples=plan.samples, tokens=plan.tokens,
         iterations=plan.iterations if arm == "autoround" else None, least_tokens=plan.least_tokens,
         group_size=plan.group_size, threads=plan.threads, **cost,
         layer_bytes=sum(tensor.numel() * tensor.element_size() for tensor in layer),
@@ -275,7 +290,7 @@ def measured(plan: Plan, arm: str, covered: Coverage) -> LayerRow:
 
 def run(plan: Plan, say: Callable[[str], None]) -> Iterator[LayerRow]:
     """All arms, one after another."""
-    model = plan.folder / "model"
+    model = plan.model
     if not (model / CONFIG).is_file():
         say("writing the layer")
         make_layer(model, plan.shape)
@@ -311,6 +326,7 @@ def add_options(options: argparse.ArgumentParser) -> None:
     options.add_argument("--tokens", type=int, default=Plan.tokens, help="of a sample")
     options.add_argument("--iterations", type=int, default=Plan.iterations, help="of autoround, for each expert")
     options.add_argument("--least-tokens", type=int, default=Plan.least_tokens, help="that every expert gets")
+    options.add_argument("--experts", type=int, default=Plan.experts, help="128 make the layer; fewer a part of it")
     options.add_argument("--threads", type=int, default=Plan.threads)
     options.add_argument("--results", type=Path, default=RESULTS, help=f"JSON lines to add to ({RESULTS.name})")
 
@@ -319,7 +335,7 @@ def carry_out(given: argparse.Namespace) -> int:
     """Measure and print what the options ask for."""
     plan = Plan(
         folder=given.out.resolve(), arms=tuple(given.arms), samples=given.samples, tokens=given.tokens,
-        iterations=given.iterations, least_tokens=given.least_tokens, threads=given.threads,
+        iterations=given.iterations, least_tokens=given.least_tokens, threads=given.threads, experts=given.experts,
     )  # fmt: skip
     rows = []
     given.results.parent.mkdir(parents=True, exist_ok=True)
