@@ -42,6 +42,7 @@ from m3.quantize.gptq import GptqConfig
 from m3.quantize.job import JOURNAL, METHODS, JobConfig, quantize_checkpoint
 from m3.quantize.scheme import Scheme
 from m3.quantize.states import ROW_BYTES
+from m3kernels.int4.quantize import METHODS as RANGES
 
 RESULTS = record.RESULTS / "quantize" / "layer.jsonl"
 SHAPE = "Qwen3-235B-A22B"
@@ -74,6 +75,7 @@ class Plan:
     group_size: int = 128
     threads: int = 2
     experts: int = QWEN3_235B_A22B["num_experts"]
+    range: str | None = None
 
     @property
     def shape(self) -> dict[str, Any]:
@@ -95,6 +97,7 @@ class LayerRow:
     shape: str
     experts: int
     experts_per_token: int
+    range: str | None  # that all methods were told to begin from; None: each its own default
     samples: int
     tokens: int
     iterations: int | None
@@ -188,11 +191,20 @@ def coverage(model: Path, ids: Tensor) -> Coverage:
 
 # -- one arm ----------------------------------------------------------------------------------------------------------
 def config_of(plan: Plan, arm: str) -> JobConfig:
-    return JobConfig(
+    learnt = AutoRoundConfig(iterations=plan.iterations, least_tokens=plan.least_tokens, apart=True)
+    config = JobConfig(
         method=arm,
         scheme=Scheme(group_size=plan.group_size),
         gptq=GptqConfig(least_tokens=plan.least_tokens),
-        autoround=AutoRoundConfig(iterations=plan.iterations, least_tokens=plan.least_tokens, apart=True),
+        autoround=learnt,
+    )
+    if plan.range is None:
+        return config
+    return dataclasses.replace(
+        config,
+        range=plan.range,
+        gptq=dataclasses.replace(config.gptq, start=plan.range),
+        autoround=dataclasses.replace(learnt, start=plan.range),
     )
 
 
@@ -229,14 +241,17 @@ def own_bytes(process: int) -> int:
 
 
 def in_a_process(plan: Plan, arm: str) -> dict[str, Any]:
-    """``quantise`` in a process of its own, watched."""
+    """``quantise`` in a process of its own, watched; it ends with this one."""
     settings = {**dataclasses.asdict(plan), "folder": str(plan.folder), "arm": arm}
     command = [sys.executable, "-m", "bench.quantize_layer", json.dumps(settings)]
     child = subprocess.Popen(command, cwd=record.ROOT, stdout=subprocess.PIPE, text=True)
     most = 0
-    while child.poll() is None:
-        most = max(most, own_bytes(child.pid))
-        time.sleep(SAMPLE_S)
+    try:
+        while child.poll() is None:
+            most = max(most, own_bytes(child.pid))
+            time.sleep(SAMPLE_S)
+    finally:
+        child.kill()
     assert child.stdout is not None
     text = child.stdout.read()
     if child.returncode:
@@ -271,7 +286,8 @@ def measured(plan: Plan, arm: str, covered: Coverage) -> LayerRow:
     experts = covered.experts(plan.least_tokens)
     commit, dirty = record.commit()
     row = LayerRow(
-        arm=arm, shape=SHAPE, experts=plan.experts, experts_per_token=plan.shape["num_experts_per_tok"], samples=plan.samples, tokens=plan.tokens,
+        arm=arm, shape=SHAPE, experts=plan.experts, experts_per_token=plan.shape["num_experts_per_tok"],
+        range=plan.range, samples=plan.samples, tokens=plan.tokens,
         iterations=plan.iterations if arm == "autoround" else None, least_tokens=plan.least_tokens,
         group_size=plan.group_size, threads=plan.threads, **cost,
         layer_bytes=sum(tensor.numel() * tensor.element_size() for tensor in layer),
@@ -327,6 +343,7 @@ def add_options(options: argparse.ArgumentParser) -> None:
     options.add_argument("--iterations", type=int, default=Plan.iterations, help="of autoround, for each expert")
     options.add_argument("--least-tokens", type=int, default=Plan.least_tokens, help="that every expert gets")
     options.add_argument("--experts", type=int, default=Plan.experts, help="128 make the layer; fewer a part of it")
+    options.add_argument("--range", choices=RANGES, help="of the groups at first (default: the method's own)")
     options.add_argument("--threads", type=int, default=Plan.threads)
     options.add_argument("--results", type=Path, default=RESULTS, help=f"JSON lines to add to ({RESULTS.name})")
 
@@ -336,6 +353,7 @@ def carry_out(given: argparse.Namespace) -> int:
     plan = Plan(
         folder=given.out.resolve(), arms=tuple(given.arms), samples=given.samples, tokens=given.tokens,
         iterations=given.iterations, least_tokens=given.least_tokens, threads=given.threads, experts=given.experts,
+        range=given.range,
     )  # fmt: skip
     rows = []
     given.results.parent.mkdir(parents=True, exist_ok=True)
