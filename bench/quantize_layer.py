@@ -35,16 +35,17 @@ from bench import harness, record, tables
 from m3.checkpoint import CONFIG, INDEX, Checkpoint, write_json
 from m3.models.decoder import DecoderConfig
 from m3.models.loader import EMBEDDING, HEAD, LAYER, NORM
-from m3.quantize.autoround import AutoRoundConfig
+from m3.quantize.autoround import AutoRoundConfig, LearntRounding
 from m3.quantize.block import EXPERT, ROUTER, Block
 from m3.quantize.coverage import Coverage, counts_of
-from m3.quantize.gptq import GptqConfig
+from m3.quantize.gptq import GptqConfig, Hessian, Prepared, quantise_linear
 from m3.quantize.job import JOURNAL, METHODS, JobConfig, quantize_checkpoint
-from m3.quantize.scheme import Scheme
+from m3.quantize.scheme import Scheme, nearest
 from m3.quantize.states import ROW_BYTES
 from m3kernels.int4.quantize import METHODS as RANGES
 
 RESULTS = record.RESULTS / "quantize" / "layer.jsonl"
+STEPS = "steps.jsonl"  # beside it
 SHAPE = "Qwen3-235B-A22B"
 QWEN3_235B_A22B: dict[str, Any] = {  # its config.json, but for layers and vocabulary
     "architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe", "hidden_act": "silu",
@@ -318,6 +319,57 @@ def run(plan: Plan, say: Callable[[str], None]) -> Iterator[LayerRow]:
         yield measured(plan, arm, covered)
 
 
+# -- the steps of a method --------------------------------------------------------------------------------------------
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StepsRow:
+    """CPU seconds, one thread, of what a method does to a linear (1536, 4096) of an expert with ``tokens`` tokens."""
+
+    shape: str
+    tokens: int
+    group_size: int
+    cpu_s: Mapping[str, float]
+    commit: str
+    dirty: bool
+    machine: Mapping[str, object]
+    date: str
+    command: str
+
+
+def steps(plan: Plan, tokens: int = 256) -> StepsRow:
+    """nearest_RANGE; hessian and factor of its 4096 inputs, which gate and up share, and ``columns`` of GPTQ; start and
+    step of AutoRound, product: (tokens, 4096) by the weight."""
+    torch.set_num_threads(1)
+    chance = torch.Generator().manual_seed(0)
+    inner, hidden = plan.shape["moe_intermediate_size"], plan.shape["hidden_size"]
+    weight = torch.empty(inner, hidden, dtype=torch.bfloat16).normal_(0, STD, generator=chance)
+    x = torch.empty(tokens, hidden).normal_(generator=chance)
+    scheme, found = Scheme(group_size=plan.group_size), {}
+    nearest(weight[:16], scheme)  # what is loaded at first use
+
+    def timed(name: str, work: Callable[[], Any]) -> Any:
+        start = time.process_time()
+        result = work()
+        found[name] = time.process_time() - start
+        return result
+
+    rounded = timed("nearest_minmax", lambda: nearest(weight, scheme, "minmax"))
+    timed("nearest_weighted", lambda: nearest(weight, scheme, "weighted"))
+    hessian = Hessian("x", hidden)
+    timed("hessian", lambda: hessian.see("x", x))
+    prepared = timed("factor", lambda: Prepared.of(hessian.total, GptqConfig()))
+    timed("columns", lambda: quantise_linear(weight, prepared, scheme))
+    learnt = timed("start", lambda: LearntRounding(weight, rounded))
+    learnt.weight.grad = torch.empty(inner, hidden).normal_(generator=chance)
+    timed("step", lambda: learnt.step(1e-3, 1e-3))
+    wide = weight.float()
+    timed("product", lambda: x @ wide.T)
+    commit, dirty = record.commit()
+    return StepsRow(
+        shape=SHAPE, tokens=tokens, group_size=plan.group_size, cpu_s=found, commit=commit, dirty=dirty,
+        machine=record.machine(), date=record.now(), command=record.command(),
+    )  # fmt: skip
+
+
 def table(rows: Sequence[LayerRow]) -> str:
     """Rows for a reader."""
     lines = [
@@ -344,6 +396,7 @@ def add_options(options: argparse.ArgumentParser) -> None:
     options.add_argument("--least-tokens", type=int, default=Plan.least_tokens, help="that every expert gets")
     options.add_argument("--experts", type=int, default=Plan.experts, help="128 make the layer; fewer a part of it")
     options.add_argument("--range", choices=RANGES, help="of the groups at first (default: the method's own)")
+    options.add_argument("--steps", action="store_true", help="only what each step of a method takes for one linear")
     options.add_argument("--threads", type=int, default=Plan.threads)
     options.add_argument("--results", type=Path, default=RESULTS, help=f"JSON lines to add to ({RESULTS.name})")
 
@@ -355,12 +408,18 @@ def carry_out(given: argparse.Namespace) -> int:
         iterations=given.iterations, least_tokens=given.least_tokens, threads=given.threads, experts=given.experts,
         range=given.range,
     )  # fmt: skip
-    rows = []
+    rows: list[LayerRow] = []
     given.results.parent.mkdir(parents=True, exist_ok=True)
-    for row in run(plan, functools.partial(print, file=sys.stderr, flush=True)):
-        with given.results.open("a", encoding="utf-8") as file:
+    if given.steps:
+        row = steps(plan)
+        with given.results.with_name(STEPS).open("a", encoding="utf-8") as file:
             file.write(json.dumps(dataclasses.asdict(row), allow_nan=False) + "\n")
-        rows.append(row)
+        print(tables.table(["step", "CPU s"], [[name, f"{seconds:.2f}"] for name, seconds in row.cpu_s.items()]))
+        return 0
+    for made in run(plan, functools.partial(print, file=sys.stderr, flush=True)):
+        with given.results.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(dataclasses.asdict(made), allow_nan=False) + "\n")
+        rows.append(made)
     print(table(rows))
     return 0
 
