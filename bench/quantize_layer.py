@@ -269,7 +269,7 @@ def check(before: Checkpoint, after: Checkpoint, error: float | None) -> None:
             wrong.append(name)
     if wrong:
         raise ValueError(
-            f"bench quantize_layer: {after.folder.name}: want linears in INT4, the rest as it was; {wrong}"
+            f"bench quantize_layer: {after.folder.name}: want linears in INT4, the rest as it was; got {wrong}"
         )
     if error is None or not error < LARGEST_ERROR:
         raise ValueError(f"bench quantize_layer: {after.folder.name}: want an error below {LARGEST_ERROR}; got {error}")
