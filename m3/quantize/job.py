@@ -43,6 +43,7 @@ from m3.quantize import autoround, gptq
 from m3.quantize.autoround import AutoRoundConfig
 from m3.quantize.block import FUSED_DOWN, FUSED_GATE_UP, Block
 from m3.quantize.budget import UNITS
+from m3.quantize.errors import LinearError, distance, error_of
 from m3.quantize.evaluate import Comparison, Head, Tally
 from m3.quantize.export import COMPANIONS, quantization_config
 from m3.quantize.gptq import GptqConfig
@@ -106,14 +107,6 @@ class JobConfig:
                 del fields[name]
         fields["scheme"]["scale_dtype"] = str(self.scheme.scale_dtype).removeprefix("torch.")
         return json.loads(json.dumps(fields))
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class LinearError:
-    """Squared error over squared size, of a weight and of its outputs on some tokens (None: no tokens came)."""
-
-    weight: float
-    output: float | None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -557,30 +550,6 @@ def total_bytes(tensors: Mapping[str, Tensor]) -> int:
 def linear_head(weight: Tensor) -> Head:
     """Logits by a weight (V, D)."""
     return lambda hidden: F.linear(hidden, weight)
-
-
-def error_of(weight: Tensor, rounded: Tensor, inputs: Tensor | None) -> LinearError:
-    """Of a weight (N, K) and what it was rounded to, on inputs (T, K)."""
-    off = weight - rounded
-    output = None
-    if inputs is not None and len(inputs):
-        output = ratio(F.linear(inputs, off), F.linear(inputs, weight))
-    return LinearError(weight=ratio(off, weight), output=output)
-
-
-def ratio(error: Tensor, whole: Tensor) -> float:
-    """Squared error over squared size; 0 / 0 is 0."""
-    size = float(whole.double().square().sum())
-    return float(error.double().square().sum()) / size if size else 0.0
-
-
-def distance(full: States, int4: States) -> float:
-    """Of all states, squared error over squared size."""
-    error = size = 0.0
-    for one, other in zip(full, int4, strict=True):
-        error += float((one - other).double().square().sum())
-        size += float(one.double().square().sum())
-    return error / size if size else 0.0
 
 
 def digest(sequences: Sequence[Tensor]) -> str:
