@@ -1,4 +1,5 @@
-"""``python -m bench FAMILY | engine | train | quantize | roofline | report | goals``: measure; rows to a document.
+"""``python -m bench FAMILY | engine | train | quantize | quantize_layer | roofline | report | goals``: measure; to a
+document.
 
 FAMILY: decoder, int4, skinny, policy_loss or spec_decode.
 """
@@ -25,6 +26,7 @@ from bench import (
     policy_loss,
     policy_loss_report,
     quantize,
+    quantize_layer,
     record,
     roofline,
     skinny,
@@ -148,6 +150,9 @@ def parser() -> argparse.ArgumentParser:
 
     rounding = commands.add_parser("quantize", help="INT4 of a small model by several methods and another project's")
     quantize.add_options(rounding)
+
+    large = commands.add_parser("quantize_layer", help="one layer of Qwen3-235B-A22B's shape to INT4: time and memory")
+    quantize_layer.add_options(large)
 
     dense = commands.add_parser("decoder", help="dense products against torch, beside the roofline")
     dense.add_argument("--shapes", type=words, help=f"of {', '.join(decoder.SHAPES)}")
@@ -449,6 +454,8 @@ def main() -> int:
         return train.carry_out(arguments)
     if arguments.command == "quantize":
         return quantize.carry_out(arguments)
+    if arguments.command == "quantize_layer":
+        return quantize_layer.carry_out(arguments)
     if arguments.command == "decoder":
         return run_decoder(arguments)
     if arguments.command == "roofline":

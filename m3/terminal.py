@@ -35,11 +35,12 @@ ERRORS = {  # of ours that a user can cause: class by module
 }
 
 
-def told() -> list[type[Exception]]:
-    """The classes of ERRORS, but for those of modules that are not loaded: they cannot have been raised."""
-    return [
+def told() -> tuple[type[Exception], ...]:
+    """ValueError, OSError and ERRORS, but for classes of modules that are not loaded: nobody can have raised them."""
+    found = (ValueError, OSError)
+    return found + tuple(
         getattr(sys.modules[module], name) for module, name in ERRORS.items() if hasattr(sys.modules.get(module), name)
-    ]
+    )
 
 
 def one_line_errors(command: Callable[..., None]) -> Callable[..., None]:
@@ -49,7 +50,7 @@ def one_line_errors(command: Callable[..., None]) -> Callable[..., None]:
     def run(*args: Any, debug: bool = False, **kwargs: Any) -> None:
         try:
             command(*args, debug=debug, **kwargs)
-        except (ValueError, OSError, *told()) as error:
+        except told() as error:
             if debug:
                 raise
             errors.print(

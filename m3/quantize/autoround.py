@@ -25,6 +25,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -32,6 +33,7 @@ from torch import Tensor
 
 from m3.quantize.block import EXPERT, Block, batches, stacked
 from m3.quantize.scheme import Rounded, Scheme, nearest
+from m3.quantize.states import gathered
 from m3kernels.checks import refuse
 from m3kernels.int4.quantize import LARGEST_Q, METHODS, storable
 from m3kernels.int4.types import SYMMETRIC_ZERO
@@ -244,16 +246,25 @@ class OneExpert(Reconstruction):
         return torch.stack([part.sum() for part in errors.split([len(self.x[part]) for part in which])])
 
 
-def apart(block: Block, inputs: Sequences, config: AutoRoundConfig) -> Iterator[Reconstruction]:
+def apart(
+    block: Block, inputs: Sequences, config: AutoRoundConfig, scratch: Path | None = None
+) -> Iterator[Reconstruction]:
     """Attention, then every expert on its tokens of the layer as it is."""
     yield AttentionHalf(block, inputs)
+    sizes: list[Tensor] = []  # of what an expert adds to
+
+    def normed() -> Iterator[Tensor]:
+        for part in batches(inputs, config.batch):
+            hidden, x = block.attend(part)
+            sizes.append(hidden.flatten(0, 1).norm(dim=1, keepdim=True))
+            yield x
+
     with torch.no_grad():
-        halves = [block.attend(hidden) for hidden in batches(inputs, config.batch)]
-        hidden, x = (torch.cat([half[which].view(-1, half[1].shape[1]) for half in halves]) for which in (0, 1))
+        x = gathered(normed(), block.config.hidden_size, scratch)
         routing = block.route(x)
         extra = routing.extra(config.least_tokens)
         used = routing.chosen() | extra
-        shares = routing.shares(extra) / hidden.norm(dim=1, keepdim=True).clamp(min=SMALLEST_LOSS)  # of what it adds to
+        shares = routing.shares(extra) / torch.cat(sizes).clamp(min=SMALLEST_LOSS)
     for expert in range(block.config.num_experts):
         rows = used[:, expert]
         yield OneExpert(block, expert, x[rows], shares[rows, expert])
@@ -306,15 +317,16 @@ def learn(
     return {name: one.rounded() for name, one in learnt.items()}
 
 
-def quantise_block(
+def quantised_linears(
     block: Block,
     inputs: Sequences,
     targets: Sequences,
     scheme: Scheme,
     config: AutoRoundConfig,
     progress: Progress = lambda done, total: None,
-) -> dict[str, Rounded]:
-    """All linears of a layer.
+    scratch: Path | None = None,
+) -> Iterator[tuple[str, Rounded]]:
+    """Each linear of a layer by its name, as soon as those it is learnt with are done.
 
     Args:
         block: the layer as it is, which stays so.
@@ -323,8 +335,7 @@ def quantise_block(
         targets: S sequences (L, D): what it should give, the output of the layers as they are. Not used if experts
             learn apart.
         progress: called after every iteration.
-    Returns:
-        a Rounded for each name in block.linears.
+        scratch: a new file for what experts that learn apart see; None: it is in memory.
     Raises:
         ValueError: no sequences, sequences that do not fit, or hidden states that are not finite.
     """
@@ -336,7 +347,7 @@ def quantise_block(
     tasks: Iterable[Reconstruction] = [WholeLayer(block, inputs, targets, config)]
     count = 1
     if block.has_experts and config.apart:
-        tasks, count = apart(block, inputs, config), 1 + block.config.num_experts
+        tasks, count = apart(block, inputs, config, scratch), 1 + block.config.num_experts
     done, total = 0, count * config.iterations
 
     def told() -> None:
@@ -344,8 +355,19 @@ def quantise_block(
         done += 1
         progress(done, total)
 
-    found: dict[str, Rounded] = {}
     for number, task in enumerate(tasks, 1):
-        found |= learn(task, scheme, config, told)
+        yield from learn(task, scheme, config, told).items()
         done = number * config.iterations  # a task without parts took none
+
+
+def quantise_block(
+    block: Block,
+    inputs: Sequences,
+    targets: Sequences,
+    scheme: Scheme,
+    config: AutoRoundConfig,
+    progress: Progress = lambda done, total: None,
+) -> dict[str, Rounded]:
+    """All linears of a layer, as ``quantised_linears``; a Rounded for each name in block.linears."""
+    found = dict(quantised_linears(block, inputs, targets, scheme, config, progress))
     return {name: found[name] for name in block.linears}

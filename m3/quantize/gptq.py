@@ -14,13 +14,15 @@ Source: Frantar et al., "GPTQ", arXiv 2210.17323; act-order and grouping from it
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from m3.quantize.block import DOWN, EXPERT, OUT, Block, batches
 from m3.quantize.scheme import Rounded, Scheme
+from m3.quantize.states import gathered
 from m3kernels.checks import refuse
 from m3kernels.int4.quantize import LARGEST_Q, METHODS, quantize_groups
 
@@ -28,6 +30,7 @@ ATTENTION = (("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), (OUT,
 DENSE_MLP = (("mlp.gate_proj", "mlp.up_proj"), (DOWN,))
 EXPERT_MLP = (("gate_proj", "up_proj"), ("down_proj",))
 BLOCK = 128  # columns between two updates of all the rest
+ROWS = 1 << 13  # tokens that pass through an expert together
 MOST_DAMPING = 1.0
 Progress = Callable[[int, int], None]  # (linears done, in all)
 
@@ -154,6 +157,56 @@ def quantise_linear(weight: Tensor, prepared: Prepared, scheme: Scheme, start: s
 
 
 @torch.no_grad()
+def quantised_linears(
+    block: Block,
+    inputs: Tensor | Sequence[Tensor],
+    scheme: Scheme,
+    config: GptqConfig,
+    scratch: Path | None = None,
+) -> Iterator[tuple[str, Rounded]]:
+    """Each linear of a layer by its name as soon as it is rounded, in the order of block.linears.
+
+    Args:
+        block: the layer as it is, which stays so.
+        inputs: S sequences (L, D), of one length: what the layer will see.
+        scratch: a new file for what the experts of the layer see; None: it is in memory.
+    Raises:
+        ValueError: hidden states that are not finite, or sequences that do not fit.
+    """
+    weights: dict[str, Tensor] = {}
+
+    def rounded(names: Sequence[str], hessian: Tensor) -> Iterator[tuple[str, Rounded]]:
+        prepared = Prepared.of(hessian, config)
+        for name in names:
+            found = quantise_linear(block.weights[name], prepared, scheme, config.start)
+            if config.sequential:
+                weights[name] = found.dequantized()
+            yield name, found
+
+    for stage in ATTENTION if block.has_experts else ATTENTION + DENSE_MLP:
+        hessian = Hessian(stage[0], block.weights[stage[0]].shape[1])
+        forward = block.attend if stage in ATTENTION else block.forward
+        for hidden in batches(inputs, config.batch):
+            forward(hidden, weights, see=hessian.see)
+        yield from rounded(stage, hessian.total)
+    if not block.has_experts:
+        return
+    parts = (block.attend(hidden, weights)[1] for hidden in batches(inputs, config.batch))
+    x = gathered(parts, block.config.hidden_size, scratch)
+    routing = block.route(x)
+    used = routing.chosen() | routing.extra(config.least_tokens)
+    for expert in range(block.config.num_experts):
+        prefix, rows = EXPERT.format(expert), x[used[:, expert]]
+        for stage in EXPERT_MLP:
+            names = [prefix + name for name in stage]
+            hessian = Hessian(names[0], block.weights[names[0]].shape[1])
+            for part in rows.split(ROWS):
+                block.mlp(prefix, part, weights, see=hessian.see)
+            yield from rounded(names, hessian.total)
+        for name in (prefix + name for stage in EXPERT_MLP for name in stage):
+            weights.pop(name, None)  # no other linear sees what an expert gives
+
+
 def quantise_block(
     block: Block,
     inputs: Tensor | Sequence[Tensor],
@@ -162,45 +215,16 @@ def quantise_block(
     config: GptqConfig,
     progress: Progress = lambda done, total: None,
 ) -> dict[str, Rounded]:
-    """All linears of a layer, one after another.
+    """All linears of a layer, as ``quantised_linears``.
 
     Args:
-        block: the layer as it is, which stays so.
-        inputs: S sequences (L, D), of one length: what the layer will see.
         targets: not used; GPTQ looks at the inputs of each linear alone.
         progress: called after every linear.
     Returns:
         a Rounded for each name in block.linears.
-    Raises:
-        ValueError: hidden states that are not finite, or sequences that do not fit.
     """
     found: dict[str, Rounded] = {}
-    weights: dict[str, Tensor] = {}
-
-    def round_all(names: Sequence[str], hessian: Tensor) -> None:
-        prepared = Prepared.of(hessian, config)
-        for name in names:
-            found[name] = quantise_linear(block.weights[name], prepared, scheme, config.start)
-            if config.sequential:
-                weights[name] = found[name].dequantized()
-            progress(len(found), len(block.linears))
-
-    for stage in ATTENTION if block.has_experts else ATTENTION + DENSE_MLP:
-        hessian = Hessian(stage[0], block.weights[stage[0]].shape[1])
-        for hidden in batches(inputs, config.batch):
-            block.forward(hidden, weights, see=hessian.see)
-        round_all(stage, hessian.total)
-    if block.has_experts:
-        x = torch.cat([block.attend(hidden, weights)[1] for hidden in batches(inputs, config.batch)])
-        routing = block.route(x)
-        used = routing.chosen() | routing.extra(config.least_tokens)
-        for expert in range(block.config.num_experts):
-            prefix, rows = EXPERT.format(expert), x[used[:, expert]]
-            for stage in EXPERT_MLP:
-                names = [prefix + name for name in stage]
-                hessian = Hessian(names[0], block.weights[names[0]].shape[1])
-                block.mlp(prefix, rows, weights, see=hessian.see)
-                round_all(names, hessian.total)
-            for name in (prefix + name for stage in EXPERT_MLP for name in stage):
-                weights.pop(name, None)  # no other linear sees what an expert gives
+    for name, one in quantised_linears(block, inputs, scheme, config):
+        found[name] = one
+        progress(len(found), len(block.linears))
     return {name: found[name] for name in block.linears}

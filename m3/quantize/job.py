@@ -5,9 +5,11 @@
     FOLDER.part/states-3-full.bin         hidden states before layer 3, of the model as it is (and -int4: as quantised)
     FOLDER                                the same folder, renamed when it is whole; config.json is written last
 
-About two layers are in memory: one as stored and what becomes of it. Two streams of hidden states go from layer to
-layer, of calibration sequences and of held-out ones: through the model as it is, which gives targets, and through the
-quantised one, which gives inputs; at the end those of the held-out text give perplexity and KL of the whole model.
+Less than two layers are in memory: one as stored, mapped from its files, and its linears in 4 bits, packed one by one
+as they are found; what is widened to compute with it is a linear at a time (attention: all). What experts see lies in
+a file. Two streams of hidden states go from layer to layer, of calibration sequences and of held-out ones: through the
+model as it is, which gives targets, and through the quantised one, which gives inputs; at the end those of the held-out
+text give perplexity and KL of the whole model.
 A shard's line is written when the shard and the states after it are on the disk, so a run that was killed redoes at
 most one layer, from the same inputs with the same seed: its files are those of a run that was not.
 
@@ -41,10 +43,11 @@ from m3.quantize import autoround, gptq
 from m3.quantize.autoround import AutoRoundConfig
 from m3.quantize.block import FUSED_DOWN, FUSED_GATE_UP, Block, batches
 from m3.quantize.budget import UNITS
+from m3.quantize.errors import LinearError, distance, error_of
 from m3.quantize.evaluate import Comparison, Head, Tally
 from m3.quantize.export import COMPANIONS, quantization_config
 from m3.quantize.gptq import GptqConfig
-from m3.quantize.record import LinearError, Report, ShardRecord
+from m3.quantize.record import Report, ShardRecord
 from m3.quantize.round_to_nearest import BF16_BYTES
 from m3.quantize.scheme import Rounded, Scheme, nearest
 from m3.quantize.sensitivity import Dequantised, units_of
@@ -53,6 +56,7 @@ from m3.quantize.states import States, write_states
 from m3.train.checkpoint import to_disk
 from m3kernels import __version__
 from m3kernels.checks import refuse
+from m3kernels.int4 import Int4Weight
 from m3kernels.int4.convert import to_gptq
 from m3kernels.int4.quantize import METHODS as RANGES
 
@@ -60,6 +64,7 @@ FORMAT = "m3 quantize 1"
 JOURNAL = "quantize.jsonl"
 RESPONSES = "responses.jsonl"  # of the model, to be calibrated on
 SCRATCH = (RESPONSES, UNITS)  # not kept
+ROWS = "rows.bin"  # what the experts of the layer at hand see
 METHODS = ("rtn", "gptq", "autoround")
 SAMPLE_TOKENS = 512  # of each layer, whose outputs say how far a linear is off (ours: enough for two digits)
 Progress = Callable[[int, int], None]  # (steps of the layer done, in all)
@@ -262,7 +267,7 @@ class _Job:
                 raise refuse("quantize", "head", f"{HEAD}.weight in the checkpoint", "none")
             rounded = nearest(weight, self.config.scheme, self.config.range)
             errors[HEAD] = error_of(weight.float(), rounded.dequantized(), None)
-            packed = packed_tensors(HEAD, rounded)
+            packed = packed_tensors(HEAD, rounded.to_int4())
             tensors |= packed
             linears, linears_bf16 = total_bytes(packed), weight.numel() * BF16_BYTES
         self.write(0, tensors)
@@ -278,8 +283,7 @@ class _Job:
         if full is not None:
             write_states(self.states(index + 1, "full"), self.forward(block, full, {}))
             after = self.open(index + 1, "full")
-        rounded = {} if len(kept) == len(block.linears) else self.rounded(block, full, int4, after, progress)
-        rounded = {name: one for name, one in rounded.items() if name not in kept}
+        rounded = {} if len(kept) == len(block.linears) else self.rounded(block, kept, full, int4, after, progress)
         weights: Mapping[str, Tensor] = Dequantised(rounded, list(rounded))
         if not block.has_experts:
             weights = dict(weights)
@@ -291,11 +295,12 @@ class _Job:
         experts = None
         if block.has_experts and full is not None and int4 is not None and self.calibration:
             experts = self.tokens_of_experts(block, (int4 if self.config.quantised_prefix else full))
-        packed: dict[str, Tensor] = {}
-        for name, one in rounded.items():
-            packed |= packed_tensors(prefix + name, one)
-        made = {**packed, **self.copied(block, tensors, prefix, set(rounded))}
         linears_bf16 = sum(block.weights[name].numel() for name in rounded) * BF16_BYTES
+        copied = self.copied(tensors, prefix, set(rounded))
+        packed: dict[str, Tensor] = {}
+        for name in list(rounded):
+            packed |= packed_tensors(prefix + name, rounded.pop(name))  # one of the two forms at a time
+        made = {**packed, **copied}
         self.write(index + 1, made)
         self.shards.close()
         return self.fields(made, total_bytes(packed), linears_bf16, errors, hidden_error, experts)
@@ -330,22 +335,41 @@ class _Job:
         return kept
 
     def rounded(
+        self,
+        block: Block,
+        kept: set[str],
+        full: States | None,
+        int4: States | None,
+        after: States | None,
+        progress: Progress,
+    ) -> dict[str, Int4Weight]:
+        """The linears of a layer but those that are kept."""
+        packed = {}
+        found = self.found(block, full, int4, after, progress)
+        for done, (name, one) in enumerate(found, 1):
+            if name not in kept:
+                packed[name] = one.to_int4()
+            if self.config.method != "autoround":
+                progress(done, len(block.linears))
+        return {name: packed[name] for name in block.linears if name in packed}
+
+    def found(
         self, block: Block, full: States | None, int4: States | None, after: States | None, progress: Progress
-    ) -> dict[str, Rounded]:
-        config, count = self.config, len(self.calibration)
+    ) -> Iterator[tuple[str, Rounded]]:
+        """The linears of a layer by the method, one by one."""
+        config, count, scratch = self.config, len(self.calibration), self.part / ROWS
         if config.method == "rtn":
-            found = {}
-            for done, (name, weight) in enumerate(block.weights.items(), 1):
-                found[name] = nearest(weight, config.scheme, config.range)
-                progress(done, len(block.weights))
-            return found
+            return ((name, nearest(one, config.scheme, config.range)) for name, one in block.weights.items())
         assert full is not None and int4 is not None and after is not None
         inputs = (int4 if config.quantised_prefix else full)[:count]
         if config.method == "gptq":
-            return gptq.quantise_block(block, inputs, None, config.scheme, config.gptq, progress)
-        return autoround.quantise_block(block, inputs, after[:count], config.scheme, config.autoround, progress)
+            return gptq.quantised_linears(block, inputs, config.scheme, config.gptq, scratch)
+        learning = config.autoround
+        return autoround.quantised_linears(
+            block, inputs, after[:count], config.scheme, learning, progress, scratch=scratch
+        )
 
-    def copied(self, block: Block, tensors: Mapping[str, Tensor], prefix: str, gone: set[str]) -> dict[str, Tensor]:
+    def copied(self, tensors: Mapping[str, Tensor], prefix: str, gone: set[str]) -> dict[str, Tensor]:
         """What stays of a layer, as stored."""
         fused = FUSED_GATE_UP in tensors and any(".experts." in name for name in gone)
         leave = {f"{name}.weight" for name in gone} | ({FUSED_GATE_UP, FUSED_DOWN} if fused else set())
@@ -489,10 +513,10 @@ class _Job:
 
 
 # -- small parts ------------------------------------------------------------------------------------------------------
-def packed_tensors(name: str, rounded: Rounded) -> dict[str, Tensor]:
+def packed_tensors(name: str, weight: Int4Weight) -> dict[str, Tensor]:
     """The tensors of a linear in GPTQ form v1 (zero points are 1 to 15, so all have a place in it)."""
     try:
-        tensors = to_gptq(rounded.to_int4())
+        tensors = to_gptq(weight)
     except ValueError as error:
         raise ValueError(f"quantize: {name}: {error}") from error
     return {f"{name}.{key}": tensor for key, tensor in tensors.items()}
@@ -505,30 +529,6 @@ def total_bytes(tensors: Mapping[str, Tensor]) -> int:
 def linear_head(weight: Tensor) -> Head:
     """Logits by a weight (V, D)."""
     return lambda hidden: F.linear(hidden, weight)
-
-
-def error_of(weight: Tensor, rounded: Tensor, inputs: Tensor | None) -> LinearError:
-    """Of a weight (N, K) and what it was rounded to, on inputs (T, K)."""
-    off = weight - rounded
-    output = None
-    if inputs is not None and len(inputs):
-        output = ratio(F.linear(inputs, off), F.linear(inputs, weight))
-    return LinearError(weight=ratio(off, weight), output=output)
-
-
-def ratio(error: Tensor, whole: Tensor) -> float:
-    """Squared error over squared size; 0 / 0 is 0."""
-    size = float(whole.double().square().sum())
-    return float(error.double().square().sum()) / size if size else 0.0
-
-
-def distance(full: States, int4: States) -> float:
-    """Of all states, squared error over squared size."""
-    error = size = 0.0
-    for one, other in zip(full, int4, strict=True):
-        error += float((one - other).double().square().sum())
-        size += float(one.double().square().sum())
-    return error / size if size else 0.0
 
 
 def digest(sequences: Sequence[Tensor]) -> str:

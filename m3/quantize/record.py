@@ -6,15 +6,8 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from m3.quantize.errors import LinearError
 from m3.quantize.evaluate import Comparison
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class LinearError:
-    """Squared error over squared size, of a weight and of its outputs on some tokens (None: no tokens came)."""
-
-    weight: float
-    output: float | None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -20,6 +20,7 @@ from m3.quantize.block import Block, batches
 from m3.quantize.gptq import ATTENTION, DENSE_MLP
 from m3.quantize.scheme import Rounded
 from m3kernels.checks import refuse
+from m3kernels.int4 import Int4Weight, int4_dequantize
 
 BF16_BYTES, INDEX_BYTES = 2, 4
 SCALES = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
@@ -51,13 +52,14 @@ class Unit:
 class Dequantised(Mapping[str, Tensor]):
     """Weights of some linears, made when they are asked for: those of all experts never stand side by side."""
 
-    def __init__(self, rounded: Mapping[str, Rounded], names: Sequence[str]) -> None:
+    def __init__(self, rounded: Mapping[str, Rounded | Int4Weight], names: Sequence[str]) -> None:
         self.rounded, self.names = rounded, tuple(names)
 
     def __getitem__(self, name: str) -> Tensor:
         if name not in self.names:
             raise KeyError(name)
-        return self.rounded[name].dequantized()
+        one = self.rounded[name]
+        return one.dequantized() if isinstance(one, Rounded) else int4_dequantize(one, torch.float32)
 
     def __contains__(self, name: object) -> bool:
         return name in self.names

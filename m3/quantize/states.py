@@ -57,3 +57,14 @@ def write_states(path: Path, sequences: Iterable[Tensor]) -> None:
     except OSError as error:
         raise OSError(error.errno, error.strerror, str(path)) from error
     part.replace(path)
+
+
+def gathered(parts: Iterable[Tensor], width: int, path: Path | None) -> Tensor:
+    """Parts (t, D) of T rows as one (T, D) fp32: in memory, or mapped from a file at ``path`` that is written of them.
+
+    What is mapped is read from the file when it is used, and the system may let go of it again.
+    """
+    if path is None:
+        return torch.cat(list(parts))
+    write_states(path, parts)
+    return torch.from_numpy(np.memmap(path, dtype=np.float32, mode="c")).view(-1, width)
