@@ -1,6 +1,6 @@
 """Quantise a checkpoint with another project; test_quantised_elsewhere.py runs it in the interpreter that has it.
 
-Arguments: auto-round or gptqmodel, source folder, target folder. Written: a folder in target for each form.
+Arguments: auto-round or gptqmodel, source folder, target folder. Written: a folder in target for each of AUTOROUND or GPTQMODEL.
 """
 
 from __future__ import annotations
@@ -12,8 +12,13 @@ from pathlib import Path
 import torch
 
 SAMPLES, LENGTH, GROUP_SIZE = 8, 32, 64
-AUTOROUND = {"auto_gptq": True, "auto_round": True, "auto_awq": True, "auto_round:auto_gptq": False}  # form: symmetric
-GPTQMODEL = {
+AUTOROUND = {  # folder: form, symmetric
+    "auto_gptq": ("auto_gptq", True),
+    "auto_round": ("auto_round", True),
+    "auto_awq": ("auto_awq", True),
+    "auto_round-asymmetric": ("auto_round", False),
+}
+GPTQMODEL = {  # folder: options of its QuantizeConfig
     "gptq": {},
     "gptq_v2": {"format": "gptq_v2"},
     "desc_act": {"desc_act": True},
@@ -30,7 +35,7 @@ def with_auto_round(source: Path, target: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(source)
-    for form, symmetric in AUTOROUND.items():
+    for name, (form, symmetric) in AUTOROUND.items():
         model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
         rounder = AutoRound(
             model,
@@ -46,7 +51,7 @@ def with_auto_round(source: Path, target: Path) -> None:
             device_map="cpu",
             enable_torch_compile=False,
         )
-        folder = target / form.replace(":", "-")
+        folder = target / name
         rounder.quantize_and_save(str(folder), format=form)
         for path in [path.parent for path in folder.rglob("config.json")]:  # some versions write into a folder of it
             if path != folder:
@@ -60,11 +65,11 @@ def with_gptqmodel(source: Path, target: Path) -> None:
 
     rows = calibration(AutoConfig.from_pretrained(source).vocab_size).tolist()
     samples = [{"input_ids": row, "attention_mask": [1] * LENGTH} for row in rows]
-    for form, options in GPTQMODEL.items():
+    for name, options in GPTQMODEL.items():
         config = QuantizeConfig(bits=4, group_size=GROUP_SIZE, pack_impl="original", **options)
         model = GPTQModel.load(str(source), config, device="cpu")
         model.quantize(samples, batch_size=4)
-        model.save(str(target / form))
+        model.save(str(target / name))
 
 
 def main(package: str, source: str, target: str) -> None:

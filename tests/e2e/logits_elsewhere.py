@@ -27,9 +27,13 @@ VLLM = {  # fp16: for INT4 it has no fp32; memory: as a small machine has it
 
 
 def with_transformers(folder: str, ids: list[int]) -> dict[str, object]:
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM, AwqConfig, GPTQConfig
 
-    model = AutoModelForCausalLM.from_pretrained(folder, device_map="cpu", dtype=torch.float32)
+    method = AutoConfig.from_pretrained(folder).quantization_config["quant_method"]
+    kernel = {"gptq": GPTQConfig(bits=4, backend="gptq_torch"), "awq": AwqConfig(backend="torch_awq")}.get(method)
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, device_map="cpu", dtype=torch.float32, quantization_config=kernel
+    )
     rows = torch.tensor([ids])
     with torch.no_grad():
         logits = model(rows).logits[0].float()
