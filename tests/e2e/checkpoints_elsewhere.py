@@ -17,7 +17,6 @@ AUTOROUND = {  # folder: form, symmetric
     "auto_gptq": ("auto_gptq", True),
     "auto_round": ("auto_round", True),
     "auto_awq": ("auto_awq", True),
-    "auto_round-asymmetric": ("auto_round", False),
 }
 GPTQMODEL = {  # folder: options of its QuantizeConfig
     "gptq": {},

@@ -57,8 +57,8 @@ REFUSED = {  # what vLLM says to forms that it has given up
     "gptq-asymmetric": "sym=False",
     "gptq-act-order": "desc_act=True",
 }
-THEIRS = {  # of each project, the forms that it writes; auto-round reads only the first two of its own
-    "auto-round": ("auto_round", "auto_round-asymmetric", "auto_gptq", "auto_awq"),
+THEIRS = {  # of each project, the forms that it writes; what auto-round writes with zero points it fails to read on a CPU
+    "auto-round": ("auto_round", "auto_gptq", "auto_awq"),
     "gptqmodel": tuple(checkpoints_elsewhere.GPTQMODEL),
 }
 READS = {"auto_gptq": "gptqmodel", "auto_awq": "gptqmodel"}
@@ -180,7 +180,7 @@ def test_ours_in_transformers_with_gptqmodel(in_gptqmodel, ours, ids, name):
     check_same(in_gptqmodel[name], ours[name], ids, "gptqmodel")
 
 
-@pytest.mark.parametrize("name", [name for name in OURS if name not in ("gptq-asymmetric", "rtn-some-left-out")])
+@pytest.mark.parametrize("name", [name for name in OURS if name != "gptq-asymmetric"])
 def test_ours_in_transformers_with_auto_round(in_auto_round, ours, ids, name):
     check_same(in_auto_round[name], ours[name], ids, "auto-round")
 
