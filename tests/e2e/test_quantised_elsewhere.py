@@ -57,7 +57,7 @@ REFUSED = {  # what vLLM says to forms that it has given up
     "gptq-asymmetric": "sym=False",
     "gptq-act-order": "desc_act=True",
 }
-THEIRS = {  # of each project, the forms that it writes; what auto-round writes with zero points it fails to read on a CPU
+THEIRS = {  # forms that each project writes; auto-round cannot read what it writes with zero points on a CPU
     "auto-round": ("auto_round", "auto_gptq", "auto_awq"),
     "gptqmodel": tuple(checkpoints_elsewhere.GPTQMODEL),
 }
