@@ -83,6 +83,12 @@ class Checkpoint:
         """File that holds ``name``; for a tensor that is nowhere, the file it should be in."""
         return self._where.get(name, INDEX if (self.folder / INDEX).is_file() else SINGLE)
 
+    def outline(self, name: str) -> Tensor:
+        """The tensor called ``name`` without its data, on device meta: shape and dtype as its file's header says."""
+        view = self._open(self._where[name]).get_slice(name)
+        shape = tuple(view.get_shape())
+        return torch.empty(shape, dtype=(view[:0] if shape else self.get(name)).dtype, device="meta")
+
     def get(
         self, name: str, shape: tuple[int | None, ...] | None = None, dtypes: Iterable[torch.dtype] | None = None
     ) -> Tensor:

@@ -136,7 +136,7 @@ def quantize(
     )
     with Bar(model) as bar:
         folder = resolve(model, bar.fetch)
-    check_out(out)
+    check_out(out, folder)
     tokenizer = Tokenizer(folder) if (folder / "tokenizer.json").is_file() else None
     ids = None
     if method != Method.rtn or keep_budget is not None:
@@ -165,8 +165,8 @@ def quantize(
             held_out=held_out(tokenizer) if measure and tokenizer is not None else (),
             progress=bar.step,
             shard_done=_Log(),
+            beside=write_page,
         )
-    write_page(out, report)
     summarise(report, out, group_size, folder)
 
 

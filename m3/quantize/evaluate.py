@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -43,6 +44,11 @@ class Comparison:
     perplexity_quantised: Estimate
     kl: Estimate  # nats per token
     same_top: Estimate
+
+    @classmethod
+    def of(cls, fields: Mapping[str, Any]) -> Comparison:
+        """The comparison that dataclasses.asdict made these of."""
+        return cls(**{name: Estimate(**value) if isinstance(value, dict) else value for name, value in fields.items()})
 
 
 class Tally:

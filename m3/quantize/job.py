@@ -129,6 +129,7 @@ def quantize_checkpoint(
     held_out: Sequence[Sequence[int]] = (),
     progress: Progress = lambda done, total: None,
     shard_done: Callable[[ShardRecord, int], None] = lambda record, left: None,
+    beside: Callable[[Path, Report], None] = lambda folder, report: None,
 ) -> Report:
     """Quantise the checkpoint folder ``model`` into the new folder ``out``; the same call goes on with a run cut short.
 
@@ -136,6 +137,7 @@ def quantize_checkpoint(
         calibration: (S, L) int64 token ids; not needed to round to nearest.
         held_out: token ids of passages that perplexity and KL are measured on; none: not measured.
         shard_done: called with each new record and the number of shards to come.
+        beside: writes what else is to lie in the folder, before it gets its name.
     Raises:
         ValueError: a checkpoint that is damaged or of no known architecture, a calibration set that does not fit, an
             ``out`` that is in use, or an unfinished run with other settings; names it, what was wanted, what came.
@@ -143,16 +145,22 @@ def quantize_checkpoint(
     """
     job = _Job(Path(model), Path(out), config, calibration, held_out)
     try:
-        return job.run(progress, shard_done)
+        return job.run(progress, shard_done, beside)
     finally:
         job.journal.close()
         job.shards.close()
 
 
-def check_out(out: Path) -> None:
-    """Raises ValueError: ``out`` is in use."""
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+def check_out(out: Path, model: Path | None = None) -> None:
+    """Raises ValueError: ``out``, or where a run to it is until it is finished, is in use, or lies in ``model``."""
+    used = out.exists() and (not out.is_dir() or any(out.iterdir()))
+    if used or out.is_symlink() or out.name in ("", ".."):
         raise refuse("quantize", "OUT", "a new or empty folder", str(out))
+    part = part_of(out)
+    if (part / CONFIG).exists() and not (part / JOURNAL).exists():
+        raise refuse("quantize", "OUT", f"another name: unfinished, it is {part}", "a model of that name")
+    if model is not None and model.resolve() in (part.resolve(), *out.resolve().parents):
+        raise refuse("quantize", "OUT", f"a folder outside {model}", str(out))
 
 
 class _Job:
@@ -160,7 +168,7 @@ class _Job:
         self, model: Path, out: Path, config: JobConfig, calibration: Tensor | None, held_out: Sequence[Sequence[int]]
     ) -> None:
         self.out, self.part, self.config = out, part_of(out), config
-        check_out(out)
+        check_out(out, model)
         self.shards = Shards(model)
         self.calibration = self.checked(calibration)
         passages = [torch.tensor(list(passage)) for passage in held_out]
@@ -182,7 +190,8 @@ class _Job:
             if found != value:
                 want = f"a run with the same {name} ({value}); finish it as it was begun, or delete that folder"
                 raise refuse("quantize", str(self.part), want, f"{found}")
-        self.records = [ShardRecord.of(fields) for fields in self.journal.lines]
+        self.records = [ShardRecord.of(fields) for fields in self.journal.lines[: self.count]]
+        self.compared = self.journal.lines[self.count :]  # at most one line, after that of the last shard
 
     # -- what is asked for ------------------------------------------------------------------------------------------
     def checked(self, calibration: Tensor | None) -> list[Tensor]:
@@ -207,7 +216,12 @@ class _Job:
                 raise refuse("quantize", "keep", "linears of the model", name)
 
     # -- the run ------------------------------------------------------------------------------------------------------
-    def run(self, progress: Progress, shard_done: Callable[[ShardRecord, int], None]) -> Report:
+    def run(
+        self,
+        progress: Progress,
+        shard_done: Callable[[ShardRecord, int], None],
+        beside: Callable[[Path, Report], None],
+    ) -> Report:
         self.journal.claim()
         self.sweep()
         for record in self.records:
@@ -231,7 +245,7 @@ class _Job:
             self.records.append(record)
             self.sweep()
             shard_done(record, self.count - index - 1)
-        return self.finish()
+        return self.finish(beside)
 
     def file(self, index: int) -> str:
         return f"model-{index + 1:05d}-of-{self.count:05d}.safetensors"
@@ -244,7 +258,7 @@ class _Job:
         layer = max(0, len(self.records) - 1)  # the one to come
         useful = {self.states(layer, stream).name for stream in ("full", "int4")}
         for path in self.part.iterdir():
-            if path.suffix == ".tmp" or (path.suffix == ".bin" and path.name not in useful):
+            if path.name == CONFIG or path.suffix == ".tmp" or (path.suffix == ".bin" and path.name not in useful):
                 path.unlink()
 
     def verify(self, record: ShardRecord) -> None:
@@ -262,9 +276,8 @@ class _Job:
         tensors = {name: self.shards.get(name) for name in self.shards.outside}
         errors, linears, linears_bf16 = {}, 0, 0
         if self.config.head:
-            weight = tensors.pop(f"{HEAD}.weight", tensors.get(EMBEDDING))
-            if weight is None:
-                raise refuse("quantize", "head", f"{HEAD}.weight in the checkpoint", "none")
+            weight = tensors[self.shards.head]
+            tensors.pop(f"{HEAD}.weight", None)
             rounded = nearest(weight, self.config.scheme, self.config.range)
             errors[HEAD] = error_of(weight.float(), rounded.dequantized(), None)
             packed = packed_tensors(HEAD, rounded.to_int4())
@@ -435,12 +448,20 @@ class _Job:
 
     # -- the end ------------------------------------------------------------------------------------------------------
     def comparison(self) -> Comparison | None:
+        """Noted in the journal, because the states it is made of are gone before the folder has its name."""
         if not self.held_out:
             return None
+        if not self.compared:
+            self.compared = [dataclasses.asdict(self.compare())]
+            self.journal.append(self.compared[0])
+            self.journal.sync()
+        return Comparison.of(self.compared[0])
+
+    def compare(self) -> Comparison:
         model = self.shards.model
         full, int4 = (self.open(model.num_layers, stream) for stream in ("full", "int4"))
         norm = RMSNorm(self.shards.get(NORM).float(), model.rms_norm_eps)
-        stored = self.shards.get(f"{HEAD}.weight" if f"{HEAD}.weight" in self.shards else EMBEDDING)
+        stored = self.shards.get(self.shards.head)
         heads: list[Head] = [linear_head(stored.float())] * 2
         if self.config.head:
             heads[1] = linear_head(nearest(stored, self.config.scheme, self.config.range).dequantized())
@@ -450,7 +471,7 @@ class _Job:
                 tally.add(norm(full[index]), norm(int4[index]), (heads[0], heads[1]), ids.tolist())
         return tally.result()
 
-    def finish(self) -> Report:
+    def finish(self, beside: Callable[[Path, Report], None]) -> Report:
         """Everything that is not a shard; then the folder gets its name."""
         from m3.quantize.report import write_result
 
@@ -474,6 +495,7 @@ class _Job:
                 where |= dict.fromkeys(file.keys(), record.file)
         write_json(self.part / INDEX, {"metadata": {"total_size": report.nbytes}, "weight_map": where})
         write_result(self.part, report)
+        beside(self.part, report)
         for path in self.part.iterdir():
             if path.suffix == ".bin" or path.name in SCRATCH:
                 path.unlink()

@@ -1,7 +1,8 @@
 """The tensors of a checkpoint to be quantised, a layer at a time, every one of them checked.
 
-A missing or truncated file, a tensor of another shape or dtype, and weights with NaN or inf are a ValueError that names
-file and tensor; so is a model that is quantised already, or of an architecture that m3.models.decoder does not know.
+A missing or truncated file, a tensor that is missing or of another shape or dtype, and weights with NaN or inf are a
+ValueError that names file and tensor; so is a model that is quantised already, or of an architecture that
+m3.models.decoder does not know. All but NaN and inf shows before the first layer is read.
 """
 
 from __future__ import annotations
@@ -11,9 +12,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from m3.checkpoint import Checkpoint
+from m3.checkpoint import FLOATS, Checkpoint
 from m3.models.decoder import DecoderConfig
-from m3.models.loader import LAYER
+from m3.models.loader import EMBEDDING, HEAD, LAYER, NORM
 from m3.quantize.block import Block
 from m3kernels.checks import refuse
 
@@ -29,7 +30,8 @@ class Shards:
     """An opened checkpoint folder.
 
     model: what its config.json says. outside: sorted names of the tensors of no layer (embedding, norm, head; layers
-        beyond num_layers, which are those of a draft model).
+        beyond num_layers, which are those of a draft model). head: name of the output head's tensor, the embedding's
+        where they are tied.
     Raises:
         ValueError: as the module says.
     """
@@ -47,7 +49,19 @@ class Shards:
             index = prefixes.get(".".join(name.split(".")[:3]) + ".")
             (outside if index is None else self._layers[index]).append(name)
         self.outside = tuple(outside)
+        self.head = EMBEDDING if self.model.tie_word_embeddings else f"{HEAD}.weight"
+        self._check()
         self.source.close()
+
+    def _check(self) -> None:
+        """Every tensor that the model needs is there and has its shape."""
+        model = self.model
+        for name in (EMBEDDING, self.head):
+            self.source.get(name, (model.vocab_size, model.hidden_size), FLOATS)
+        self.source.get(NORM, (model.hidden_size,), FLOATS)
+        for index, names in enumerate(self._layers):
+            prefix = LAYER.format(index)
+            self.block(index, {name.removeprefix(prefix): self.source.outline(name) for name in names})
 
     def __contains__(self, name: object) -> bool:
         return name in self.source

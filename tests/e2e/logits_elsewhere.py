@@ -1,24 +1,38 @@
-"""What another project makes of a quantised checkpoint; test_quantised_elsewhere.py runs it where that is installed.
+"""What other projects make of quantised checkpoints; test_quantised_elsewhere.py runs it where they are installed.
 
-Arguments: loader (auto-round, gptqmodel or vllm), folder, file of token ids (JSON, one list), file to write. Written by
-auto-round and gptqmodel, through transformers: "logits" (L, V) and "next" (greedy continuation). By vllm: "next" alone.
+Arguments: loader (auto-round, gptqmodel or vllm), file of token ids (JSON, one list), file to write, folders. Written,
+for each folder: "logits" (L, V) and "next" (greedy continuation), or "refused", what the loader said.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 
 import torch
 
 NEW_TOKENS = 8
+VLLM = {  # fp16: for INT4 it has no fp32; memory: as a small machine has it
+    "dtype": "float16",
+    "enforce_eager": True,
+    "max_model_len": 128,
+    "skip_tokenizer_init": True,
+    "gpu_memory_utilization": 0.05,
+    "kv_cache_memory_bytes": 1 << 27,
+    "max_logprobs": -1,
+    "logprobs_mode": "raw_logits",
+}
 
 
 def with_transformers(folder: str, ids: list[int]) -> dict[str, object]:
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM, AwqConfig, GPTQConfig
 
-    model = AutoModelForCausalLM.from_pretrained(folder, device_map="cpu", dtype=torch.float32)
+    method = AutoConfig.from_pretrained(folder).quantization_config["quant_method"]
+    kernels = {"gptq": GPTQConfig(bits=4, backend="gptq_torch"), "awq": AwqConfig(backend="torch_awq")}
+    options = {"quantization_config": kernels[method]} if method in kernels else {}
+    model = AutoModelForCausalLM.from_pretrained(folder, device_map="cpu", dtype=torch.float32, **options)
     rows = torch.tensor([ids])
     with torch.no_grad():
         logits = model(rows).logits[0].float()
@@ -29,17 +43,28 @@ def with_transformers(folder: str, ids: list[int]) -> dict[str, object]:
 def with_vllm(folder: str, ids: list[int]) -> dict[str, object]:
     from vllm import LLM, SamplingParams
 
-    model = LLM(folder, dtype="float32", enforce_eager=True, max_model_len=256, skip_tokenizer_init=True)
-    params = SamplingParams(temperature=0, max_tokens=NEW_TOKENS, min_tokens=NEW_TOKENS, detokenize=False)
+    model = LLM(folder, **VLLM)
+    params = SamplingParams(
+        temperature=0, max_tokens=NEW_TOKENS, min_tokens=NEW_TOKENS, logprobs=-1, detokenize=False, ignore_eos=True
+    )
     (found,) = model.generate([{"prompt_token_ids": ids}], params)
-    return {"next": list(found.outputs[0].token_ids)}
+    (completion,) = found.outputs
+    rows = [[row[token].logprob for token in range(len(row))] for row in completion.logprobs[:1]]
+    return {"logits": torch.tensor(rows), "next": list(completion.token_ids)}
 
 
-def main(loader: str, folder: str, ids: str, target: str) -> None:
+def main(loader: str, ids: str, target: str, *folders: str) -> None:
     prompt = json.loads(Path(ids).read_text())
     if loader == "auto-round":
         import auto_round  # noqa: F401  (registers its quantizer with transformers)
-    found = with_vllm(folder, prompt) if loader == "vllm" else with_transformers(folder, prompt)
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # one process, in which one model follows another
+    load = with_vllm if loader == "vllm" else with_transformers
+    found: dict[str, dict[str, object]] = {}
+    for folder in folders:
+        try:
+            found[folder] = load(folder, prompt)
+        except Exception as error:  # whatever it is, the test has to see it
+            found[folder] = {"refused": f"{type(error).__name__}: {error}"}
     torch.save(found, target)
 
 

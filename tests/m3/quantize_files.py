@@ -1,11 +1,14 @@
 """Checkpoint folders for the tests of the quantisation job, and runs of it that are killed.
 
 As a program: ``quantize_files.py MODEL WHOLE KILLED METHOD KILLS SEED`` quantises to WHOLE; then to KILLED in a child
-process, kills it KILLS times at random moments, lets it finish, and says how many shards were done at each kill.
+process, kills it KILLS times at random moments, lets it finish, and says how many shards were done at each kill. With
+KILLS "finishing" it is killed when all shards are done: as it is about to change its first file, its second, ...; said
+is what was changed next at each kill.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import random
@@ -17,6 +20,7 @@ from pathlib import Path
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
+from m3.checkpoint import CONFIG
 from m3.quantize.autoround import AutoRoundConfig
 from m3.quantize.job import JOURNAL, JobConfig, part_of, quantize_checkpoint
 from m3.quantize.report import PAGE, RESULT
@@ -42,10 +46,10 @@ def tokens(sequences: int, length: int, seed: int = 0) -> torch.Tensor:
     return torch.randint(99, (sequences, length), generator=torch.Generator().manual_seed(seed))
 
 
-def quantised(model: Path, out: Path, config: JobConfig):
+def quantised(model: Path, out: Path, config: JobConfig, **calls):
     """The Report of a run with the calibration and held-out tokens of all these tests."""
     passages = [tokens(1, length, seed=length)[0].tolist() for length in (20, 33)]
-    return quantize_checkpoint(model, out, config, calibration=tokens(6, 24), held_out=passages)
+    return quantize_checkpoint(model, out, config, calibration=tokens(6, 24), held_out=passages, **calls)
 
 
 def digests(folder: Path) -> dict[str, str]:
@@ -58,10 +62,14 @@ def digests(folder: Path) -> dict[str, str]:
     }
 
 
-def run_in_child(model: Path, out: Path, method: str, kill_after: float | None = None) -> bool:
+def run_in_child(
+    model: Path, out: Path, method: str, kill_after: float | None = None, kill_at: int | None = None
+) -> bool:
     """Quantise in a process of its own; True if it was killed."""
     child = os.fork()
     if child == 0:
+        if kill_at is not None:
+            kill_before_change(part_of(out), kill_at)
         quantised(model, out, config_of(method))
         os._exit(0)
     if kill_after is not None:
@@ -87,8 +95,51 @@ def killed_runs(model: Path, whole: Path, out: Path, method: str, kills: int, se
     return done
 
 
+def kill_before_change(folder: Path, number: int) -> None:
+    """Kill this process when it is about to open to write, rename or delete something in the folder, the ``number``-th
+    time that it does; what, is left in the file beside it."""
+    count = 0
+
+    def hook(event: str, arguments: tuple) -> None:
+        nonlocal count
+        if event not in ("open", "os.rename", "os.remove") or not str(arguments[0]).startswith(str(folder)):
+            return
+        if event == "open" and arguments[1] in ("r", "rb", None):
+            return
+        count += 1
+        if count == number:
+            with folder.with_suffix(".changes").open("a") as file:
+                file.write(f"{event}:{Path(arguments[0]).name}\n")
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(hook)
+
+
+def killed_finishing(model: Path, whole: Path, out: Path, method: str) -> list[str]:
+    """What was changed next at each kill."""
+    run_in_child(model, whole, method)
+    with contextlib.suppress(InterruptedError):
+        quantised(model, out, config_of(method), shard_done=stop_after_the_last)
+    number = 1
+    while run_in_child(model, out, method, kill_at=number):
+        if out.exists():
+            raise SystemExit(f"the folder had its name at kill {number}")
+        if (part_of(out) / CONFIG).exists() and digests(part_of(out)) != digests(whole):
+            raise SystemExit(f"the folder looked whole at kill {number}")
+        number += 1
+    return part_of(out).with_suffix(".changes").read_text().split()
+
+
+def stop_after_the_last(record, left: int) -> None:
+    if left == 0:
+        raise InterruptedError
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
     model, whole, out, method, kills, seed = sys.argv[1:]
-    found = killed_runs(Path(model), Path(whole), Path(out), method, int(kills), int(seed))
+    paths = Path(model), Path(whole), Path(out)
+    found = (
+        killed_finishing(*paths, method) if kills == "finishing" else killed_runs(*paths, method, int(kills), int(seed))
+    )
     sys.stdout.write(" ".join(map(str, found)))

@@ -156,6 +156,14 @@ def test_a_head_that_was_tied_is_rounded_apart(tmp_path):
     )
 
 
+def test_a_tied_head_is_the_embedding_whatever_else_is_stored(tmp_path):
+    make_checkpoint(tmp_path / "model", "llama-tied")
+    edit_weights(tmp_path / "model", lambda tensors: tensors.update({"lm_head.weight": torch.zeros(99, 64)}))
+    report = quantised(tmp_path / "model", tmp_path / "out", config_of("rtn"))
+    compared = compare_models(load_model(tmp_path / "model"), load_model(tmp_path / "out"), passages())
+    assert report.comparison.kl.mean == pytest.approx(compared.kl.mean, rel=0.02)
+
+
 def test_report_beside_the_model(model, tmp_path):
     report = quantised(model, tmp_path / "out", config_of("gptq"))
     found = json.loads((tmp_path / "out" / "report.json").read_text())
@@ -179,17 +187,30 @@ def test_smollm2_killed_ten_times(tmp_path):
     check_killed(resolve("SmolLM2-135M-Instruct"), tmp_path, "gptq")
 
 
+def test_killed_at_every_change_of_a_file_while_finishing(model, tmp_path):
+    changes = run_killed(model, tmp_path, "rtn", "finishing")
+    for change in ("open:model.safetensors.index.json", "open:report.json", "os.remove:states-3-int4.bin"):
+        assert change in changes
+    assert changes[-2:] == ["os.rename:config.json.tmp", "os.rename:killed.part"]
+
+
 def check_killed(model, tmp_path, method):
     """Ten kills at random moments change no byte."""
+    done = run_killed(model, tmp_path, method, "10")
+    assert len(done) >= 5  # kills that came in time
+    assert max(map(int, done)) > 0
+
+
+def run_killed(model, tmp_path, method, kills):
+    """What the program says; the bytes are those of a run that was not killed."""
     script = Path(__file__).with_name("quantize_files.py")
     paths = [str(Path(__file__).parent), str(Path(__file__).parents[2])]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths)}
-    command = [sys.executable, script, model, tmp_path / "whole", tmp_path / "killed", method, "10", "7"]
-    done = subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout.split()
-    assert len(done) >= 5  # kills that came in time
-    assert max(map(int, done)) > 0
+    command = [sys.executable, script, model, tmp_path / "whole", tmp_path / "killed", method, kills, "7"]
+    said = subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout.split()
     assert digests(tmp_path / "killed") == digests(tmp_path / "whole")
     assert INDEX in digests(tmp_path / "whole")
+    return said
 
 
 def test_another_run_does_not_go_on(model, tmp_path):
@@ -246,6 +267,18 @@ def sharded(folder):
     (folder / INDEX).write_text(json.dumps({"weight_map": where}))
 
 
+def naming_what_is_not_there(folder):
+    tensors = load_file(folder / "model.safetensors")
+    where = dict.fromkeys([*tensors, "model.layers.1.extra.weight"], "model.safetensors")
+    (folder / INDEX).write_text(json.dumps({"weight_map": where}))
+
+
+def quantised_already(folder):
+    quantize_checkpoint(folder, folder.with_name("quantised"), config_of("rtn"))
+    folder.rename(folder.with_name("before"))
+    folder.with_name("quantised").rename(folder)
+
+
 def truncated(folder):
     path = folder / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-1000])
@@ -259,8 +292,13 @@ def of_another_shape(tensors):
     tensors["model.layers.2.mlp.up_proj.weight"] = torch.zeros(8, 64)
 
 
-def without_a_tensor(tensors):
-    del tensors["model.layers.2.input_layernorm.weight"]
+def without(name):
+    return lambda folder: edit_weights(folder, lambda tensors: tensors.pop(name))
+
+
+def without_the_last_layer(tensors):
+    for name in [name for name in tensors if name.startswith("model.layers.2.")]:
+        del tensors[name]
 
 
 @pytest.mark.parametrize(
@@ -277,32 +315,97 @@ def without_a_tensor(tensors):
             lambda folder: edit_weights(folder, of_another_shape),
             "model.safetensors: model.layers.2.: Block: mlp.up_proj.weight: want (96, 64) of floats",
         ),
-        (lambda folder: edit_weights(folder, without_a_tensor), "input_layernorm.weight: want (64,) of floats"),
+        (without("model.layers.2.input_layernorm.weight"), "input_layernorm.weight: want (64,) of floats"),
+        (without("model.norm.weight"), "model.safetensors: model.norm.weight: want (64) float32"),
+        (without("lm_head.weight"), "model.safetensors: lm_head.weight: want (99, 64) float32"),
+        (without("model.embed_tokens.weight"), "model.safetensors: model.embed_tokens.weight: want (99, 64) float32"),
+        (lambda folder: edit_weights(folder, without_the_last_layer), "input_layernorm.weight: want (64,) of floats"),
+        (naming_what_is_not_there, "model.layers.1.extra.weight: want a tensor, as model.safetensors.index.json says"),
+        (quantised_already, "want a model that is not quantised yet"),
     ],
-    ids=["architecture", "missing-shard", "truncated", "nan", "shape", "missing-tensor"],
+    ids=[
+        *("architecture", "missing-shard", "truncated", "nan", "shape", "missing-tensor", "no-norm", "no-head"),
+        *("no-embedding", "no-last-layer", "index-beyond-the-file", "quantised-already"),
+    ],
 )
 def test_a_bad_checkpoint_is_one_line(model, tmp_path, damage, message):
     damage(model)
     assert message in refused("quantize", model, "-o", tmp_path / "out", "--group-size", 32)
     assert_nothing_looks_whole(tmp_path)
+    assert damage_is_nan(message) == (tmp_path / "out.part").exists()  # all else shows before any work
+
+
+def damage_is_nan(message):
+    return message.endswith("want finite weights")
+
+
+def in_use(out):
+    out.mkdir()
+    (out / "notes.txt").write_text("kept")
+
+
+def a_link(out):
+    out.with_name("elsewhere").mkdir()
+    out.symlink_to(out.with_name("elsewhere"))
 
 
 @pytest.mark.parametrize(
-    ("text", "options", "message"),
+    ("out", "prepare", "message"),
     [
-        ("a", (), "want 128 sequences of 512 tokens (or ask for fewer or shorter ones); got 0 of them, 1 tokens"),
-        ("a", ("--tokens", 1), "greater than or equal to 2"),
-        ("", ("--tokens", 8), "want text; got an empty file"),
-        (None, (), "FILE: want 'self', a text file or a .jsonl file"),
+        ("out", in_use, "OUT: want a new or empty folder; got "),
+        ("out", a_link, "OUT: want a new or empty folder; got "),
+        ("model", lambda out: None, "OUT: want a new or empty folder; got "),
+        ("model/int4", lambda out: None, "OUT: want a folder outside "),
+        ("out", lambda out: out.with_name("model").rename(out.with_name("out.part")), "OUT: want another name: "),
+    ],
+    ids=["in-use", "link", "model", "inside-model", "its-unfinished-name-is-the-model"],
+)
+def test_a_bad_out_is_one_line_and_touches_nothing(model, tmp_path, out, prepare, message):
+    prepare(tmp_path / out)
+    (folder,) = (path.parent for path in tmp_path.rglob("model.safetensors"))
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    assert message in refused("quantize", folder, "-o", tmp_path / out, "--group-size", 32)
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize(
+    ("options", "message", "code"),
+    [
+        (("--group-size", 7), "group_size: want -1 or a positive multiple of 16 (32, 64, 128); got 7", 1),
+        (("--method", "awq"), "Invalid value for '--method'", 2),
+        (("--group-size", "wide"), "Invalid value for '--group-size'", 2),
+        (("--keep", "model.layers.7.mlp.down_proj"), "keep: want linears of the model; got model.layers.7", 1),
+    ],
+)
+def test_a_bad_option_is_one_line(model, tmp_path, options, message, code):
+    assert message in refused("quantize", model, "-o", tmp_path / "out", *options, code=code)
+    assert not (tmp_path / "out.part").exists()
+
+
+def test_other_options_do_not_go_on(model, tmp_path):
+    half_done(model, tmp_path)
+    found = refused("quantize", model, "-o", tmp_path / "out", "--group-size", 32)
+    assert "out.part: want a run with the same settings" in found
+    assert "finish it as it was begun, or delete that folder" in found
+    assert_nothing_looks_whole(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("text", "options", "code", "message"),
+    [
+        ("a", (), 1, "want 128 sequences of 512 tokens (or ask for fewer or shorter ones); got 0 of them, 1 tokens"),
+        ("a", ("--tokens", 1), 2, "greater than or equal to 2"),
+        ("", ("--tokens", 8), 1, "want text; got an empty file"),
+        (None, (), 1, "FILE: want 'self', a text file or a .jsonl file"),
     ],
     ids=["one-token", "windows-of-one", "empty", "absent"],
 )
-def test_a_bad_calibration_is_one_line(model, tmp_path, text, options, message):
+def test_a_bad_calibration_is_one_line(model, tmp_path, text, options, code, message):
     path = tmp_path / "text.txt"
     if text is not None:
         path.write_text(text)
     command = ("quantize", model, "-o", tmp_path / "out", "--method", "gptq", "--calibration", path, *options)
-    assert message in refused(*command)
+    assert message in refused(*command, code=code)
     assert_nothing_looks_whole(tmp_path)
 
 
@@ -350,11 +453,12 @@ def test_a_full_disk_is_one_line_and_can_go_on(model, tmp_path):
     load_model(tmp_path / "out")
 
 
-def refused(*command) -> str:
+def refused(*command, code=1) -> str:
     """The one line of a command that fails."""
     result = CliRunner().invoke(app, [str(one) for one in command], env={"COLUMNS": "200"})
-    assert result.exit_code in (1, 2), result.output
-    assert result.exit_code == 2 or len([line for line in result.output.splitlines() if "error: " in line]) == 1
+    assert result.exit_code == code, result.output
+    told = [line for line in result.output.splitlines() if line.startswith("error: ")]
+    assert code == 2 or told == result.output.splitlines()[-1:], result.output
     return result.output
 
 
