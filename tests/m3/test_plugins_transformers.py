@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from int4_formats import QUANTIZATION, rewrite
+from quantize_files import config_of
 from safetensors.torch import load_file, save_file
 from tiny_models import SMALL, make_checkpoint
 from transformers import AutoModel, AutoModelForCausalLM
@@ -22,6 +23,7 @@ from m3.models.loader import load_model
 from m3.plugins.transformers import Int4Config, register
 from m3.plugins.transformers_int4 import PackedExperts, PackedLinear
 from m3.quantize.export import export_model
+from m3.quantize.job import quantize_checkpoint
 from m3.quantize.round_to_nearest import RoundConfig, quantize_model
 
 RELATIVE_ERROR = 5e-6  # fp32 in another order of summation, relative to the largest logit
@@ -115,6 +117,18 @@ def test_formats_are_read_and_written_back_bit_for_bit(kind, family, tmp_path):
     assert {name: tensor.dtype for name, tensor in got.items()} == {name: tensor.dtype for name, tensor in want.items()}
     assert [name for name in want if not torch.equal(want[name], got[name])] == []
     assert settings_of(tmp_path / "out") == QUANTIZATION[kind]
+
+
+def test_the_quantisation_job_with_a_layer_that_stays_dense(tmp_path):
+    make_checkpoint(tmp_path / "dense", "qwen3_moe-one-dense-layer")
+    kept = "model.layers.1.mlp.down_proj"
+    quantize_checkpoint(tmp_path / "dense", tmp_path / "int4", config_of("rtn", keep=(kept,)))
+    model = load(tmp_path / "int4", None)
+    assert type(model.get_submodule(kept)) is torch.nn.Linear
+    assert isinstance(model.get_submodule("model.layers.1.mlp.up_proj"), PackedLinear)
+    assert isinstance(model.get_submodule("model.layers.2.mlp.experts"), PackedExperts)
+    ours = load_model(tmp_path / "int4", activations="exact")
+    assert relative_error(logits(load(tmp_path / "int4")), logits(ours)) <= RELATIVE_ERROR
 
 
 def test_what_was_saved_loads_again_in_both(quantised, tmp_path):
