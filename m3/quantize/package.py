@@ -34,7 +34,7 @@ def quantize_with_package(
         OSError: the disk is full.
     """
     out = Path(out)
-    check_out(out)
+    check_out(out, Path(model))
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # the model is here; the package would ask for more
     try:
         import auto_round
