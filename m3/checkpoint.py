@@ -22,6 +22,7 @@ SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 CONFIG = "config.json"
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+FLOAT_NAMES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}  # in a file's header
 SHARD_BYTES = 4 << 30
 
 
@@ -86,8 +87,8 @@ class Checkpoint:
     def outline(self, name: str) -> Tensor:
         """The tensor called ``name`` without its data, on device meta: shape and dtype as its file's header says."""
         view = self._open(self._where[name]).get_slice(name)
-        shape = tuple(view.get_shape())
-        return torch.empty(shape, dtype=(view[:0] if shape else self.get(name)).dtype, device="meta")
+        dtype = FLOAT_NAMES.get(view.get_dtype())  # no page of the data is touched
+        return torch.empty(view.get_shape(), dtype=self.get(name).dtype if dtype is None else dtype, device="meta")
 
     def get(
         self, name: str, shape: tuple[int | None, ...] | None = None, dtypes: Iterable[torch.dtype] | None = None

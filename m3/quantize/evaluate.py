@@ -48,7 +48,10 @@ class Comparison:
     @classmethod
     def of(cls, fields: Mapping[str, Any]) -> Comparison:
         """The comparison that dataclasses.asdict made these of."""
-        return cls(**{name: Estimate(**value) if isinstance(value, dict) else value for name, value in fields.items()})
+        read: dict[str, Any] = {
+            name: Estimate(**value) if isinstance(value, dict) else value for name, value in fields.items()
+        }
+        return cls(**read)
 
 
 class Tally:
