@@ -175,12 +175,14 @@ def quantization_config(
     version: int = 1,
     damping: float = 0.01,
     left_out: Sequence[str] = (),
+    quantised: Sequence[str] = (),
 ) -> dict[str, Any]:
     """What config.json says about linears in GPTQ form.
 
     Args:
         left_out: full names of linears in layers that are not quantised. gptqmodel and vLLM look for them as patterns
             under "dynamic", transformers for their names under "modules_to_not_convert".
+        quantised: full names of those that are; optimum, with which transformers reads GPTQ form, knows no other list.
     """
     found = {
         "quant_method": "gptq",
@@ -197,4 +199,6 @@ def quantization_config(
     if left_out:
         found["dynamic"] = {f"-:^{re.escape(name)}$": {} for name in left_out}
         found["modules_to_not_convert"] = list(left_out)
+    if quantised:
+        found["modules_in_block_to_quantize"] = [list(quantised)]
     return found

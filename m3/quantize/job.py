@@ -526,8 +526,13 @@ class _Job:
                 head=self.config.head,
                 damping=self.config.gptq.damping,
                 left_out=[*self.config.keep, *self.routers()],
+                quantised=self.quantised() if self.config.keep and not self.shards.model.num_experts else (),
             )
         return config
+
+    def quantised(self) -> list[str]:
+        records = [record for record in self.records if record.layer >= 0]
+        return [LAYER.format(record.layer) + name for record in records for name in record.errors]
 
     def routers(self) -> list[str]:
         model = self.shards.model
