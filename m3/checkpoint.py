@@ -129,6 +129,18 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
+def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
+    """A safetensors file, readable to whom any new file is: safetensors alone would let nobody else read it.
+
+    Raises SafetensorError, or OSError: it cannot be written.
+    """
+    path.unlink(missing_ok=True)
+    path.touch()
+    mode = path.stat().st_mode
+    save_file(dict(tensors), path, {"format": "pt"})
+    path.chmod(mode)
+
+
 def write_checkpoint(
     folder: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor], *, shard_bytes: int = SHARD_BYTES
 ) -> None:
@@ -144,14 +156,13 @@ def write_checkpoint(
             used = 0
         shards[-1][name] = tensor.contiguous()
         used += nbytes
-    metadata = {"format": "pt"}
     if len(shards) == 1:
-        save_file(shards[0], folder / SINGLE, metadata)
+        save_tensors(shards[0], folder / SINGLE)
         return
     where: dict[str, str] = {}
     for index, shard in enumerate(shards, 1):
         file = f"model-{index:05d}-of-{len(shards):05d}.safetensors"
-        save_file(shard, folder / file, metadata)
+        save_tensors(shard, folder / file)
         where |= dict.fromkeys(shard, file)
     total = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
     write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": where})

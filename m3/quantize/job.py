@@ -32,10 +32,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from m3.checkpoint import CONFIG, INDEX, write_json
+from m3.checkpoint import CONFIG, INDEX, save_tensors, write_json
 from m3.draft.store import LineFile, fingerprint
 from m3.models.decoder import RMSNorm
 from m3.models.loader import EMBEDDING, HEAD, LAYER, NORM
@@ -392,7 +391,7 @@ class _Job:
         path = self.part / self.file(index)
         part = path.with_suffix(".tmp")
         try:
-            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, part, {"format": "pt"})
+            save_tensors({name: tensor.contiguous() for name, tensor in tensors.items()}, part)
         except SafetensorError as error:
             raise OSError(f"{path}: could not be written: {error}") from error
         to_disk(part)

@@ -34,6 +34,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from m3.checkpoint import save_tensors
 from m3.environment.case import Phase
 from m3.environment.episode import CaseView, Said
 from m3.environment.trajectory import Message
@@ -219,7 +220,6 @@ def write_weights(folder: Path, version: int, tensors: Mapping[str, Tensor], sou
     Args:
         source: folder of the model's config and tokenizer.
     """
-    from safetensors.torch import save_file
 
     path = (folder / f"version-{version:06d}").resolve()
     part = path.with_name(f".writing-{path.name}")
@@ -228,7 +228,7 @@ def write_weights(folder: Path, version: int, tensors: Mapping[str, Tensor], sou
     plain = {
         name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()
     }
-    save_file(plain, part / "model.safetensors", metadata={"format": "pt"})
+    save_tensors(plain, part / "model.safetensors")
     for pattern in ("config.json", "generation_config.json", *TOKENIZER_FILES):
         for file in source.glob(pattern):
             shutil.copy(file, part / file.name)

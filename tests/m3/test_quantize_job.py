@@ -166,6 +166,8 @@ def test_a_tied_head_is_the_embedding_whatever_else_is_stored(tmp_path):
 
 def test_report_beside_the_model(model, tmp_path):
     report = quantised(model, tmp_path / "out", config_of("gptq"))
+    files = [path for path in (tmp_path / "out").iterdir() if path.name != JOURNAL]
+    assert len({path.stat().st_mode for path in files}) == 1  # who reads one, reads all
     found = json.loads((tmp_path / "out" / "report.json").read_text())
     assert found["comparison"]["kl"]["mean"] == report.comparison.kl.mean
     assert len(found["shards"]) == 4
