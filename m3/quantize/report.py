@@ -130,7 +130,7 @@ def figures(report: Report) -> list[tuple[Any, str]]:
     made = []
 
     def axes(label: str, scale: str) -> tuple[Any, Any]:
-        figure = Figure(figsize=(9, 3))
+        figure = Figure(figsize=(9, 3), layout="constrained")
         one = figure.subplots()
         one.set(xlabel="layer", ylabel=label, yscale=scale)
         return figure, one
