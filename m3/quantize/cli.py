@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import shutil
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -92,6 +93,9 @@ def quantize(
         bool, typer.Option("--float-prefix", help="Layers learn from inputs of layers that are not quantised.")
     ] = False,
     seed: Annotated[int, typer.Option("--seed", help="Of what is drawn, of the calibration set and in autoround.")] = 0,
+    resume: Annotated[
+        bool, typer.Option("--resume/--restart", help="Go on with a run that was cut short, or throw it away.")
+    ] = True,
     measure: Annotated[
         bool, typer.Option("--measure/--no-measure", help="Perplexity and KL on held-out text, for the report.")
     ] = True,
@@ -137,6 +141,8 @@ def quantize(
     with Bar(model) as bar:
         folder = resolve(model, bar.fetch)
     check_out(out, folder)
+    if not resume and part_of(out).is_dir():
+        shutil.rmtree(part_of(out))
     tokenizer = Tokenizer(folder) if (folder / "tokenizer.json").is_file() else None
     ids = None
     if method != Method.rtn or keep_budget is not None:

@@ -222,6 +222,16 @@ def test_another_run_does_not_go_on(model, tmp_path):
     assert (part / JOURNAL).is_file()
 
 
+def test_an_unfinished_run_goes_on_or_is_thrown_away(model, tmp_path):
+    half_done(model, tmp_path)
+    command = ("quantize", model, "-o", tmp_path / "out", "--group-size", 32, "--method", "rtn", "--no-measure")
+    assert "want a run with the same settings" in refused(*command, "--resume")
+    result = CliRunner().invoke(app, [str(one) for one in (*command, "--restart")])
+    assert result.exit_code == 0, result.output
+    assert json.loads((tmp_path / "out" / "report.json").read_text())["settings"]["method"] == "rtn"
+    assert not (tmp_path / "out.part").exists()
+
+
 def test_a_damaged_shard_is_refused(model, tmp_path):
     part = half_done(model, tmp_path)
     path = next(part.glob("model-00001-*.safetensors"))
