@@ -33,12 +33,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bench import record, small_moe, tables
+from bench.quantize import outputs
 from m3.checkpoint import Checkpoint
 from m3.models.decoder import DecoderConfig
 from m3.models.loader import EMBEDDING, LAYER, NORM, load_model
 from m3.models.tokenizer import Tokenizer
 from m3.quantize import autoround, gptq
-from m3.quantize.block import EXPERT, Block, batches
+from m3.quantize.block import EXPERT, Block
 from m3.quantize.calibration import SELF, Calibration, CalibrationConfig, calibration_of
 from m3.quantize.coverage import Coverage, count, draw
 from m3.quantize.perplexity import mixed_text
@@ -133,11 +134,6 @@ class Layers:
             hidden = block.forward(hidden)
         hidden = F.rms_norm(hidden, hidden.shape[-1:], self.norm, self.config.rms_norm_eps)
         return F.log_softmax(hidden @ self.embedding.T, dim=-1)
-
-
-@torch.no_grad()
-def outputs(block: Block, hidden: Tensor) -> Tensor:
-    return torch.cat([block.forward(part) for part in batches(hidden, 8)])
 
 
 def quantised(layers: Layers, ids: Tensor, method: str, least: int, seed: int, plan: Plan) -> list[dict[str, Rounded]]:

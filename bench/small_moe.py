@@ -31,7 +31,7 @@ from m3.quantize.calibration import read_prompts
 from m3.train.loop import MODEL, TrainConfig, train
 from m3.train.optim import OptimConfig
 from m3.train.policy_model import PolicyModel
-from m3.train.stage import Objective, StepBatch
+from m3.train.stage import Objective, Stateless, StepBatch
 from m3.train.streams import Sample
 
 TOKENIZER, FILES = "tokenizer", ("tokenizer.json", "tokenizer_config.json")
@@ -172,7 +172,7 @@ def write_tokenizer(folder: Path) -> None:
 
 
 # -- training ---------------------------------------------------------------------------------------------------------
-class Conversations:
+class Conversations(Stateless):
     """Batches of conversations: cross-entropy on answers. (Clip-Forward-KL to a teacher that gives every token the
     probability 1.)"""
 
@@ -203,18 +203,6 @@ class Conversations:
                 )
             )
         return StepBatch(step=step, samples=samples)
-
-    async def updated(self, step: int, version: int) -> None:
-        pass
-
-    def state(self) -> Mapping[str, Any]:
-        return {}
-
-    def load_state(self, state: Mapping[str, Any]) -> None:
-        pass
-
-    async def close(self) -> None:
-        pass
 
 
 def random_model(config: SmallMoe, end: int) -> PolicyModel:

@@ -128,16 +128,7 @@ def quantize(
         raise refuse(
             "quantize", "--keep, --keep-budget, --head, --float-prefix", "a method of ours", "--method package"
         )
-    config = JobConfig(
-        method="rtn" if method == Method.package else str(method),
-        scheme=Scheme(group_size=group_size, symmetric=symmetric),
-        range=str(range_ or Range.weighted),
-        gptq=gptq,
-        autoround=autoround,
-        quantised_prefix=not float_prefix,
-        keep=tuple(keep or ()),
-        head=head,
-    )
+    scheme = Scheme(group_size=group_size, symmetric=symmetric)
     with Bar(model) as bar:
         folder = resolve(model, bar.fetch)
     check_out(out, folder)
@@ -152,9 +143,19 @@ def quantize(
             ids = calibration_of(calibration, folder, wanted, store=store, progress=bar.step).stacked()
     if method == Method.package:
         assert ids is not None
-        quantize_with_package(folder, out, config.scheme, autoround, ids)
+        quantize_with_package(folder, out, scheme, autoround, ids)
         console.print(f"{out}", highlight=False, soft_wrap=True)
         return
+    config = JobConfig(
+        method=str(method),
+        scheme=scheme,
+        range=str(range_ or Range.weighted),
+        gptq=gptq,
+        autoround=autoround,
+        quantised_prefix=not float_prefix,
+        keep=tuple(keep or ()),
+        head=head,
+    )
     if keep_budget is not None and ids is not None:
         with Bar("measuring linears") as bar:
             found = keep_under_budget(folder, keep_budget, ids, config.scheme, config.range, part_of(out), bar.step)

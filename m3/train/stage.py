@@ -67,3 +67,19 @@ class Source(Protocol):
     async def close(self) -> None:
         """Free what it holds."""
         ...
+
+
+class Stateless:
+    """The rest of a Source whose batches depend on the step alone: nothing to note, to refresh or to free."""
+
+    async def updated(self, step: int, version: int) -> None:
+        pass
+
+    def state(self) -> Mapping[str, Any]:
+        return {}
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        pass
+
+    async def close(self) -> None:
+        pass

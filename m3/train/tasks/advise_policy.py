@@ -5,14 +5,14 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 from m3.algorithms import clip_forward_kl
 from m3.train.policy_model import PolicyModel
-from m3.train.stage import Objective, StepBatch
+from m3.train.stage import Objective, Stateless, StepBatch
 from m3.train.streams import Sample
 from m3.train.tasks import consult_policy
 from m3.train.tasks.advise import (
@@ -55,7 +55,7 @@ def sample_of(ids: Sequence[int], *, name: str, logprobs: Sequence[float] | None
     )
 
 
-class ScriptedSource:
+class ScriptedSource(Stateless):
     """Answers of scripted writers to start from: cross-entropy on their tokens, by Eq 2 with teachers that are sure.
 
     Their questions are those of training.
@@ -78,18 +78,6 @@ class ScriptedSource:
             )
             samples.append(dataclasses.replace(sample, teacher_logprobs=torch.zeros(sample.tokens)))
         return StepBatch(step=step, samples=samples)
-
-    async def updated(self, step: int, version: int) -> None:
-        pass
-
-    def state(self) -> Mapping[str, Any]:
-        return {}
-
-    def load_state(self, state: Mapping[str, Any]) -> None:
-        pass
-
-    async def close(self) -> None:
-        pass
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from m3.algorithms import clip_forward_kl
 from m3.train.policy_model import PolicyModel
-from m3.train.stage import Objective, StepBatch
+from m3.train.stage import Objective, Stateless, StepBatch
 from m3.train.streams import Sample
 from m3.train.tasks.consult import (
     BEGIN,
@@ -124,7 +124,7 @@ def sample_of(
     )
 
 
-class ScriptedSource:
+class ScriptedSource(Stateless):
     """Consultations of scripted physicians to start from: cross-entropy on the physician's tokens.
 
     That is Clip-Forward-KL to a teacher that gives every token the probability 1 (Eq 2: the indicator is 1).
@@ -146,18 +146,6 @@ class ScriptedSource:
             sample = sample_of(ids, score, name=f"{step}-{index}", domain=DEPARTMENTS[case.department])
             samples.append(dataclasses.replace(sample, teacher_logprobs=torch.zeros(sample.tokens)))
         return StepBatch(step=step, samples=samples)
-
-    async def updated(self, step: int, version: int) -> None:
-        pass
-
-    def state(self) -> Mapping[str, Any]:
-        return {}
-
-    def load_state(self, state: Mapping[str, Any]) -> None:
-        pass
-
-    async def close(self) -> None:
-        pass
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
