@@ -1,5 +1,5 @@
-"""``python -m bench FAMILY | engine | train | quantize | quantize_layer | roofline | report | goals``: measure; to a
-document.
+"""``python -m bench FAMILY | engine | serving | serving_load | train | quantize | quantize_layer | roofline``: measure;
+``report | goals``: to a document.
 
 FAMILY: decoder, int4, skinny, policy_loss or spec_decode.
 """
@@ -29,6 +29,8 @@ from bench import (
     quantize_layer,
     record,
     roofline,
+    serving,
+    serving_load,
     skinny,
     skinny_report,
     spec_decode,
@@ -144,6 +146,12 @@ def parser() -> argparse.ArgumentParser:
         "--peer-python", type=pair, action="append", metavar="KIND=PATH", help="interpreter of vllm, onnx_genai, ..."
     )
     whole.add_argument("--out", type=Path, help=f"JSON lines to add to (default: {record.RESULTS.name}/engine.jsonl)")
+
+    servers = commands.add_parser("serving", help="m3 serve against other servers: requests per second, latencies")
+    serving.add_options(servers)
+
+    crowd = commands.add_parser("serving_load", help="m3 serve under a crowd, some of whom hang up or send nonsense")
+    serving_load.add_options(crowd)
 
     update = commands.add_parser("train", help="one update of a small model against TRL's trainer")
     train.add_options(update)
@@ -450,6 +458,10 @@ def main() -> int:
         return run_spec_decode(arguments)
     if arguments.command == "engine":
         return run_engine(arguments)
+    if arguments.command == "serving":
+        return serving.carry_out(arguments)
+    if arguments.command == "serving_load":
+        return serving_load.carry_out(arguments)
     if arguments.command == "train":
         return train.carry_out(arguments)
     if arguments.command == "quantize":

@@ -234,6 +234,34 @@ class EngineRow(Row):
         return (self.place, self.op, self.shape, self.device, self.case_threads, self.arm)
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ServingRow(Row):
+    """A server under clients that each send a request, read its stream and send the next; times per request, over all
+    clients together. Latencies in seconds, of all requests of the timed visits."""
+
+    TIMED: ClassVar[tuple[str, ...]] = (*Row.TIMED, "requests_s", "tokens_s", "first_p50_s", "token_p50_s")
+
+    clients: int
+    prompt_tokens: int
+    new_tokens: int
+    weights: str  # int4 or bf16
+    draft: bool  # speculates
+    software: str  # the server and its version
+    requests_s: float | None = None
+    tokens_s: float | None = None
+    first_p50_s: float | None = None  # to the first piece of text
+    first_p95_s: float | None = None
+    token_p50_s: float | None = None  # of a token after the first: mean of a request
+    token_p95_s: float | None = None
+    gap_p95_s: float | None = None  # between two pieces of a stream
+    resident_bytes: int | None = None  # of the server's processes, after the visits
+    rounding: float | None = None  # regret under the unquantised model, nats a token; ``error`` is that under its own
+
+    @property
+    def key(self) -> tuple[object, ...]:
+        return (self.place, self.op, self.shape, self.device, self.case_threads, self.arm)
+
+
 KINDS: dict[str, type[Row]] = {  # by op
     "int4_gemm": GemmRow,
     "int4_moe": GemmRow,
@@ -241,6 +269,7 @@ KINDS: dict[str, type[Row]] = {  # by op
     "linear_policy_loss": LossRow,
     **dict.fromkeys(("tree_verify", "tree_attention", "draft_topk", "tree_finalize", "tree_commit"), SpecRow),
     **dict.fromkeys(("engine_decode", "engine_prefill"), EngineRow),
+    "serving": ServingRow,
 }
 TRIPLES = ("units", "units_bf16", "growth")  # fields that JSON holds as lists
 

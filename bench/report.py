@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterable, Sequence
 from itertools import groupby
 from pathlib import Path
 
-from bench import engine_report, policy_loss_report, record, skinny_report, spec_decode_report
-from bench.record import EngineRow, GemmRow, LossRow, Row, SkinnyRow, SpecRow
+from bench import engine_report, policy_loss_report, record, serving_report, skinny_report, spec_decode_report
+from bench.record import EngineRow, GemmRow, LossRow, Row, ServingRow, SkinnyRow, SpecRow
 from bench.tables import Line, acceptance_table, error_text, save, share, table, time_text, timed, why_untimed
 
 OURS = ("m3_int8", "m3_int16", "m3_exact")
@@ -196,6 +196,12 @@ sigmoid gate; `torch_sdpa` scaled_dot_product_attention with an explicit mask (p
 and values that lie one after another already, `torch_sdpa_gathered` over those it gathers from the pages first.
 Drafting: `torch` is softmax, topk, products of path probabilities, topk and gathers. tree_finalize: `torch` is topk,
 sort, gathers, and masks and links by comparison. tree_commit: `torch` copies slots by one indexed assignment a cache.
+
+Servers. Every arm is a server, all of them up at once; a round visits each once, in shuffled order, with the same
+prompts of tokens: each client sends a greedy completion whose end token is ignored, reads its stream, and sends the
+next. "First token" runs from the request to the first piece of text; "a token" is the mean of a request over the tokens
+after the first; "gap" lies between two pieces, which hold several tokens where a draft was accepted. "MB": resident
+memory of the server's processes. Regret: as for engines, of the text that was sent.
 """
 
 
@@ -297,6 +303,7 @@ def machine_section(rows: Sequence[Row], out: Path) -> str:
     parts += policy_loss_report.sections([row for row in rows if isinstance(row, LossRow)], slug, out)
     parts += spec_decode_report.sections([row for row in rows if isinstance(row, SpecRow)])
     parts += engine_report.sections([row for row in rows if isinstance(row, EngineRow)])
+    parts += serving_report.sections([row for row in rows if isinstance(row, ServingRow)])
     return "\n".join(parts)
 
 
