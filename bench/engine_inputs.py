@@ -83,8 +83,8 @@ class Models:
         target = self.folder / name
         if not target.exists():
             options = ("--group-size", str(GROUP_SIZE), *options)
-            command = [sys.executable, "-m", "m3", "quantize", str(self.path("checkpoint")), str(target), *options]
-            subprocess.run(command, check=True, cwd=record.ROOT, stdout=subprocess.DEVNULL)
+            command = [sys.executable, "-m", "m3", "quantize", str(self.path("checkpoint")), "-o", str(target)]
+            subprocess.run([*command, "--no-measure", *options], check=True, cwd=record.ROOT, stdout=subprocess.DEVNULL)
         return target
 
     def q4_1(self) -> Path:
