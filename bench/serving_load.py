@@ -103,13 +103,15 @@ async def learn(client: httpx2.AsyncClient, known: list[Ask]) -> None:
 async def work(client: httpx2.AsyncClient, known: list[Ask], until: float, crowd: Crowd, draw: random.Random) -> None:
     """One client: a request after another."""
     while time.monotonic() < until:
-        chance = draw.random()
-        if chance < NONSENSE:
-            await send_nonsense(client, crowd, draw)
-            continue
-        ask = draw.choice(known)
+        chance, ask = draw.random(), draw.choice(known)
         leave = draw.randint(1, 8) if chance < NONSENSE + LEAVE else None
-        judge(await stream(client, ask.path, ask.body, leave_after=leave), ask, leave is not None, crowd)
+        try:
+            if chance < NONSENSE:
+                await send_nonsense(client, crowd, draw)
+            else:
+                judge(await stream(client, ask.path, ask.body, leave_after=leave), ask, leave is not None, crowd)
+        except httpx2.TransportError as error:
+            crowd.wrong("errors", f"{type(error).__name__}: {error}")
 
 
 async def send_nonsense(client: httpx2.AsyncClient, crowd: Crowd, draw: random.Random) -> None:
