@@ -169,8 +169,10 @@ async def pages_back(client: httpx2.AsyncClient) -> float:
         await asyncio.sleep(0.2)
 
 
-async def end_under_load(server: Server, client: httpx2.AsyncClient, known: list[Ask], clients: int) -> dict[str, Any]:
-    """SIGTERM with a stream for each client under way: how each ended, and the process."""
+async def end_under_load(
+    server: Server, client: httpx2.AsyncClient, known: list[Ask], clients: int, *, after: float = 3.0
+) -> dict[str, Any]:
+    """SIGTERM ``after`` seconds, with a stream for each client under way: how each ended, and the process."""
     outcomes: Counter[str] = Counter()
 
     async def one(index: int) -> None:
@@ -188,7 +190,7 @@ async def end_under_load(server: Server, client: httpx2.AsyncClient, known: list
         outcomes["refused" if refused else "whole" if whole else "told" if answer.error else "cut"] += 1
 
     tasks = [asyncio.create_task(one(index)) for index in range(clients)]
-    await asyncio.sleep(3)
+    await asyncio.sleep(after)
     started = time.monotonic()
     server.terminate()
     await asyncio.gather(*tasks)

@@ -228,7 +228,7 @@ def test_a_killed_server_that_cuts_its_streams_is_found_out(tmp_path: Path) -> N
 
         async def run() -> dict[str, Any]:
             async with httpx2.AsyncClient(base_url=server.url) as client:
-                ending = asyncio.create_task(serving_load.end_under_load(server, client, known, 2))
+                ending = asyncio.create_task(serving_load.end_under_load(server, client, known, 2, after=0.6))
                 await asyncio.sleep(0.3)
                 server.process.kill()
                 return await ending
