@@ -16,13 +16,19 @@ try:
 except ImportError:  # not built
     _cpu_ext = None
 
+WORKER = os.environ.get("PYTEST_XDIST_WORKER")  # None: tests run in one process
+if WORKER is not None:
+    torch.set_num_threads(1)  # a core for each
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported, which no module above does
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What waits for nvcc comes last."""
+    """What waits for nvcc comes last, and in one worker."""
     items.sort(key=lambda item: "test_cuda_compiled" in item.nodeid)
+    for item in items:
+        if "test_cuda_compiled" in item.nodeid:
+            item.add_marker(pytest.mark.xdist_group("nvcc"))
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
@@ -30,11 +36,12 @@ def pytest_collection_finish(session: pytest.Session) -> None:
     if session.config.getoption("collectonly"):
         return
     names = [item.nodeid for item in session.items]
-    if not torch.cuda.is_available() and any("_cuda" in item.path.name for item in session.items):
+    first = WORKER in (None, "gw0")
+    if first and not torch.cuda.is_available() and any("_cuda" in item.path.name for item in session.items):
         import emulated_cuda
 
         emulated_cuda.begin()
-    if any("test_cuda_compiled" in name and "[90a]" in name for name in names):
+    if WORKER is None and any("test_cuda_compiled" in name and "[90a]" in name for name in names):
         import cuda_costs
 
         if cuda_costs.nvcc() is not None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import fcntl
 import functools
 import importlib.util
 import os
@@ -72,9 +73,11 @@ def build(folder: Path | None = None, layout: str | None = None) -> Path:
     objects = [folder / f"{source.parent.name}_{source.name}.o" for source in sources]
     lines += [f"build {target}: cxx {source}" for source, target in zip(sources, objects, strict=True)]
     lines.append(f"build {module}: link {' '.join(map(str, objects))}")
-    (folder / "build.ninja").write_text("\n".join(lines) + "\n")
     program = shutil.which("ninja", path=ninja.BIN_DIR) or shutil.which("ninja") or "ninja"
-    done = subprocess.run([program, "-C", str(folder)], capture_output=True, text=True, check=False)
+    with (folder / "lock").open("w") as lock:  # of processes that test side by side, the first builds
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        (folder / "build.ninja").write_text("\n".join(lines) + "\n")
+        done = subprocess.run([program, "-C", str(folder)], capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(f"cuda_emulator: the kernels do not compile as C++:\n{done.stdout[-8000:]}")
     return module
