@@ -18,6 +18,7 @@ from torch import Tensor
 
 from m3.engine.config import KV_DTYPES, EngineConfig, Shape, Speculation
 from m3.engine.controller import Controller, PassCost
+from m3.engine.core_thread import Counts
 from m3.engine.kv_cache import PagePool
 from m3.engine.passes import DraftPass, TargetPass
 from m3.engine.request import Event, Finished, PromptLogprobs, Reason, Request, Tokens
@@ -148,6 +149,19 @@ class EngineCore:
         """A request that arrives now."""
         prompt = list(prompt)
         return Request(id=id, prompt=prompt, params=params, seed=seed, arrival=self.clock(), tokens=list(prompt))
+
+    def counts(self) -> Counts:
+        """May be called on any thread: each number is right, if not of the same moment as its neighbour."""
+        return Counts(
+            pages_total=self.pool.num_pages,
+            pages_used=self.pool.used,
+            pages_cached=self.pool.cached,
+            drafted=self.stats.drafted,
+            accepted=self.stats.accepted,
+            speculative_steps=self.stats.speculative_steps,
+            preemptions=self.stats.preemptions,
+            generated=self.stats.drawn,
+        )
 
     # -- weights ------------------------------------------------------------------------------------------------------
     def update_weights(
