@@ -180,7 +180,7 @@ class ChatRequest(Sampling):
 
     def for_template(self) -> list[dict[str, Any]]:
         """The conversation as chat templates take it: arguments of calls are objects, not their texts."""
-        return [_row(message, index) for index, message in enumerate(self.messages)]
+        return rows_for_template(self.messages)
 
     def check(self) -> None:
         super().check()
@@ -203,6 +203,15 @@ class ChatRequest(Sampling):
         if sum(forms) > 1:
             want = "want one of response_format, structured_outputs and a tool_choice that forces a call"
             raise RequestError(400, f"response_format: {want}", param="response_format")
+
+
+def rows_for_template(messages: list[Message]) -> list[dict[str, Any]]:
+    """Messages as chat templates take them.
+
+    Raises:
+        RequestError: 400: arguments of a call that are no JSON object.
+    """
+    return [_row(message, index) for index, message in enumerate(messages)]
 
 
 def _role(role: str) -> str:

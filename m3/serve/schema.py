@@ -185,14 +185,21 @@ def read_as(kind: type[Body], body: bytes) -> Body:
     try:
         request = kind.model_validate_json(body)
     except pydantic.ValidationError as error:
-        first = error.errors(include_input=False, include_url=False, include_context=False)[0]
+        first = error.errors(include_input=False, include_url=False)[0]
         if first["type"] == "json_invalid":
             raise RequestError(400, f"body: want JSON; {first['msg']}") from error
         param = _name(first["loc"], first["type"])
-        raise RequestError(400, f"{param or 'body'}: {first['msg']}", param=param, code=first["type"]) from error
+        raise RequestError(400, f"{param or 'body'}: {_told(first)}", param=param, code=first["type"]) from error
     if isinstance(request, Sampling):
         request.check()
     return request
+
+
+def _told(error: Any) -> str:
+    """pydantic's words, but for those that quote the request."""
+    if error["type"] == "union_tag_invalid":
+        return f"Input should be one of {error['ctx']['expected_tags']}"
+    return str(error["msg"])
 
 
 def _name(place: tuple[int | str, ...], kind: str) -> str | None:
