@@ -21,8 +21,9 @@ from starlette.routing import Route
 from starlette.types import ASGIApp
 
 from m3.rollout.chat import Usage
-from m3.serve.app import Delta
-from m3.serve.schema import ChatRequest, RequestError
+from m3.serve.backend import Delta
+from m3.serve.chat_schema import ChatRequest
+from m3.serve.schema import RequestError
 
 
 @contextlib.contextmanager

@@ -14,6 +14,7 @@ import pytest
 from loopback import EchoBackend, Got, ask, serving, until
 
 from m3.serve.app import build
+from m3.serve.security import Limits
 
 KEY = "a key"
 BACKEND = EchoBackend(["echo", "patient/a b"])
@@ -21,7 +22,7 @@ BACKEND = EchoBackend(["echo", "patient/a b"])
 
 @pytest.fixture(scope="module")
 def url() -> Iterator[str]:
-    with serving(build(BACKEND, api_key=KEY, max_body=5000)) as url:
+    with serving(build(BACKEND, api_keys=[KEY], limits=Limits(body_bytes=5000))) as url:
         yield url
 
 
@@ -137,10 +138,16 @@ MISTAKES = {
     "seed-text": ({**ROW, "seed": "one"}, "seed"),
     "stop-empty": ({**ROW, "stop": ""}, "stop"),
     "stop-many": ({**ROW, "stop": ["x"] * 17}, "stop"),
-    "n": ({**ROW, "n": 2}, "n"),
-    "logprobs": ({**ROW, "logprobs": True}, "logprobs"),
-    "tools": ({**ROW, "tools": []}, "tools"),
-    "schema": ({**ROW, "response_format": {"type": "json_schema", "json_schema": {}}}, "response_format.type"),
+    "n": ({**ROW, "n": 17}, "n"),
+    "n-text": ({**ROW, "n": "1"}, "n"),
+    "logprobs": ({**ROW, "logprobs": 3}, "logprobs"),
+    "top_logprobs": ({**ROW, "top_logprobs": 3}, "top_logprobs"),
+    "tools": ({**ROW, "tools": [{"type": "function", "function": {"name": "a b"}}]}, "tools.0.function"),
+    "functions": ({**ROW, "functions": []}, "functions"),
+    "schema": ({**ROW, "response_format": {"type": "json_schema", "json_schema": {}}}, "response_format.json_schema"),
+    "format": ({**ROW, "response_format": {"type": "xml"}}, "response_format.type"),
+    "stream_options": ({**ROW, "stream_options": {"include_usage": True}}, "stream_options"),
+    "logit_bias": ({**ROW, "logit_bias": {"x": 1}}, "logit_bias"),
     "unknown": ({**ROW, "temprature": 1}, "temprature"),
 }
 

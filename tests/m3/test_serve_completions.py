@@ -32,7 +32,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def url(folder: Path) -> Iterator[str]:
     backend = EngineBackend(AsyncEngine.from_model(folder), "letters", weights_from=folder.parent)
-    with serving(build(backend, api_key="k")) as url:
+    with serving(build(backend, api_keys=["k"])) as url:
         yield url
 
 
