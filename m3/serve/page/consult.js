@@ -391,6 +391,7 @@ function begin() {
 
 async function connect() {
   try {
+    script ??= await (await call("consult/stages.json")).json();
     const { data } = await (await call("v1/models")).json();
     at("model").replaceChildren(...data.map(({ id }) => element("option", "", id)));
     at("key-form").hidden = true;
@@ -441,6 +442,5 @@ at("key-form").addEventListener("submit", (event) => {
 });
 at("more").open = matchMedia("(min-width: 60rem)").matches;
 
-script = await (await call("consult/stages.json")).json();
 begin();
-await connect();
+connect();
