@@ -53,6 +53,14 @@ class Browser:
         """Keys to whatever has the focus."""
         webdriver.ActionChains(self.driver).send_keys(*keys).perform()
 
+    def hold(self, held: str, key: str) -> None:
+        """A key while another is held."""
+        webdriver.ActionChains(self.driver).key_down(held).send_keys(key).key_up(held).perform()
+
+    def box(self, selector: str) -> dict[str, float]:
+        """Edges of an element in the window, in CSS pixels: left, right, top, bottom."""
+        return self.run("return document.querySelector(arguments[0]).getBoundingClientRect().toJSON()", selector)
+
     def tab_to(self, selector: str, most: int = 40) -> None:
         """Tab from where the focus is to an element, as a person without a mouse goes there."""
         wanted = self.one(selector)

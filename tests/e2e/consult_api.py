@@ -31,19 +31,21 @@ class Script:
     keys: list[str] = dataclasses.field(default_factory=list)
     closed: threading.Event = dataclasses.field(default_factory=threading.Event)  # a client left
 
-    @property
-    def app(self) -> FastAPI:
-        """The page and the API."""
-        app = FastAPI()
-        app.include_router(router())
-        app.get("/v1/models")(self._models)
-        app.post("/v1/chat/completions")(self._complete)
-        return app
+
+class ScriptedServer:
+    """The page, and the API of ``script``, which each test sets anew."""
+
+    def __init__(self) -> None:
+        self.script = Script()
+        self.app = FastAPI()
+        self.app.include_router(router())
+        self.app.get("/v1/models")(self._models)
+        self.app.post("/v1/chat/completions")(self._complete)
 
     def _refusal(self, request: Request) -> Response | None:
-        sent = request.headers.get("authorization", "")
-        self.keys.append(sent)
-        status = 401 if self.key and sent != f"Bearer {self.key}" else self.status
+        script, sent = self.script, request.headers.get("authorization", "")
+        script.keys.append(sent)
+        status = 401 if script.key and sent != f"Bearer {script.key}" else script.status
         if status == 200:
             return None
         return JSONResponse({"error": {"message": f"refused with {status}", "type": "x"}}, status)
@@ -56,20 +58,21 @@ class Script:
         refusal = self._refusal(request)
         if refusal is not None:
             return refusal
-        self.requests.append(await request.json())
-        return StreamingResponse(self._events(), media_type="text/event-stream")
+        self.script.requests.append(await request.json())
+        return StreamingResponse(_events(self.script), media_type="text/event-stream")
 
-    async def _events(self) -> AsyncIterator[str]:
-        try:
-            for chunk in self.chunks:
-                yield f"data: {json.dumps(chunk)}\n\n"
-                await asyncio.sleep(self.pause)
-            if self.hangs:
-                await asyncio.sleep(60)
-            yield "data: [DONE]\n\n"
-        except (asyncio.CancelledError, GeneratorExit):
-            self.closed.set()
-            raise
+
+async def _events(script: Script) -> AsyncIterator[str]:
+    try:
+        for one in script.chunks:
+            yield f"data: {json.dumps(one)}\n\n"
+            await asyncio.sleep(script.pause)
+        if script.hangs:
+            await asyncio.sleep(60)
+        yield "data: [DONE]\n\n"
+    except (asyncio.CancelledError, GeneratorExit):
+        script.closed.set()
+        raise
 
 
 def chunk(text: str = "", finish: str | None = None, *, usage: tuple[int, int, int] | None = None, **delta: str) -> dict:

@@ -8,6 +8,7 @@ const log = at("log"), message = at("message"), advance = at("advance"), notice 
 const NAMES = [...document.querySelectorAll("#stages li")].map((item) => item.textContent.trim());
 const PROMPTS = ["Your message", "Your message", "What the examinations showed", "Your message"];
 const DASH = "–";
+const SPAN = 0.05; // seconds over which a speed is told; less is the network's grain
 
 let script = null; // /consult/stages.json: {closing, stages: [{phase, instruction}]}
 let key = "";
@@ -183,7 +184,7 @@ class Answer {
     const accepted = details.accepted_prediction_tokens ?? 0;
     return {
       tokens: usage?.completion_tokens ?? null,
-      speed: usage && seconds > 0 ? (usage.completion_tokens - this.atFirst) / seconds : null,
+      speed: usage && seconds >= SPAN ? (usage.completion_tokens - this.atFirst) / seconds : null,
       first: this.first === null ? null : (this.first - this.began) / 1000,
       accepted,
       drafted: accepted + (details.rejected_prediction_tokens ?? 0),
@@ -316,7 +317,7 @@ async function exchange(next) {
     say(why === "stopped" ? "Stopped before a word was said. Your message is back in its box." : "");
   }
   refresh();
-  message.focus();
+  if (at("key-form").hidden) message.focus();
 }
 
 function body() {
@@ -352,13 +353,13 @@ function refresh() {
   const closing = answered && stage === 0 && rows.at(-1).content.toLowerCase().includes(script.closing);
   const due = closing || (answered && stage > 0);
   advance.hidden = stage === 3;
-  advance.textContent = stage < 3 ? `Go on: ${NAMES[stage + 1].toLowerCase()}` : "";
+  advance.textContent = stage < 3 ? `Next: ${NAMES[stage + 1].toLowerCase()}` : "";
   advance.disabled = busy || !answered;
   advance.classList.toggle("due", due && !busy);
   at("advance-why").textContent =
     stage === 3 ? "The last stage." : closing ? "The physician says it has no further questions."
       : stage === 2 && answered ? "Write the results in the box first." : "";
-  at("message-label").textContent = PROMPTS[answered ? stage : 0];
+  at("message-label").textContent = message.placeholder = PROMPTS[answered ? stage : 0];
   at("send").hidden = busy;
   at("send").disabled = !ready;
   at("stop").hidden = !busy;
@@ -431,8 +432,12 @@ at("download").addEventListener("click", () => {
 });
 at("copy").hidden = !navigator.clipboard; // browsers have one on https and localhost only
 at("copy").addEventListener("click", async () => {
-  await navigator.clipboard.writeText(transcript());
-  say("The transcript is copied.");
+  try {
+    await navigator.clipboard.writeText(transcript());
+    say("The transcript is copied.");
+  } catch (error) {
+    complain(`Not copied: ${error.message}`);
+  }
 });
 at("key-form").addEventListener("submit", (event) => {
   event.preventDefault();
