@@ -179,6 +179,4 @@ async def _gone(request: Request, error: Exception) -> JSONResponse:
 async def _no_route(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, HTTPException)
     code = {404: "unknown_url", 405: "method_not_allowed"}.get(error.status_code)
-    return refused(
-        RequestError(error.status_code, str(error.detail), code=code, headers=dict(error.headers or {}))
-    )
+    return refused(RequestError(error.status_code, str(error.detail), code=code, headers=dict(error.headers or {})))

@@ -74,9 +74,7 @@ class ToolMessage(Strict):
     tool_call_id: str
 
 
-Message = Annotated[
-    SystemMessage | UserMessage | AssistantMessage | ToolMessage, pydantic.Field(discriminator="role")
-]
+Message = Annotated[SystemMessage | UserMessage | AssistantMessage | ToolMessage, pydantic.Field(discriminator="role")]
 
 
 class FunctionDefinition(Strict):
@@ -247,4 +245,3 @@ def _call(call: ToolCall, index: int) -> dict[str, Any]:
         param = f"messages.{index}.tool_calls"
         raise RequestError(400, f"{param}: want arguments that are the text of a JSON object", param=param)
     return {"id": call.id, "type": "function", "function": {"name": call.function.name, "arguments": arguments}}
-

@@ -113,7 +113,7 @@ def _top(token: TokenText) -> dict[str, float | None] | None:
 
 
 def prompt_logprobs_json(tokens: Sequence[TokenText]) -> list[dict[str, Any] | None]:
-    """vLLM's: for each token of a prompt its own log-probability and that of the likeliest, by id; None for the first."""
+    """vLLM's: by id, the log-probability of each token of a prompt and of the likeliest there; None for the first."""
     rows: list[dict[str, Any] | None] = []
     for token in tokens:
         found = {

@@ -53,9 +53,10 @@ async def embeddings(backend: object, request: EmbeddingRequest) -> dict[str, An
     rows = await backend.embed(request)
     if request.dimensions not in (None, len(rows[0])):
         raise RequestError(400, f"dimensions: want {len(rows[0])}, or nothing", param="dimensions")
+    packed = request.encoding_format == "base64"
     data = [
-        {"object": "embedding", "index": index, "embedding": _packed(row) if request.encoding_format == "base64" else row}
-        for index, row in enumerate([float(number) for number in row] for row in rows)
+        {"object": "embedding", "index": index, "embedding": _packed(row) if packed else list(row)}
+        for index, row in enumerate(rows)
     ]
     return {"object": "list", "model": request.model, "data": data, "usage": None}
 

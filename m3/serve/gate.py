@@ -1,6 +1,6 @@
 """The door of the server: every request passes it, gets an id, and is let in or refused; every answer is counted here.
 
-    id -> is the server ending? -> key -> rate -> room -> the application -> a line in the log, a count in the metrics
+id -> is the server ending? -> key -> rate -> room -> the application -> a line in the log, a count in the metrics
 """
 
 from __future__ import annotations

@@ -34,9 +34,9 @@ async def merged(streams: Sequence[AsyncGenerator[Item]]) -> AsyncGenerator[tupl
             if getting.done():
                 yield getting.result()
                 getting = asyncio.create_task(queue.get())
-            for task in [task for task in left if task.done()]:
-                task.result()
-                left.discard(task)
+            for done in [task for task in left if task.done()]:
+                done.result()
+                left.discard(done)
     finally:
         for task in (getting, *tasks):
             task.cancel()

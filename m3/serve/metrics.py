@@ -25,23 +25,28 @@ class Metrics:
 
     def __init__(self, engine: CountedBackend | None = None) -> None:
         self.registry = prometheus_client.CollectorRegistry()
-        own = {"registry": self.registry}
+        own = self.registry
+        path = ("path",)
         self.first = prometheus_client.Histogram(
-            "m3_time_to_first_token_seconds", "Until the first piece of an answer", ("path",), buckets=LONG, **own
+            "m3_time_to_first_token_seconds", "Until the first piece of an answer", path, buckets=LONG, registry=own
         )
         self.between = prometheus_client.Histogram(
-            "m3_inter_token_latency_seconds", "Between tokens; those that come together share it", ("path",),
-            buckets=SHORT, **own,
+            "m3_inter_token_latency_seconds", "Between tokens; those that come together share it", path,
+            buckets=SHORT, registry=own,
         )  # fmt: skip
         self.whole = prometheus_client.Histogram(
-            "m3_request_seconds", "Of a request, from its head to the end of its answer", ("path",), buckets=LONG, **own
+            "m3_request_seconds", "From a request's head to the end of its answer", path, buckets=LONG, registry=own
         )
-        self.requests = prometheus_client.Counter("m3_requests", "Requests that were answered", ("path", "status"), **own)
-        self.left = prometheus_client.Counter("m3_clients_gone", "Requests whose client left first", ("path",), **own)
-        self.under_way = prometheus_client.Gauge("m3_requests_under_way", "Requests inside the server", **own)
-        self.prompt = prometheus_client.Counter("m3_prompt_tokens", "Tokens of prompts", **own)
-        self.cached = prometheus_client.Counter("m3_cached_prompt_tokens", "Of these, found in the cache", **own)
-        self.generated = prometheus_client.Counter("m3_generation_tokens", "Tokens of answers", **own)
+        self.requests = prometheus_client.Counter(
+            "m3_requests", "Requests that were answered", ("path", "status"), registry=own
+        )
+        self.left = prometheus_client.Counter("m3_clients_gone", "Requests whose client left", path, registry=own)
+        self.under_way = prometheus_client.Gauge("m3_requests_under_way", "Requests inside the server", registry=own)
+        self.prompt = prometheus_client.Counter("m3_prompt_tokens", "Tokens of prompts", registry=own)
+        self.cached = prometheus_client.Counter(
+            "m3_cached_prompt_tokens", "Tokens of prompts, found in the cache", registry=own
+        )
+        self.generated = prometheus_client.Counter("m3_generation_tokens", "Tokens of answers", registry=own)
         if engine is not None:
             self.registry.register(_EngineCollector(engine))
 

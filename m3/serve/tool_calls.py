@@ -1,7 +1,7 @@
 """Tool calls as Hermes and Qwen write them: <tool_call>{"name": ..., "arguments": {...}}</tool_call>.
 
-ToolCallSplitter reads them out of a stream; ``forced`` is the grammar that makes a model write one. Arguments are passed
-on as they come, in the model's own spelling. What is no call after all is content.
+ToolCallSplitter reads them out of a stream; ``forced`` is the grammar that makes a model write one. Arguments are
+passed on as they come, in the model's own spelling. What is no call after all is content.
 """
 
 from __future__ import annotations
