@@ -8,9 +8,15 @@ import fastapi
 import pydantic
 from fastapi.openapi.utils import get_openapi
 
+from m3.serve.chat_schema import ChatRequest
+from m3.serve.embeddings import EmbeddingRequest
 from m3.serve.schema import ModelCard
 from m3.serve.security import is_open
+from m3.serve.token_schema import CompletionRequest, DetokenizeRequest, TokenizeRequest, WeightsRequest
 
+BODIES = (
+    ChatRequest, CompletionRequest, TokenizeRequest, DetokenizeRequest, EmbeddingRequest, WeightsRequest,
+)  # fmt: skip
 REF = "#/components/schemas/{model}"
 
 
@@ -195,7 +201,7 @@ def posted(
         events = {"text/event-stream": {"schema": {"type": "string"}}}
         responses[200] = {**responses[200], "content": events, "description": "The answer, whole or as events."}
     told = {"required": True, "content": {"application/json": {"schema": {"$ref": REF.format(model=body.__name__)}}}}
-    more: dict[str, Any] = {"responses": responses, "openapi_extra": {"requestBody": told, "x-body": body}}
+    more: dict[str, Any] = {"responses": responses, "openapi_extra": {"requestBody": told}}
     return more if answer is None else {**more, "response_model": None}
 
 
@@ -215,14 +221,16 @@ def _schema(app: fastapi.FastAPI, with_keys: bool) -> dict[str, Any]:
     parts = found.setdefault("components", {})
     for path, methods in found["paths"].items():
         for operation in methods.values():
-            body = operation.pop("x-body", None)
-            if body is not None:
-                told = body.model_json_schema(ref_template=REF)
-                parts.setdefault("schemas", {}).update(told.pop("$defs", {}))
-                parts["schemas"][body.__name__] = told
+            for body in BODIES:
+                if REF.format(model=body.__name__) in str(operation.get("requestBody")):
+                    told = body.model_json_schema(ref_template=REF)
+                    parts.setdefault("schemas", {}).update(told.pop("$defs", {}))
+                    parts["schemas"][body.__name__] = told
             operation.get("responses", {}).pop("422", None)
             if with_keys and not is_open(path):
                 operation["security"] = [{"key": []}]
+    for name in ("HTTPValidationError", "ValidationError"):  # FastAPI's own, which nobody gets
+        parts["schemas"].pop(name, None)
     if with_keys:
         parts["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
     return found
