@@ -198,7 +198,8 @@ def posted(
     if answer is not None:
         responses[200] = {"model": answer, "description": "The answer."}
     if streams:
-        events = {"text/event-stream": {"schema": {"type": "string"}}}
+        event = {"type": "object", "properties": {"data": {"type": "string"}}, "required": ["data"]}
+        events = {"text/event-stream": {"schema": event}}  # of one event; its data is a chunk as JSON, or [DONE]
         responses[200] = {**responses[200], "content": events, "description": "The answer, whole or as events."}
     told = {"required": True, "content": {"application/json": {"schema": {"$ref": REF.format(model=body.__name__)}}}}
     more: dict[str, Any] = {"responses": responses, "openapi_extra": {"requestBody": told}}
