@@ -10,6 +10,7 @@ import pydantic
 from m3.serve.schema import MAX_TOP, RequestError, Sampling, Strict
 
 ToolName = Annotated[str, pydantic.Field(pattern=r"^[a-zA-Z0-9_-]{1,64}$")]
+RESERVED = ("messages", "tools", "add_generation_prompt", "self")  # variables of templates that are not the client's
 MaxTokens = Annotated[int, pydantic.Field(ge=1, lt=2**31)]
 
 
@@ -182,6 +183,7 @@ class ChatRequest(Sampling):
 
     def check(self) -> None:
         super().check()
+        check_variables(self.chat_template_kwargs)
         if self.top_logprobs and not self.logprobs:
             raise RequestError(400, "top_logprobs: want logprobs: true with it", param="top_logprobs")
         if self.tool_choice not in (None, "none", "auto") and not self.tools:
@@ -201,6 +203,14 @@ class ChatRequest(Sampling):
         if sum(forms) > 1:
             want = "want one of response_format, structured_outputs and a tool_choice that forces a call"
             raise RequestError(400, f"response_format: {want}", param="response_format")
+
+
+def check_variables(variables: dict[str, Any] | None) -> None:
+    """Raises RequestError 400: variables of a template that a request has fields for, or that are no names."""
+    taken = [name for name in variables or () if name in RESERVED or not name.isidentifier()]
+    if taken:
+        want = f"chat_template_kwargs: want names other than {', '.join(RESERVED)}"
+        raise RequestError(400, want, param="chat_template_kwargs")
 
 
 def rows_for_template(messages: list[Message]) -> list[dict[str, Any]]:

@@ -83,6 +83,10 @@ class Protocol(H11Protocol):
         if not self._between_requests():
             self._stop_waiting()
 
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        self._wait()
+
     def _between_requests(self) -> bool:
         return self.cycle is None or self.cycle.response_complete
 

@@ -60,6 +60,13 @@ class Strict(pydantic.BaseModel):
         fields = cls.model_fields
         return {k: v for k, v in data.items() if v is not None or k not in fields or fields[k].is_required()}
 
+    def check(self) -> None:
+        """What two fields of a request must not say together.
+
+        Raises:
+            RequestError: 400; names the second field.
+        """
+
     @classmethod
     def __get_pydantic_json_schema__(cls, core: Any, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
         """As pydantic's, and every field that has a default takes null."""
@@ -156,11 +163,6 @@ class Sampling(Strict):
         return self.tells_usage and self.stream_options is not None and self.stream_options.continuous_usage_stats
 
     def check(self) -> None:
-        """What two fields must not say together.
-
-        Raises:
-            RequestError: 400; names the second field.
-        """
         if self.stream_options is not None and not self.stream:
             raise RequestError(400, "stream_options: want stream: true with it", param="stream_options")
         if self.stream and self.prompt_logprobs is not None:
@@ -190,7 +192,7 @@ def read_as(kind: type[Body], body: bytes) -> Body:
             raise RequestError(400, f"body: want JSON; {first['msg']}") from error
         param = _name(first["loc"], first["type"])
         raise RequestError(400, f"{param or 'body'}: {_told(first)}", param=param, code=first["type"]) from error
-    if isinstance(request, Sampling):
+    if isinstance(request, Strict):
         request.check()
     return request
 

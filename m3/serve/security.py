@@ -64,23 +64,23 @@ class Keys:
     def __init__(self, keys: Sequence[str] = ()) -> None:
         if any(not key or key != key.strip() for key in keys):
             raise refuse("serve", "api_keys", "keys without space around them", "an empty one, or one with space")
-        self._digests = [_digest(key) for key in dict.fromkeys(keys)]
+        self._digests = [_digest(key.encode()) for key in dict.fromkeys(keys)]
 
     def __bool__(self) -> bool:
         return bool(self._digests)
 
     def find(self, authorization: str) -> int | None:
-        """The number of the key in a header "Bearer KEY"; None: no key of ours."""
+        """The number of the key in a header "Bearer KEY", read as Latin-1; None: no key of ours."""
         kind, _, sent = authorization.partition(" ")
-        digest, found = _digest(sent.strip()), None
+        digest, found = _digest(sent.strip().encode("latin-1", "replace")), None
         for number, key in enumerate(self._digests):
             if hmac.compare_digest(digest, key):
                 found = number
         return found if kind.lower() == "bearer" else None
 
 
-def _digest(key: str) -> bytes:
-    return hashlib.sha256(key.encode(errors="surrogateescape")).digest()
+def _digest(key: bytes) -> bytes:
+    return hashlib.sha256(key).digest()
 
 
 def read_keys(file: Path) -> list[str]:

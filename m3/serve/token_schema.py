@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import pydantic
 
-from m3.serve.chat_schema import Message, Tool, rows_for_template
+from m3.serve.chat_schema import Message, Tool, check_variables, rows_for_template
 from m3.serve.schema import MAX_TOP, RequestError, Sampling, Strict, Token
 
 MAX_PROMPTS = 256  # of one request; ours
@@ -72,6 +72,10 @@ class TokenizeRequest(Strict):
         if (self.prompt is None) == (self.messages is None):
             raise ValueError("want one of prompt, messages")
         return self
+
+    def check(self) -> None:
+        """As Sampling.check."""
+        check_variables(self.chat_template_kwargs)
 
     def for_template(self) -> list[dict[str, Any]]:
         return rows_for_template(self.messages or [])
