@@ -71,6 +71,14 @@ def gate_of_file(shapes: Mapping[str, tuple[int, ...]], config: Mapping[str, Any
     )
 
 
+def kind_of_config(config: Mapping[str, Any]) -> str:
+    """The gate that config.json says; raises ValueError if it says two."""
+    kinds, _ = tensors.claimed_gate(config)
+    if len(kinds) > 1:
+        raise refuse(OP, "config.json: attn_output_gate", "one kind of gate", " and ".join(sorted(kinds)))
+    return next(iter(kinds), "none")
+
+
 def separate(state: Mapping[str, Tensor], gate: Gate) -> dict[str, Tensor]:
     """The tensors of a draft under the names of m3.models.gated_eagle3, the gate's weight apart from the queries'."""
     found = {ours: state[name] for ours, name in tensors.canonical_names(state, None).items()}

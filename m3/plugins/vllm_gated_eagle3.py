@@ -10,13 +10,11 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from vllm.model_executor.layers.linear import ColumnParallelLinear
 from vllm.model_executor.models.llama_eagle3 import Eagle3LlamaForCausalLM
 from vllm.transformers_utils.config import get_safetensors_params_metadata
 
-from m3.draft import layout_tensors as tensors
 from m3.plugins.draft_gate import Gate, gate_of_file, gated, separate
 
 
@@ -25,12 +23,8 @@ class GatedAttention(nn.Module):
 
     def __init__(self, plain: Any, gate: Gate, wide: int, prefix: str) -> None:
         super().__init__()
-        self.qkv_proj, self.o_proj, self.rotary_emb, self.attn = (
-            plain.qkv_proj,
-            plain.o_proj,
-            plain.rotary_emb,
-            plain.attn,
-        )
+        self.qkv_proj, self.o_proj = plain.qkv_proj, plain.o_proj
+        self.rotary_emb, self.attn = plain.rotary_emb, plain.attn
         self.sizes = (plain.q_size, plain.kv_size, plain.kv_size)
         self.num_heads = plain.num_heads
         rows = plain.total_num_heads * (plain.head_dim if gate.kind == "elementwise" else 1)
@@ -53,7 +47,7 @@ class GatedEagle3ForCausalLM(Eagle3LlamaForCausalLM):
         super().__init__(vllm_config=vllm_config, prefix=prefix)
         draft = vllm_config.speculative_config.draft_model_config
         metadata = get_safetensors_params_metadata(draft.model, revision=draft.revision)
-        shapes = {name: tuple(facts["shape"]) for name, facts in metadata.items()}
+        shapes = {name: tuple(facts["shape"]) for name, facts in metadata.items() if name != "__metadata__"}
         self.gate = gate_of_file(shapes, draft.hf_config.to_dict())
         (layer,) = self.model.layers
         if self.gate.kind != "none":
@@ -61,7 +55,4 @@ class GatedEagle3ForCausalLM(Eagle3LlamaForCausalLM):
             layer.self_attn = GatedAttention(layer.self_attn, self.gate, wide, "model.layers.0.self_attn")
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> Any:
-        found = separate(dict(weights), self.gate)
-        if tensors.T2D in found:
-            del found[tensors.T2D]
-        return super().load_weights(found.items())
+        return super().load_weights(separate(dict(weights), self.gate).items())
