@@ -20,6 +20,7 @@ import pytest
 import torch
 
 from bench.vllm_server import Server, environment, serve
+from m3.draft.hidden import Probe
 from m3.draft.layouts import load_draft, save_draft
 from m3.engine.batch_engine import Engine
 from m3.engine.config import EngineConfig, Shape, Speculation
@@ -33,7 +34,7 @@ from m3.quantize.job import JobConfig, quantize_checkpoint
 from m3.quantize.scheme import Scheme
 
 pytestmark = pytest.mark.slow
-NEW_TOKENS, DRAFTS, DRAFT_VOCABULARY = 64, 3, 8192
+NEW_TOKENS, DRAFTS, DRAFT_VOCABULARY, LEARNING_STEPS = 64, 3, 8192, 25
 FP32 = ("--dtype", "float32", "--enforce-eager", "--max-model-len", "256", "--max-num-seqs", "4")
 PROMPTS = (
     "A patient asks: why do I cough at night?\nThe doctor answers:",
@@ -60,13 +61,33 @@ def int4(python, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def draft(int4, tmp_path_factory) -> Path:
-    """A draft that starts from the target's last layer and head, with a gate that does something."""
-    target = load_model(int4)
+    """A gated draft that has learnt, for half a minute, what the target says to these very prompts."""
+    target, tokenizer = load_model(int4), Tokenizer(int4)
+    params = SamplingParams(temperature=0, max_tokens=NEW_TOKENS, ignore_eos=True)
+    prompts = [tokenizer.encode(prompt) for prompt in PROMPTS]
+    texts = [
+        torch.tensor([[*prompt, *done.tokens]])
+        for prompt, done in zip(prompts, Engine(EngineCore(target)).generate(prompts, params), strict=True)
+    ]
     config = GatedEagle3Config.for_target(target.config, draft_vocab_size=DRAFT_VOCABULARY, gate="elementwise")
-    made = GatedEagle3.warm_start(config, target, torch.arange(DRAFT_VOCABULARY))
-    gate = made.layer.self_attn.attn_gate
-    assert gate is not None
-    torch.nn.init.normal_(gate.weight, std=0.1, generator=torch.Generator().manual_seed(1))
+    used = torch.cat([tokens[0] for tokens in texts]).unique()
+    others = torch.arange(2 * DRAFT_VOCABULARY)
+    vocabulary = torch.cat((used, others[~torch.isin(others, used)]))[:DRAFT_VOCABULARY]
+    made = GatedEagle3.warm_start(config, target, vocabulary)
+    draft_ids = torch.full((config.vocab_size,), -100)
+    draft_ids[vocabulary.sort().values] = torch.arange(DRAFT_VOCABULARY)
+    with torch.no_grad(), Probe(target, config.aux_layers) as probe:
+        states = [(target(tokens), probe.take()[:, : made.fc.in_features].float())[1] for tokens in texts]
+    optimiser = torch.optim.AdamW(made.parameters(), lr=1e-3)
+    for _ in range(LEARNING_STEPS):
+        for tokens, aux in zip(texts, states, strict=True):
+            loss = torch.zeros(())
+            for step, logits in enumerate(made.rollout(tokens, aux[None], steps=2)):
+                wanted = draft_ids[tokens[0, 2 + step :]]
+                loss = loss + torch.nn.functional.cross_entropy(logits[0, : len(wanted)], wanted)
+            optimiser.zero_grad()
+            loss.backward()
+            optimiser.step()
     folder = tmp_path_factory.mktemp("draft")
     save_draft(folder, config, made.state_dict())
     return folder
@@ -133,7 +154,7 @@ def test_the_gated_draft_changes_no_text_and_is_accepted_as_in_our_engine(python
         assert completed(server) == wanted.texts
         drafted = server.counter("vllm:spec_decode_num_draft_tokens_total")
         accepted = server.counter("vllm:spec_decode_num_accepted_tokens_total")
-    assert wanted.accepted > 0.02 * wanted.drafted
+    assert wanted.accepted > 0.3 * wanted.drafted
     # The two stop drafting at the end of a request differently, by a round or two.
     assert abs(accepted - wanted.accepted) <= DRAFTS * len(PROMPTS)
     assert abs(drafted - wanted.drafted) <= 2 * DRAFTS * len(PROMPTS)
