@@ -28,7 +28,7 @@ Layers = dict[str, dict[str, torch.dtype]]  # linear of the checkpoint -> its pa
 
 
 def four_bit_settings(stored: Mapping[str, Any]) -> dict[str, Any]:
-    """quantization_config of a checkpoint in the form of ``read_weight``; raises ValueError if m3kernels has no form."""
+    """quantization_config of a checkpoint in the form of ``read_weight``. Raises ValueError if it has none."""
     settings = read_quantization_config({"quantization_config": dict(stored)})
     if settings["quant_method"] == "compressed-tensors":
         for group in stored["config_groups"].values():

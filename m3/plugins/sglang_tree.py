@@ -1,7 +1,7 @@
 """Which of SGLang's tree kernels m3kernels replaces, by the path under which SGLang has them.
 
-The functions are those of m3kernels.spec_decode.sgl_compat as they are: same names, arguments and buffers. SGLang's hook
-registry carries a replacement into every module that has imported the original.
+The functions are those of m3kernels.spec_decode.sgl_compat as they are: same names, arguments and buffers. SGLang's
+hook registry carries a replacement into every module that has imported the original.
 """
 
 from __future__ import annotations

@@ -135,7 +135,7 @@ class Int4LinearMethod(LinearMethodBase):
             layer.register_parameter(part, placeholder(dtype, _gather(parts, part)))
         self.parts = parts
 
-    def process_weights_after_loading(self, layer: nn.Module) -> None:
+    def process_weights_after_loading(self, layer: Any) -> None:
         """From the file's tensors to tiles. Raises ValueError naming the linear that is malformed or cannot be cut."""
         shards: list[Any] = [None] if len(self.names) == 1 else [*range(len(self.names))]
         if set(self.parts.tensors) == set("qkv"):
@@ -152,7 +152,7 @@ class Int4LinearMethod(LinearMethodBase):
             delattr(layer, part)
         layer.int4 = nn.ModuleList(PackedWeight(weight) for weight in joined(weights))
 
-    def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
+    def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
         if len(layer.int4) == 1:
             return int4_gemm(x, layer.int4[0].int4, bias)
         y = torch.cat([int4_gemm(x, packed.int4) for packed in layer.int4], dim=-1)

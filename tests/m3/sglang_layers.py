@@ -1,8 +1,8 @@
 """Enough of SGLang to run its own draft model on a CPU: its source out of the wheel, over plain torch layers.
 
 The classes of sglang/srt/models/llama.py that the draft is made of, and llama_eagle3.py as it stands, are SGLang's. The
-layers beneath them are ours, with SGLang's names, arguments and results: linears over one rank, RMSNorm with a residual,
-rotary embedding, attention over one sequence.
+layers beneath them are ours, with SGLang's names, arguments and results: linears over one rank, RMSNorm with a
+residual, rotary embedding, attention over one sequence.
 """
 
 from __future__ import annotations

@@ -16,8 +16,8 @@ import torch
 from int4_formats import QUANTIZATION, Layer
 
 from m3.draft.layout_tensors import ATTENTION, GATE, Q
-from m3.models.gated_eagle3 import GatedEagle3, GatedEagle3Config
 from m3.models.decoder import RopeConfig
+from m3.models.gated_eagle3 import GatedEagle3, GatedEagle3Config
 from m3.plugins.draft_gate import Gate, gate_of_file, gated, kind_of_config, separate
 from m3.plugins.int4_parts import (
     Parts,
@@ -79,7 +79,9 @@ def test_linears_become_one_weight_if_they_share_an_order(kind, count):
     assert torch.equal(dense, torch.cat([layer.weight for layer in layers.values()]))
 
 
-@pytest.mark.parametrize(("rows", "rank", "ranks", "want"), [(32, 2, 4, (64, 96)), (64, 2, 4, (64, 128)), (128, 1, 2, (0, 128))])
+@pytest.mark.parametrize(
+    ("rows", "rank", "ranks", "want"), [(32, 2, 4, (64, 96)), (64, 2, 4, (64, 128)), (128, 1, 2, (0, 128))]
+)
 def test_a_rank_has_its_rows_and_few_heads_are_held_by_several(rows, rank, ranks, want):
     layer = layer_of("awq")
     weight = parts_of("awq", {None: layer}).take(None, "x", four_bit_settings(QUANTIZATION["awq"]))
@@ -99,7 +101,7 @@ def test_act_order_has_no_part_of_the_columns():
     weight = parts_of("gptq-act-order", {None: layer_of("gptq-act-order")}).take(
         None, "x", four_bit_settings(QUANTIZATION["gptq-act-order"])
     )
-    with pytest.raises(ValueError, match="checkpoint: mlp.down_proj: .*no act-order permutation"):
+    with pytest.raises(ValueError, match=r"checkpoint: mlp\.down_proj: .*no act-order permutation"):
         rank_columns("mlp.down_proj", weight, COLUMNS // 2, 1)
 
 
@@ -142,7 +144,7 @@ def test_packed_layers_of_headers():
     assert packed_layers(metadata) == {"a.q_proj": {"qweight": torch.int32, "scales": torch.bfloat16}}
     with pytest.raises(ValueError, match=re.escape("want packed tensors (qweight or weight_packed); got none")):
         packed_layers({"a.norm.weight": {"dtype": "F32"}})
-    with pytest.raises(ValueError, match="a.q_proj.scales: want I32 or .*; got F64"):
+    with pytest.raises(ValueError, match=r"a\.q_proj\.scales: want I32 or .*; got F64"):
         packed_layers({"a.q_proj.scales": {"dtype": "F64"}})
 
 
@@ -159,7 +161,12 @@ def with_activations() -> dict:
 
 @pytest.mark.parametrize(
     "stored",
-    [{"quant_method": "fp8"}, {**QUANTIZATION["gptq-v1"], "bits": 8}, {**QUANTIZATION["awq"], "bits": 8}, with_activations()],
+    [
+        {"quant_method": "fp8"},
+        {**QUANTIZATION["gptq-v1"], "bits": 8},
+        {**QUANTIZATION["awq"], "bits": 8},
+        with_activations(),
+    ],
     ids=["fp8", "gptq of 8 bits", "awq of 8 bits", "activations of 8 bits"],
 )
 def test_what_is_not_four_bits_is_left_to_vllm(stored):
@@ -183,7 +190,9 @@ def shapes(tensors: dict[str, torch.Tensor]) -> dict[str, tuple[int, ...]]:
 
 
 @pytest.mark.parametrize(
-    ("rows", "kind"), [(0, "none"), (HEADS, "headwise"), (HEADS * HEAD_DIM, "elementwise")], ids=["none", "head", "element"]
+    ("rows", "kind"),
+    [(0, "none"), (HEADS, "headwise"), (HEADS * HEAD_DIM, "elementwise")],
+    ids=["none", "head", "element"],
 )
 @pytest.mark.parametrize("legacy", [False, True])
 def test_the_gate_is_read_from_the_tensors(rows, kind, legacy):
@@ -269,6 +278,8 @@ def test_the_names_of_a_gate_escape_vllms_renaming():
 
 # -- the entry point --------------------------------------------------------------------------------------------------
 def test_importing_the_entry_point_loads_nothing_heavy():
-    code = "import sys, m3.plugins.vllm; sys.exit(any(name in sys.modules for name in ('torch', 'transformers', 'vllm')))"
+    code = (
+        "import sys, m3.plugins.vllm; sys.exit(any(name in sys.modules for name in ('torch', 'transformers', 'vllm')))"
+    )
     root = Path(__file__).resolve().parents[2]
     assert subprocess.run([sys.executable, "-c", code], cwd=root, check=False).returncode == 0

@@ -28,7 +28,12 @@ LLAMA3_ROPE = {
     "original_max_position_embeddings": 64,
 }
 EXPERTS = {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
-WIDE = {"hidden_size": 128, "intermediate_size": 192, "head_dim": 32, "vocab_size": 128}  # sizes that vLLM serves on a CPU
+WIDE = {
+    "hidden_size": 128,
+    "intermediate_size": 192,
+    "head_dim": 32,
+    "vocab_size": 128,
+}  # sizes that vLLM serves on a CPU
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("Llama", {}),
     "llama-untied-bias": ("Llama", {"tie_word_embeddings": False, "attention_bias": True}),
