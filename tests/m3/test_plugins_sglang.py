@@ -23,6 +23,7 @@ from transformers import LlamaConfig
 
 from m3.checkpoint import Checkpoint
 from m3.draft.layouts import GATED, save_draft
+from m3.models.decoder import RopeConfig
 from m3.models.gated_eagle3 import GatedEagle3, GatedEagle3Config
 from m3.plugins import sglang as plugin
 from m3.plugins.sglang_tree import REPLACEMENTS
@@ -159,7 +160,7 @@ def made(gate: str, **options: object) -> GatedEagle3:
         vocab_size=V,
         draft_vocab_size=V_D,
         rms_norm_eps=1e-5,
-        rope=__import__("m3.models.decoder", fromlist=["RopeConfig"]).RopeConfig(theta=10000.0),
+        rope=RopeConfig(theta=10000.0),
         gate=gate,
         aux_layers=(2, 15, 27),
         max_position_embeddings=64,
