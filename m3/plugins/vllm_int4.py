@@ -130,6 +130,11 @@ class Int4LinearMethod(LinearMethodBase):
     ) -> None:
         """Empty parameters with the file's names, whose loader gathers what comes."""
         self.columns, self.rows = input_size_per_partition, output_partition_sizes
+        if len(self.names) == 1 and len(self.rows) > 1:
+            if sum(self.rows) != output_size:
+                want = "one linear a shard: rows of several in one tensor cannot be told apart by rank"
+                raise refuse("checkpoint", self.names[0], want, f"{len(self.rows)} shards in one")
+            self.rows = [output_size]
         parts = Parts(torch.empty(0).device)
         for part, dtype in self.config.layers[self.names[0]].items():
             layer.register_parameter(part, placeholder(dtype, _gather(parts, part)))

@@ -47,6 +47,7 @@ class Int4MoeMethod(FusedMoEMethodBase):
             "activation": (layer.activation, MoEActivation.SILU),
             "apply_router_weight_on_input": (layer.apply_router_weight_on_input, False),
             "swiglu_limit": (layer.swiglu_limit, None),
+            "has_bias": (layer.moe_config.has_bias, False),
         }
         for name, (got, want) in facts.items():
             if got != want:

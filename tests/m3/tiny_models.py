@@ -48,6 +48,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3_moe-one-dense-layer": ("Qwen3Moe", {**EXPERTS, "mlp_only_layers": [1]}),
     "qwen3_moe-all-experts": ("Qwen3Moe", {**EXPERTS, "num_experts_per_tok": 6}),  # nothing to choose: no routing flips
     "llama-wide": ("Llama", WIDE),
+    "qwen2-wide": ("Qwen2", WIDE),
     "qwen3_moe-wide": ("Qwen3Moe", {**EXPERTS, **WIDE, "moe_intermediate_size": 64, "norm_topk_prob": True}),
     "qwen3_moe-every-other": ("Qwen3Moe", {**EXPERTS, "decoder_sparse_step": 2}),
 }
