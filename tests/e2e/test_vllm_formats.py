@@ -23,7 +23,11 @@ from m3kernels import _cpu_ext
 pytestmark = pytest.mark.slow
 DENSE = tuple(kind for kind in QUANTIZATION if kind != "gptq-some-dense")
 EXPERTS = ("gptq-symmetric", "gptq-act-order", "awq", "compressed-tensors")
-CASES = (*(("llama-wide", kind) for kind in DENSE), *(("qwen3_moe-wide", kind) for kind in EXPERTS))
+CASES = (
+    *(("llama-wide", kind) for kind in DENSE),
+    ("qwen2-wide", "awq"),  # with biases
+    *(("qwen3_moe-wide", kind) for kind in EXPERTS),
+)
 PROMPT = list(range(3, 27))
 FAR = 1e-3  # RMS of the difference of logits over RMS: int16 activations in three layers
 REFUSALS = {  # of vLLM alone, on any CPU without AMX
