@@ -30,16 +30,12 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from m3.models.loader import METHODS, read_quantization_config
+from m3.plugins.int4_parts import DTYPES, PACKED
 from m3.plugins.transformers_int4 import EXPERT_LINEARS, PackedExperts, PackedLinear, Stored, check_experts
 from m3kernels.checks import refuse
 from m3kernels.int4.reference import ACTIVATIONS
 
 METHOD = "m3_int4"
-DTYPES = {"I32": torch.int32, "I64": torch.int64, "F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
-PACKED = (  # the last word of a packed tensor's name
-    *("qweight", "qzeros", "scales", "g_idx"),
-    *("weight_packed", "weight_scale", "weight_shape", "weight_zero_point", "weight_g_idx"),
-)
 _claimed: set[str] = set()
 
 

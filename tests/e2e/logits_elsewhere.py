@@ -1,11 +1,13 @@
 """What other projects make of quantised checkpoints; test_quantised_elsewhere.py runs it where they are installed.
 
-Arguments: loader (auto-round, gptqmodel or vllm), file of token ids (JSON, one list), file to write, folders. Written,
-for each folder: "logits" (L, V) and "next" (greedy continuation), or "refused", what the loader said.
+Arguments: loader (auto-round, gptqmodel, vllm, or vllm-m3: with our plug-in), file of token ids (JSON, one list), file
+to write, folders. Written, for each folder: "logits" (L, V) and "next" (greedy continuation), or "refused", what the
+loader said.
 """
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import sys
@@ -41,10 +43,10 @@ def with_transformers(folder: str, ids: list[int]) -> dict[str, object]:
     return {"logits": logits, "next": out[0, len(ids) :].tolist()}
 
 
-def with_vllm(folder: str, ids: list[int]) -> dict[str, object]:
+def with_vllm(folder: str, ids: list[int], **options: object) -> dict[str, object]:
     from vllm import LLM, SamplingParams
 
-    model = LLM(folder, **VLLM)
+    model = LLM(folder, **{**VLLM, **options})
     params = SamplingParams(
         temperature=0, max_tokens=NEW_TOKENS, min_tokens=NEW_TOKENS, logprobs=-1, detokenize=False, ignore_eos=True
     )
@@ -59,7 +61,8 @@ def main(loader: str, ids: str, target: str, *folders: str) -> None:
     if loader == "auto-round":
         import auto_round  # noqa: F401  (registers its quantizer with transformers)
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # one process, in which one model follows another
-    load = with_vllm if loader == "vllm" else with_transformers
+    loaders = {"vllm": with_vllm, "vllm-m3": functools.partial(with_vllm, dtype="float32")}
+    load = loaders.get(loader, with_transformers)
     found: dict[str, dict[str, object]] = {}
     for folder in folders:
         try:

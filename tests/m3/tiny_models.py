@@ -28,6 +28,12 @@ LLAMA3_ROPE = {
     "original_max_position_embeddings": 64,
 }
 EXPERTS = {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+WIDE = {
+    "hidden_size": 128,
+    "intermediate_size": 192,
+    "head_dim": 32,
+    "vocab_size": 128,
+}  # sizes that vLLM serves on a CPU
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("Llama", {}),
     "llama-untied-bias": ("Llama", {"tie_word_embeddings": False, "attention_bias": True}),
@@ -41,6 +47,9 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3_moe-no-rescale": ("Qwen3Moe", {**EXPERTS, "norm_topk_prob": False}),
     "qwen3_moe-one-dense-layer": ("Qwen3Moe", {**EXPERTS, "mlp_only_layers": [1]}),
     "qwen3_moe-all-experts": ("Qwen3Moe", {**EXPERTS, "num_experts_per_tok": 6}),  # nothing to choose: no routing flips
+    "llama-wide": ("Llama", WIDE),
+    "qwen2-wide": ("Qwen2", WIDE),
+    "qwen3_moe-wide": ("Qwen3Moe", {**EXPERTS, **WIDE, "moe_intermediate_size": 64, "norm_topk_prob": True}),
     "qwen3_moe-every-other": ("Qwen3Moe", {**EXPERTS, "decoder_sparse_step": 2}),
 }
 
