@@ -87,7 +87,7 @@ FEATURES: dict[str, dict[str, Any]] = {
 def with_feature(asked: list[Ask], feature: dict[str, Any]) -> list[Ask]:
     if "grammar" in feature:
         feature = {**feature, "grammar": words()}
-    most = max(feature.get("min_tokens", 0), 14)
+    most = max(feature.get("min_tokens", 0), 10)
     return [
         dataclasses.replace(
             ask, params=dataclasses.replace(ask.params, **{"max_tokens": most, **feature, "logprobs": kind})
@@ -140,7 +140,7 @@ def oracle(ask: Ask) -> tuple[list[int], str, list[float]]:
 @cache
 def plain(name: str) -> tuple[list[Ask], list[Answer]]:
     """One at a time and sharing nothing."""
-    asked = with_feature(asks(12, longest=12), FEATURES[name])
+    asked = with_feature(asks(6, seed=1, longest=9, most_tokens=8), FEATURES[name])
     return asked, one_by_one(plain_core(target("llama"), prefix_reuse=False), asked)
 
 
@@ -157,11 +157,11 @@ def test_the_textbook(name):
 def test_a_feature_is_felt(name):
     asked, answers = plain(name)
     none = [
-        dataclasses.replace(ask, params=SamplingParams(temperature=ask.params.temperature, max_tokens=14))
+        dataclasses.replace(ask, params=SamplingParams(temperature=ask.params.temperature, max_tokens=10))
         for ask in asked
     ]
     without = one_by_one(plain_core(target("llama")), none)
-    assert sum(a.tokens != b.tokens for a, b in zip(answers, without, strict=True)) >= 4
+    assert sum(a.tokens != b.tokens for a, b in zip(answers, without, strict=True)) >= 2
 
 
 # -- however it is served ---------------------------------------------------------------------------------------------
@@ -175,7 +175,7 @@ def truth(asked: list[Ask], answers: list[Answer]) -> Any:
     return lambda request: whole[int(request.id) % len(whole)]
 
 
-@pytest.mark.parametrize("speculation", [fixed(CHAIN), fixed(NARROW), fixed(WIDE)], ids=str)
+@pytest.mark.parametrize("speculation", [fixed(CHAIN), fixed(WIDE)], ids=str)
 @pytest.mark.parametrize("name", FEATURES)
 def test_a_draft_changes_nothing(name, speculation):
     asked, answers = plain(name)
@@ -191,7 +191,7 @@ def mixed() -> tuple[list[Ask], list[Answer]]:
     """Every feature, and none, side by side; long enough that a small cache is soon full."""
     asked = []
     for index, feature in enumerate([*FEATURES.values(), {}]):
-        few = asks(2, seed=index, longest=6)
+        few = asks(2, seed=index, longest=4)
         asked += with_feature(few, {"max_tokens": 30, **feature})
     return asked, one_by_one(plain_core(target("llama"), prefix_reuse=False), asked)
 
