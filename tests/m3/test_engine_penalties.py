@@ -101,24 +101,23 @@ def oracle(ask: Ask) -> tuple[list[int], str, list[float]]:
     """Tokens, reason and log-probabilities, from the decoder of one sequence, a token at a time, dense, in fp64."""
     params, tokens = ask.params, list(ask.prompt)
     logprobs: list[float] = []
-    for drawn in range(params.max_tokens):
+    for count in range(params.max_tokens):
         given = target("llama")(torch.tensor([tokens]))[0, -1].double()
         z, answer = given.clone(), tokens[len(ask.prompt) :]
         for v in range(VOCABULARY):
             if v in tokens:
                 z[v] = z[v] / params.repetition_penalty if z[v] > 0 else z[v] * params.repetition_penalty
-            count = answer.count(v)
-            z[v] -= count * params.frequency_penalty + (count > 0) * params.presence_penalty
+            z[v] -= answer.count(v) * params.frequency_penalty + (v in answer) * params.presence_penalty
             z[v] += dict(params.logit_bias).get(v, 0.0)
         ends = {*params.stop_token_ids, *(() if params.ignore_eos else (END,))}
         if params.grammar is not None:
             text = letters().fast.decode(answer, skip_special_tokens=False)
             nexts = {word[len(text)] for word in WORDS if word.startswith(text) and word != text}
             allowed = {letters().fast.token_to_id(letter) for letter in nexts}
-            if text in WORDS and not (allowed and (drawn < params.min_tokens or params.ignore_eos)):
+            if text in WORDS and not (allowed and (count < params.min_tokens or params.ignore_eos)):
                 allowed.add(END)
             z[[v for v in range(VOCABULARY) if v not in allowed]] = -torch.inf
-        elif drawn < params.min_tokens:
+        elif count < params.min_tokens:
             z[list(ends)] = -torch.inf
         if params.temperature == 0:
             token, chances = int(z.argmax()), None
@@ -307,8 +306,8 @@ def test_top_prompt_logprobs(sizes):
             continue
         best = chances.topk(ask.params.top_prompt_logprobs)
         assert [[token for token, _ in row] for row in told.top_logprobs] == best.indices.tolist()
-        values = [[value for _, value in row] for row in told.top_logprobs]
-        assert sum(values, []) == pytest.approx(best.values.flatten().tolist(), abs=1e-4)
+        values = [value for row in told.top_logprobs for _, value in row]
+        assert values == pytest.approx(best.values.flatten().tolist(), abs=1e-4)
         said = {(place, token): value for place, row in enumerate(told.top_logprobs) for token, value in row}
         for place, (token, value) in enumerate(zip(ask.prompt[1:], told.logprobs, strict=True)):
             assert said.get((place, token), value) == value
