@@ -108,7 +108,7 @@ def _top(token: TokenText) -> dict[str, float | None] | None:
         return None
     found: dict[str, float | None] = {}
     for one in (*(token.top or ()), token):
-        found.setdefault(one.text, one.logprob)
+        found.setdefault(one.text, token.logprob if one.id == token.id else one.logprob)
     return found
 
 

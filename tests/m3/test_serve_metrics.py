@@ -88,7 +88,7 @@ def test_the_cache_is_told(url):
     until(lambda: of(told(url), "m3_cache_pages", state="used") == 0)
     now = told(url)
     assert 0 < of(now, "m3_cache_pages", state="cached") < of(now, "m3_cache_pages", state="total")
-    assert of(now, "m3_cached_prompt_tokens_total") == 48
+    assert of(now, "m3_cached_prompt_tokens_total") == 64
 
 
 def test_a_draft_is_told(url):
