@@ -1,4 +1,4 @@
-"""A chat API of a script for tests of the consult page: OpenAI's wire format, event by event, at a pace that is seen."""
+"""A chat API of a script for tests of the consult page: OpenAI's wire format, at a pace that is seen."""
 
 from __future__ import annotations
 

@@ -1,13 +1,13 @@
-"""The consult page in a real browser: asked by keyboard, streamed, measured, stopped; nothing stored, nothing but text."""
+"""The consult page in a real browser: asked by keyboard, streamed, measured, stopped; nothing stored, only text."""
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
-from browser import MISSING, Browser, chromium
+from browser import Browser
 from consult_api import Script, ScriptedServer, chunk, words
 from loopback import serving
 from selenium.webdriver.common.keys import Keys
@@ -18,7 +18,6 @@ from m3.environment.trajectory import Trajectory, chat, read_trajectories
 from m3.serve.cli import DISCLAIMER
 
 slow = pytest.mark.slow
-pytestmark = pytest.mark.skipif(bool(MISSING), reason=MISSING or "there is one")
 
 RECORD = """
 window.seen = [];
@@ -26,12 +25,6 @@ new MutationObserver(() => window.seen.push(
   [...document.querySelectorAll(arguments[0])].map((one) => one.textContent).join("|")
 )).observe(document.body, {subtree: true, childList: true, characterData: true});
 """
-
-
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
-    with chromium(tmp_path_factory.mktemp("downloads")) as browser:
-        yield browser
 
 
 @pytest.fixture(scope="module")
@@ -91,7 +84,7 @@ def test_an_answer_is_asked_for_by_keyboard_and_seen_to_grow(browser, script, or
     browser.until(lambda: browser.text(".answer .words") == "When did it start ?")
     shown = [text for text in seen(browser) if text]
     assert len(shown) > 3
-    assert all(later.startswith(earlier) for earlier, later in zip(shown, shown[1:], strict=False))
+    assert all(later.startswith(earlier) for earlier, later in itertools.pairwise(shown))
     assert browser.text(".said .words") == "My chest\nhurts."
     browser.until(lambda: idle(browser))
     assert browser.text("[role=status]") == "The answer is complete."

@@ -1,4 +1,4 @@
-"""The consult page without a browser: what is served and under which policy, and that its files agree with each other."""
+"""The consult page without a browser: what is served, under which policy, and that its files agree."""
 
 from __future__ import annotations
 
