@@ -19,13 +19,6 @@ from m3.serve.cli import DISCLAIMER
 
 slow = pytest.mark.slow
 
-RECORD = """
-window.seen = [];
-new MutationObserver(() => window.seen.push(
-  [...document.querySelectorAll(arguments[0])].map((one) => one.textContent).join("|")
-)).observe(document.body, {subtree: true, childList: true, characterData: true});
-"""
-
 
 @pytest.fixture(scope="module")
 def server(browser: Browser) -> Iterator[tuple[ScriptedServer, str]]:
@@ -68,21 +61,16 @@ def tell(browser: Browser, text: str) -> None:
     browser.until(lambda: browser.all("article.answer") and idle(browser))
 
 
-def seen(browser: Browser) -> list[str]:
-    """What the recorded selector showed, repetitions left out."""
-    return list(dict.fromkeys(browser.run("return window.seen")))
-
-
 # -- a question and its answer ----------------------------------------------------------------------------------------
 def test_an_answer_is_asked_for_by_keyboard_and_seen_to_grow(browser, script, origin):
     script.pause = 0.04
     ready(browser)
-    browser.run(RECORD, ".answer .words")
+    browser.record(".answer .words")
     browser.press("My chest")
     browser.hold(Keys.SHIFT, Keys.ENTER)
     browser.press("hurts.", Keys.ENTER)
     browser.until(lambda: browser.text(".answer .words") == "When did it start ?")
-    shown = [text for text in seen(browser) if text]
+    shown = [text for text in browser.recorded() if text]
     assert len(shown) > 3
     assert all(later.startswith(earlier) for earlier, later in itertools.pairwise(shown))
     assert browser.text(".said .words") == "My chest\nhurts."
@@ -115,9 +103,9 @@ def test_what_is_drafted_and_accepted_is_shown_while_it_streams(browser, script,
     counts = [(1, 0, 4), (4, 3, 9), (9, 7, 13)]
     script.chunks = [*(chunk("w ", usage=usage) for usage in counts), chunk(finish="stop", usage=(10, 8, 14))]
     ready(browser)
-    browser.run(RECORD, "#tokens, #draft")
+    browser.record("#tokens, #draft")
     tell(browser, "Hello")
-    assert [text for text in seen(browser) if text[0].isdigit()] == ["1|4, 0", "4|12, 3", "9|20, 7", "10|22, 8"]
+    assert [text for text in browser.recorded() if text[0].isdigit()] == ["1|4, 0", "4|12, 3", "9|20, 7", "10|22, 8"]
     assert float(browser.text("#speed")) == pytest.approx(9 / 0.08, rel=0.6)  # 9 tokens after the first, in 2 pauses
     assert browser.text("#first").endswith(" s")
     assert "10 tokens" in browser.text(".figures")
