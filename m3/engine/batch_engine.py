@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import signal
 import threading
 from collections import deque
@@ -12,6 +13,7 @@ from typing import Any, Self
 
 from m3.engine.config import EngineConfig
 from m3.engine.core_thread import Core
+from m3.engine.grammars import Grammars, grammars_of
 from m3.engine.intake import GREEDY, EngineBusy, Intake, Message, Prompt, apply, core_failed
 from m3.engine.outputs import Assembly, Completion
 from m3.engine.request import Event, Finished, SamplingParams
@@ -43,6 +45,11 @@ class Engine:
 
         core, tokenizer = open_core(name, config, **options)
         return cls(core, tokenizer)
+
+    @functools.cached_property
+    def grammars(self) -> Grammars | None:
+        """For SamplingParams.grammar; None without a tokenizer."""
+        return grammars_of(self.core, self.tokenizer)
 
     def generate(
         self,

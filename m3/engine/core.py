@@ -18,7 +18,9 @@ from torch import Tensor
 
 from m3.engine.config import KV_DTYPES, EngineConfig, Shape, Speculation
 from m3.engine.controller import Controller, PassCost
+from m3.engine.core_thread import Counts
 from m3.engine.kv_cache import PagePool
+from m3.engine.logits_processor import LogitsProcessor, is_plain
 from m3.engine.passes import DraftPass, TargetPass
 from m3.engine.request import Event, Finished, PromptLogprobs, Reason, Request, Tokens
 from m3.engine.rows import RowBuilder, SamplingTensors, page_table
@@ -66,6 +68,11 @@ class _Draw:
     row: int  # of the pass
     nodes: int
     tree: int = -1  # of the trees drafted; -1: none
+
+    @property
+    def kind(self) -> tuple[int, bool, bool]:
+        """Draws of one kind are made together."""
+        return self.nodes, self.tree >= 0, is_plain(self.request.params)
 
 
 class EngineCore:
@@ -118,7 +125,8 @@ class EngineCore:
         self.cost = PassCost(experts=model.config.num_experts > 0)
         self.stats = Stats()
         self._sampling = SamplingTensors(self.device)
-        self._prompt_logprobs: dict[str, list[float]] = {}
+        self._processors: dict[str, LogitsProcessor] = {}  # of running requests whose logits are adjusted
+        self._prompt_logprobs: dict[str, PromptLogprobs] = {}
         self._ends = frozenset(model.config.eos_token_ids)
 
     # -- requests -----------------------------------------------------------------------------------------------------
@@ -131,6 +139,12 @@ class EngineCore:
             want = f"fewer than {self.scheduler.limit} tokens (context {self.config.max_context}, cache of "
             want += f"{self.config.num_pages} pages of {self.config.page_size})"
             raise refuse(OP, "prompt", want, f"{len(request.tokens)}")
+        params = request.params
+        if any(token >= vocabulary for token, _ in params.logit_bias):
+            raise refuse(OP, "logit_bias", f"tokens in 0..{vocabulary - 1}", f"{params.logit_bias}"[:200])
+        if params.grammar is not None and params.grammar.vocab_size != vocabulary:
+            want = f"one made for a vocabulary of {vocabulary}"
+            raise refuse(OP, "grammar", want, f"{params.grammar.vocab_size}")
 
     def add(self, request: Request) -> None:
         """As the scheduler's add: ValueError, or QueueFull."""
@@ -148,6 +162,19 @@ class EngineCore:
         """A request that arrives now."""
         prompt = list(prompt)
         return Request(id=id, prompt=prompt, params=params, seed=seed, arrival=self.clock(), tokens=list(prompt))
+
+    def counts(self) -> Counts:
+        """May be called on any thread: each number is right, if not of the same moment as its neighbour."""
+        return Counts(
+            pages_total=self.pool.num_pages,
+            pages_used=self.pool.used,
+            pages_cached=self.pool.cached,
+            drafted=self.stats.drafted,
+            accepted=self.stats.accepted,
+            speculative_steps=self.stats.speculative_steps,
+            preemptions=self.stats.preemptions,
+            generated=self.stats.drawn,
+        )
 
     # -- weights ------------------------------------------------------------------------------------------------------
     def update_weights(
@@ -201,6 +228,7 @@ class EngineCore:
 
     def _forget(self, id: str) -> None:
         self._prompt_logprobs.pop(id, None)
+        self._processors.pop(id, None)
         if self.drafter is not None:
             self.drafter.forget(id)
 
@@ -239,6 +267,7 @@ class EngineCore:
         masks: dict[str, Any] = {}
         if tree is not None:
             masks = self._add_trees(rows, plan.decodes, tree, draws)
+        draws.sort(key=lambda draw: not is_plain(draw.request.params))
         rows.picked = [draw.row + node for draw in draws for node in range(draw.nodes)]
         for _, start, stop, first in owed:
             rows.picked += range(first, first + stop - start)
@@ -279,34 +308,62 @@ class EngineCore:
 
     # -- drawing ------------------------------------------------------------------------------------------------------
     def _draw(self, draws: list[_Draw], logits: Tensor, tree: Tree | None, hidden: Tensor | None) -> list[Event]:
-        """Draws for groups of requests with equally many nodes; then appends, commits, ends."""
+        """Draws for groups of requests of one kind; then appends, commits, ends."""
         events: list[Event] = []
         first = 0
-        for (nodes, drafted), found in itertools.groupby(draws, key=lambda draw: (draw.nodes, draw.tree >= 0)):
+        for (nodes, drafted, plain), found in itertools.groupby(draws, key=lambda draw: draw.kind):
             group = list(found)
+            requests = [draw.request for draw in group]
             block = logits[first : first + len(group) * nodes].view(len(group), nodes, -1)
-            links = None
             if drafted and tree is not None:
                 order = torch.tensor([draw.tree for draw in group], device=self.device)
                 parts = (tree.candidates, tree.next_token, tree.next_sibling)
                 links = tuple(part[order, :nodes].contiguous() for part in parts)
-            events += self._draw_group(group, block, links, hidden)
+            else:
+                tokens = torch.tensor([[request.tokens[-1]] for request in requests], device=self.device)
+                alone = torch.full_like(tokens, -1)
+                links = (tokens, alone, alone)
+            if plain:
+                rows = _Rows(block, links)
+            else:
+                parents = tree.parents[order, :nodes] if drafted and tree is not None else links[1]
+                rows = self._processed(requests, block, links, parents)
+            events += self._draw_group(group, rows, hidden)
             first += len(group) * nodes
         return events
 
-    def _draw_group(
-        self, group: list[_Draw], logits: Tensor, links: tuple[Tensor, ...] | None, hidden: Tensor | None
-    ) -> list[Event]:
+    def _processed(self, requests: list[Request], logits: Tensor, links: tuple[Tensor, ...], parents: Tensor) -> _Rows:
+        """Rows of requests that adjust them: in a copy, or by a grammar's bits."""
+        processors = [self._processor(request) for request in requests]
+        trees = list(zip(processors, links[0].tolist(), parents.tolist(), strict=True))
+        adjusted = None
+        if any(processor.adjusts for processor in processors):
+            adjusted = logits.clone()
+            for rows, (processor, *nodes) in zip(adjusted, trees, strict=True):
+                processor.adjust(rows, *nodes)
+        bits = None
+        if any(processor.matcher is not None for processor in processors):
+            bits = torch.stack([processor.bits(*nodes) for processor, *nodes in trees])
+        return _Rows(logits, links, adjusted, bits)
+
+    def _processor(self, request: Request) -> LogitsProcessor:
+        """Up to date with the request's tokens; made of them where it is new, or comes back after a preemption."""
+        processor = self._processors.get(request.id)
+        if processor is None:
+            sizes = sorted(self._ends), self.model.config.vocab_size, self.device
+            processor = self._processors[request.id] = LogitsProcessor(request, *sizes)
+        processor.follow()
+        return processor
+
+    def _draw_group(self, group: list[_Draw], rows: _Rows, hidden: Tensor | None) -> list[Event]:
         requests = [draw.request for draw in group]
-        if links is None:
-            tokens = torch.tensor([[request.tokens[-1]] for request in requests], device=self.device)
-            alone = torch.full_like(tokens, -1)
-            links = (tokens, alone, alone)
-        kinds = {request.params.logprobs for request in requests}
-        verified = self._verify(requests, logits, links, next(iter(kinds)) if len(kinds) == 1 else "none")
+        logits, kinds = rows.logits, {request.params.logprobs for request in requests}
+        first = next(iter(kinds)) if len(kinds) == 1 and (rows.adjusted is None or "raw" not in kinds) else "none"
+        verified = self._verify(requests, rows, first)
         logprobs: dict[str, Tensor] = {}
         for kind in kinds - {"none"}:
-            found = verified if len(kinds) == 1 else self._verify(requests, logits, links, kind)
+            again = rows.raw(verified) if kind == "raw" and rows.adjusted is not None else rows
+            found = verified if kind == first else self._verify(requests, again, kind)
             logprobs[kind] = found.logprobs
         if logits.shape[1] > 1:
             self._commit(requests, verified)
@@ -325,15 +382,21 @@ class EngineCore:
             top = None
             if request.params.top_logprobs:
                 top = _top(logits[b, path], request.params.top_logprobs)
-            events += self._append(request, new, chances, top, draw.nodes - 1)
+            events += self._append(request, new, chances, top, draw.nodes - 1, count - 1)
         if logits.shape[1] > 1:
             self.stats.speculative_steps += 1
         return events
 
-    def _verify(self, requests: list[Request], logits: Tensor, links: tuple[Tensor, ...], logprobs: str) -> Verified:
+    def _verify(self, requests: list[Request], rows: _Rows, logprobs: str) -> Verified:
         position = torch.tensor([len(request.tokens) for request in requests], device=self.device)
         return tree_verify(
-            logits, *links, mode="coupled", position=position, logprobs=logprobs, **self._sampling.of(requests)
+            rows.logits if rows.adjusted is None else rows.adjusted,
+            *rows.links,
+            mode="coupled",
+            position=position,
+            grammar_bits=rows.bits,
+            logprobs=logprobs,
+            **self._sampling.of(requests),
         )
 
     def _commit(self, requests: list[Request], verified: Verified) -> None:
@@ -358,23 +421,25 @@ class EngineCore:
         logprobs: list[float] | None,
         top: list[list[tuple[int, float]]] | None,
         drafted: int,
+        accepted: int,
     ) -> list[Event]:
         params = request.params
-        reason: Reason | None = None
-        if -1 in new:  # no token is allowed: logits that are not numbers
-            new = new[: new.index(-1)]
-            reason = "error"
+        stuck = -1 in new  # no token is allowed
+        new = new[: new.index(-1)] if stuck else new
+        reason: Reason | None = "error" if stuck else None
         kept = new[: self.scheduler.room(request)]
         if len(kept) < len(new):
             reason = "length"
         for place, token in enumerate(kept):
-            if token in params.stop_token_ids or (token in self._ends and not params.ignore_eos):
+            ends = token in self._ends and (not params.ignore_eos or params.grammar is not None)
+            if ends or token in params.stop_token_ids:
                 kept, reason = kept[: place + params.keep_end], "stop"
                 break
         request.tokens += kept
         request.computed = len(request.tokens) - 1
         self.stats.drawn += len(kept)
         events: list[Event] = []
+        error: str | None = None
         if kept:
             cut = len(kept)
             events.append(
@@ -385,14 +450,26 @@ class EngineCore:
                     logprobs=None if logprobs is None else logprobs[:cut],
                     top_logprobs=None if top is None else top[:cut],
                     drafted=drafted,
+                    accepted=min(accepted, cut),
                 )
             )
         if reason in (None, "error") and not self.scheduler.room(request):
             reason = "length"
+        if reason == "error":
+            reason, error = self._why_stuck(request)
         if reason is not None:
-            error = "the model's logits are not numbers" if reason == "error" else None
-            events.append(self._finish(request, reason, error))
+            finished = self._finish(request, reason, error)
+            events.append(finished if kept else dataclasses.replace(finished, drafted=drafted))
         return events
+
+    def _why_stuck(self, request: Request) -> tuple[Reason, str | None]:
+        """Why no token may follow: the grammar is complete and the model has no end token, or something is wrong."""
+        matcher = None if request.params.grammar is None else self._processor(request).matcher
+        if matcher is not None and matcher.complete:
+            return "stop", None
+        if matcher is not None and matcher.error is not None:
+            return "error", f"grammar: {matcher.error}"
+        return "error", "the model's logits are not numbers"
 
     def _finish(self, request: Request, reason: Reason, error: str | None = None) -> Finished:
         self._forget(request.id)
@@ -401,26 +478,56 @@ class EngineCore:
     # -- log-probabilities of prompts ---------------------------------------------------------------------------------
     def _owes(self, request: Request) -> bool:
         told = self._prompt_logprobs.get(request.id)
-        return told is None or len(told) < len(request.prompt) - 1
+        return told is None or len(told.logprobs) < len(request.prompt) - 1
 
     def _prompt_events(self, owed: list[tuple[Request, int, int, int]], logits: Tensor, first: int) -> list[Event]:
         events: list[Event] = []
         for request, start, stop, _ in owed:
             rows = logits[first : first + stop - start]
             first += stop - start
-            done = self._prompt_logprobs.setdefault(request.id, [])
-            done += [
-                _logprob(row, token) for row, token in zip(rows, request.prompt[start + 1 : stop + 1], strict=True)
-            ]
+            count = request.params.top_prompt_logprobs
+            told = PromptLogprobs(id=request.id, logprobs=[], top_logprobs=[] if count else None)
+            told = self._prompt_logprobs.setdefault(request.id, told)
+            for row, token in zip(rows, request.prompt[start + 1 : stop + 1], strict=True):
+                logprob, best = _prompt_logprob(row, token, count)
+                told.logprobs.append(logprob)
+                if told.top_logprobs is not None:
+                    told.top_logprobs.append(best)
             if not self._owes(request):
-                events.append(PromptLogprobs(id=request.id, logprobs=list(done)))
+                events.append(told)
         return events
 
 
-def _logprob(row: Tensor, token: int) -> float:
-    """log softmax(row)[token], summed in fp64 and rounded to fp32: the same alone and in any chunk of a prompt."""
+@dataclasses.dataclass(frozen=True)
+class _Rows:
+    """What requests of one kind draw from: (B, N, V) logits, the trees' links; a copy that was adjusted, and a
+    grammar's bits, if any."""
+
+    logits: Tensor
+    links: tuple[Tensor, ...]
+    adjusted: Tensor | None = None
+    bits: Tensor | None = None
+
+    def raw(self, verified: Verified) -> _Rows:
+        """The logits as the model gave them, with nothing allowed but what was drawn: its path again."""
+        requests, nodes, vocabulary = self.logits.shape
+        words = torch.zeros(requests, nodes, -(-vocabulary // BITS), dtype=torch.int64)
+        paths, drawn = verified.accept_index.tolist(), verified.tokens.tolist()
+        for b, path in enumerate(paths):
+            for node, token in zip(path, drawn[b], strict=True):
+                if node >= 0 and token >= 0:
+                    words[b, node, token // BITS] = 1 << (token % BITS)
+        bits = words.to(torch.int32).to(self.logits.device)  # bit 31 wraps to the sign
+        return _Rows(self.logits, self.links, None, bits)
+
+
+def _prompt_logprob(row: Tensor, token: int, count: int) -> tuple[float, list[tuple[int, float]]]:
+    """log softmax(row)[token], and the likeliest ``count`` tokens; summed in fp64 and rounded to fp32: the same alone
+    and in any chunk of a prompt."""
     wide = row.double()
-    return (wide[token] - wide.logsumexp(-1)).float().item()
+    best = row.topk(min(count, len(row))).indices.tolist() if count else []
+    told = (wide[[token, *best]] - wide.logsumexp(-1)).float().tolist()
+    return told[0], list(zip(best, told[1:], strict=True))
 
 
 def _top(logits: Tensor, count: int) -> list[list[tuple[int, float]]]:

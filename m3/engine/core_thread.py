@@ -6,7 +6,7 @@ import dataclasses
 import threading
 from collections import deque
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -32,6 +32,28 @@ class Core(Protocol):
     def has_work(self) -> bool: ...
     def step(self) -> list[Event]: ...
     def update_weights(self, update: Update, version: int) -> None: ...
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Counts:
+    """What a core tells of itself. Pages of the cache: all, owned by running requests, kept for others to find. Since
+    its start: nodes drafted and accepted, speculative steps, requests preempted, tokens generated."""
+
+    pages_total: int = 0
+    pages_used: int = 0
+    pages_cached: int = 0
+    drafted: int = 0
+    accepted: int = 0
+    speculative_steps: int = 0
+    preemptions: int = 0
+    generated: int = 0
+
+
+@runtime_checkable
+class Counted(Protocol):
+    """A core that tells its counts; on any thread."""
+
+    def counts(self) -> Counts: ...
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import functools
 from collections import Counter
 from collections.abc import AsyncGenerator, Callable, Sequence
 from pathlib import Path
@@ -18,7 +19,8 @@ from typing import Any, Literal, Self, TypeVar
 
 from m3.engine.batch_engine import Engine
 from m3.engine.config import EngineConfig
-from m3.engine.core_thread import Answer, Core, CoreThread, Ended, Notice, Refused, Update
+from m3.engine.core_thread import Answer, Core, CoreThread, Counted, Counts, Ended, Notice, Refused, Update
+from m3.engine.grammars import Grammars, grammars_of
 from m3.engine.intake import (
     GREEDY,
     EngineBusy,
@@ -66,6 +68,15 @@ class Stats:
     cached_tokens: int
     steps: int
     failure: str | None
+    # Of the core (core_thread.Counts); 0 where it does not tell.
+    pages_total: int
+    pages_used: int
+    pages_cached: int
+    drafted: int
+    accepted: int
+    speculative_steps: int
+    preemptions: int
+    generated: int
 
 
 class _Stream:
@@ -151,6 +162,11 @@ class AsyncEngine:
 
         core, tokenizer = open_core(name, config, **options)
         return cls(core, tokenizer, max_waiting=core.config.max_waiting)
+
+    @functools.cached_property
+    def grammars(self) -> Grammars | None:
+        """For SamplingParams.grammar; None without a tokenizer. Compiling can take a while: not on the event loop."""
+        return grammars_of(self.core, self.tokenizer)
 
     # -- life ---------------------------------------------------------------------------------------------------------
     async def start(self) -> None:
@@ -305,6 +321,7 @@ class AsyncEngine:
             cached_tokens=self._used["cached"],
             steps=self._thread.steps,
             failure=None if self.failure is None else describe(self.failure),
+            **dataclasses.asdict(self.core.counts() if isinstance(self.core, Counted) else Counts()),
         )
 
     # -- on the loop --------------------------------------------------------------------------------------------------

@@ -93,5 +93,5 @@ def apply(event: Event, assembly: Assembly) -> bool:
         case PromptLogprobs():
             assembly.add_prompt_logprobs(event)
         case Finished():
-            assembly.finish(event.reason, error=event.error, cached_tokens=event.cached_tokens)
+            assembly.finish(event.reason, error=event.error, cached_tokens=event.cached_tokens, drafted=event.drafted)
     return False

@@ -17,11 +17,14 @@ TopLogprobs = list[tuple[int, float]]
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Usage:
     """Tokens of a request so far. completion_tokens: drawn for it, up to the one that completed a stop string;
-    cached_tokens: of the prompt, found in the cache."""
+    cached_tokens: of the prompt, found in the cache. drafted_tokens: nodes of the draft's trees that were verified for
+    it; accepted_tokens: those that became tokens of it."""
 
     prompt_tokens: int
     completion_tokens: int
     cached_tokens: int
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -30,7 +33,8 @@ class Output:
 
     text, tokens: to be appended to what came before. With stop strings, tokens are those that the text needs.
     logprobs, top_logprobs: of these tokens, nats; None if not asked for. versions: of the weights, one per token.
-    prompt_logprobs: of prompt[1:]; in one Output of the request, if asked for. seed: that the request is drawn with.
+    prompt_logprobs, prompt_top_logprobs: of prompt[1:]; in one Output of the request, if asked for.
+    seed: that the request is drawn with.
     finish_reason: None but in the last Output; error: what went wrong, where the reason is "error".
     """
 
@@ -45,6 +49,7 @@ class Output:
     error: str | None
     seed: int
     usage: Usage
+    prompt_top_logprobs: list[TopLogprobs] | None = None
 
     @property
     def version(self) -> int | None:
@@ -68,6 +73,7 @@ class Completion:
     error: str | None
     seed: int
     usage: Usage
+    prompt_top_logprobs: list[TopLogprobs] | None = None
 
     @classmethod
     def of(cls, prompt: list[int], outputs: Iterable[Output]) -> Completion:
@@ -90,6 +96,9 @@ class Completion:
             error=last.error,
             seed=last.seed,
             usage=last.usage,
+            prompt_top_logprobs=next(
+                (p.prompt_top_logprobs for p in pieces if p.prompt_top_logprobs is not None), None
+            ),
         )
 
 
@@ -129,7 +138,10 @@ class Assembly:
         self._ready = 0  # of these, that may be taken
         self._text: list[str] = []
         self._prompt_logprobs: list[float] | None = None
+        self._prompt_top: list[TopLogprobs] | None = None
         self._completion_tokens = 0
+        self._drafted_tokens = 0
+        self._accepted_tokens = 0
 
     @property
     def has_output(self) -> bool:
@@ -142,6 +154,8 @@ class Assembly:
             prompt_tokens=len(self.request.prompt),
             completion_tokens=self._completion_tokens,
             cached_tokens=self._cached_tokens if self.finish_reason else self.request.cached,
+            drafted_tokens=self._drafted_tokens,
+            accepted_tokens=self._accepted_tokens,
         )
 
     def add_tokens(self, event: Tokens) -> bool:
@@ -152,6 +166,7 @@ class Assembly:
         logprobs = [0.0] * count if params.logprobs == "none" else event.logprobs
         top = [[]] * count if params.top_logprobs == 0 else event.top_logprobs
         assert logprobs is not None and top is not None, "the core gives the log-probabilities that were asked for"
+        before = self._completion_tokens
         stopped = False
         for token, logprob, best in zip(event.tokens, logprobs, top, strict=True):
             self._drawn.append(_Drawn(token, event.version, logprob, best))
@@ -161,6 +176,8 @@ class Assembly:
             elif self._detokenizer.push(token):
                 stopped = True
                 break
+        self._drafted_tokens += event.drafted
+        self._accepted_tokens += min(event.accepted, self._completion_tokens - before)
         if self._detokenizer is not None:
             self._take_text(self._detokenizer)
         if stopped:
@@ -171,11 +188,15 @@ class Assembly:
     def add_prompt_logprobs(self, event: PromptLogprobs) -> None:
         assert self.finish_reason is None, "the answer is over"
         self._prompt_logprobs = list(event.logprobs)
+        self._prompt_top = None if event.top_logprobs is None else list(event.top_logprobs)
 
-    def finish(self, reason: Reason, *, error: str | None = None, cached_tokens: int | None = None) -> None:
+    def finish(
+        self, reason: Reason, *, error: str | None = None, cached_tokens: int | None = None, drafted: int = 0
+    ) -> None:
         """The request is over: release what was held back. Does nothing where it was over already."""
         if self.finish_reason is not None:
             return
+        self._drafted_tokens += drafted
         if self._detokenizer is not None:
             stopped = self._detokenizer.finish()
             self._take_text(self._detokenizer)
@@ -191,6 +212,7 @@ class Assembly:
         self._ready = 0
         self._text.clear()
         prompt_logprobs, self._prompt_logprobs = self._prompt_logprobs, None
+        prompt_top, self._prompt_top = self._prompt_top, None
         params: SamplingParams = self.request.params
         return Output(
             request_id=self.request_id,
@@ -204,6 +226,7 @@ class Assembly:
             error=self.error,
             seed=self.request.seed,
             usage=self.usage,
+            prompt_top_logprobs=prompt_top,
         )
 
     def _take_text(self, detokenizer: Detokenizer) -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Literal
 
+from m3.engine.grammars import Grammar
 from m3kernels.checks import refuse
 
 Reason = Literal["stop", "length", "abort", "deadline", "error"]
@@ -20,6 +22,10 @@ def _integer(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
+def _biased(token: object, bias: object) -> bool:
+    return isinstance(token, int) and _integer(token) and token >= 0 and _number(bias) and -100 <= bias <= 100  # type: ignore[operator]
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SamplingParams:
     """How tokens are drawn, and when to stop. The same prompt, parameters and seed give the same tokens, always.
@@ -31,7 +37,13 @@ class SamplingParams:
         of it after all, with its log-probability: a trainer teaches a policy to stop through it.
     logprobs: of the tokens drawn: "raw" under softmax(logits), "sampling" under the law after temperature and filters.
     top_logprobs: the likeliest tokens at every position, under softmax(logits). prompt_logprobs: of every prompt token
-        but the first, under softmax(logits).
+        but the first, under softmax(logits). top_prompt_logprobs: with prompt_logprobs, the likeliest tokens there.
+    repetition_penalty: for tokens of the prompt or the answer so far: logit / p where it is positive, else logit * p.
+    frequency_penalty, presence_penalty: for tokens of the answer so far: logit -= count * frequency + presence.
+    logit_bias: (token, -100..100): added to its logit. These act in this order; softmax(logits) is without them.
+    min_tokens: end tokens and stop_token_ids are not drawn before so many others were.
+    grammar: of Engine.grammars: the answer is a text of it. Where it is complete only an end token may follow, whatever
+        min_tokens and ignore_eos say.
     deadline: seconds from arrival after which the request ends with what it has.
     """
 
@@ -48,7 +60,14 @@ class SamplingParams:
     logprobs: str = "none"
     top_logprobs: int = 0
     prompt_logprobs: bool = False
+    top_prompt_logprobs: int = 0
     deadline: float | None = None
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    min_tokens: int = 0
+    grammar: Grammar | None = None
 
     def __post_init__(self) -> None:
         op = "SamplingParams"
@@ -74,6 +93,37 @@ class SamplingParams:
             raise refuse(op, "top_logprobs", f"an int in 0..{MAX_TOP_LOGPROBS}", self.top_logprobs)
         if self.deadline is not None and (not _number(self.deadline) or not 0 < self.deadline < float("inf")):
             raise refuse(op, "deadline", "seconds above 0, or None", self.deadline)
+        if not _integer(self.top_prompt_logprobs) or not 0 <= self.top_prompt_logprobs <= MAX_TOP_LOGPROBS:
+            raise refuse(op, "top_prompt_logprobs", f"an int in 0..{MAX_TOP_LOGPROBS}", self.top_prompt_logprobs)
+        if self.top_prompt_logprobs and not self.prompt_logprobs:
+            raise refuse(op, "top_prompt_logprobs", "0 without prompt_logprobs", self.top_prompt_logprobs)
+        self._check_adjustments(op)
+
+    def _check_adjustments(self, op: str) -> None:
+        for name, value in (("frequency", self.frequency_penalty), ("presence", self.presence_penalty)):
+            if not _number(value) or not -2 <= value <= 2:
+                raise refuse(op, f"{name}_penalty", "a number in -2..2", value)
+        if not _number(self.repetition_penalty) or not 0 < self.repetition_penalty < math.inf:
+            raise refuse(op, "repetition_penalty", "a number above 0", self.repetition_penalty)
+        pairs = self.logit_bias if isinstance(self.logit_bias, tuple) else (None,)
+        if not all(isinstance(pair, tuple) and len(pair) == 2 and _biased(*pair) for pair in pairs):
+            raise refuse(op, "logit_bias", "a tuple of (token, -100..100)", repr(self.logit_bias)[:200])
+        if len({token for token, _ in self.logit_bias}) < len(self.logit_bias):
+            raise refuse(op, "logit_bias", "every token once", repr(self.logit_bias)[:200])
+        if not _integer(self.min_tokens) or not 0 <= self.min_tokens <= self.max_tokens:
+            raise refuse(op, "min_tokens", f"an int in 0..{self.max_tokens} (max_tokens)", self.min_tokens)
+        if self.grammar is not None and not isinstance(self.grammar, Grammar):
+            raise refuse(op, "grammar", "a Grammar of Engine.grammars, or None", repr(self.grammar)[:200])
+
+
+def choices(params: SamplingParams, n: int) -> list[SamplingParams]:
+    """Parameters of n answers to one prompt: seeds seed, seed + 1, ..., modulo 2**64; None stays None."""
+    if not _integer(n) or n < 1:
+        raise refuse("choices", "n", "an int of at least 1", n)
+    if params.seed is None:
+        return [params] * n
+    seeds = [(params.seed + index + 2**63) % 2**64 - 2**63 for index in range(n)]
+    return [dataclasses.replace(params, seed=seed) for seed in seeds]
 
 
 @dataclasses.dataclass(eq=False, kw_only=True)
@@ -108,6 +158,7 @@ class Tokens:
     logprobs: list[float] | None = None  # nats
     top_logprobs: list[list[tuple[int, float]]] | None = None  # best first
     drafted: int = 0  # nodes that were verified for them beside the root
+    accepted: int = 0  # of these tokens, that were nodes
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -116,6 +167,7 @@ class PromptLogprobs:
 
     id: str
     logprobs: list[float]
+    top_logprobs: list[list[tuple[int, float]]] | None = None  # best first
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -126,6 +178,7 @@ class Finished:
     reason: Reason
     error: str | None = None
     cached_tokens: int = 0
+    drafted: int = 0  # nodes that were verified in its last step, where no token came of it
 
 
 Event = Tokens | PromptLogprobs | Finished

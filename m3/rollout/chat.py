@@ -13,11 +13,17 @@ ChatMessages = Sequence[Mapping[str, str]]  # [{"role": ..., "content": ...}, ..
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Usage:
-    """Tokens of a call; None where whoever answered did not say. ``cached_tokens`` None is "unknown", not 0."""
+    """Tokens of a call; None where whoever answered did not say. ``cached_tokens`` None is "unknown", not 0.
+
+    Of the answer: reasoning_tokens; accepted_tokens, that a draft had proposed; rejected_tokens: proposed in vain.
+    """
 
     prompt_tokens: int | None = None
     completion_tokens: int | None = None
     cached_tokens: int | None = None
+    reasoning_tokens: int | None = None
+    accepted_tokens: int | None = None
+    rejected_tokens: int | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

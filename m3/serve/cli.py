@@ -5,11 +5,10 @@ m3.cli and m3.environment.cli register the two functions; what they need is impo
 
 from __future__ import annotations
 
-import logging
+import os
 import signal
-import socket
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -17,18 +16,30 @@ from m3.terminal import Bar, Debug, Threads, console, one_line_errors, set_threa
 from m3kernels.checks import refuse
 
 if TYPE_CHECKING:
-    from starlette.applications import Starlette
+    from fastapi import FastAPI
 
 DISCLAIMER = "Research software: not a medical device, not for the care of patients."
-GRACE = 30  # seconds for which requests under way may go on after the signal to end; ours
+GRACE = 30.0  # seconds for which requests under way may go on after the signal to end; ours
 
 Host = Annotated[str, typer.Option("--host", help="Address to listen at.")]
 Port = Annotated[int, typer.Option("--port", min=0, max=65535, help="0: any that is free.")]
-ApiKey = Annotated[
-    str | None,
-    typer.Option("--api-key", envvar="M3_API_KEY", show_envvar=True, help="What clients must send; default: nothing."),
+ApiKeys = Annotated[
+    list[str] | None,
+    typer.Option("--api-key", help="A key that clients may send; several times: several. Default: M3_API_KEY's."),
 ]
-Verbose = Annotated[bool, typer.Option("--verbose", help="A line for each request: counts and times, no text.")]
+KeysFile = Annotated[Path | None, typer.Option("--api-keys-file", help="More keys, one a line.")]
+Cors = Annotated[
+    list[str] | None, typer.Option("--cors", help="An origin whose pages may ask (https://...); default: none.")
+]
+Rate = Annotated[int | None, typer.Option("--rate", min=1, help="Requests of a key a minute; default: any number.")]
+AtOnce = Annotated[int, typer.Option("--at-once", min=1, help="Requests under way at once; more get status 429.")]
+AtOnceAKey = Annotated[int | None, typer.Option("--at-once-a-key", min=1, help="The same, of one key.")]
+Grace = Annotated[float, typer.Option("--grace", min=0, help="Seconds for answers under way when it is to end.")]
+LogFormat = Annotated[Literal["json", "text"], typer.Option("--log-format", help="Of lines on standard error.")]
+LogLevel = Annotated[
+    Literal["debug", "info", "warning", "error"],
+    typer.Option("--log-level", help="info: a line for each request: counts and times, no text."),
+]
 
 
 @one_line_errors
@@ -40,6 +51,7 @@ def serve(
         str | None, typer.Option("--name", help="What clients call it; default: its folder's name.")
     ] = None,
     weights: Annotated[str, typer.Option("--weights", help="fp32, bf16, fp16, or int4: rounded here.")] = "fp32",
+    int4: Annotated[bool, typer.Option("--int4", help="The same as --weights int4.")] = False,
     draft: Annotated[
         Path | None, typer.Option("--draft", help="A draft of `m3 draft train`: the same text, sooner.")
     ] = None,
@@ -47,22 +59,44 @@ def serve(
         Path | None,
         typer.Option("--weights-from", help="Take weights from checkpoints under this folder, as trainers ask to."),
     ] = None,
-    api_key: ApiKey = None,
+    embeddings: Annotated[
+        Literal["lexical", "minilm"] | None, typer.Option("--embeddings", help="What answers /v1/embeddings.")
+    ] = None,
+    page: Annotated[bool, typer.Option("--page/--no-page", help="The page for a consultation at /.")] = True,
+    api_key: ApiKeys = None,
+    api_keys_file: KeysFile = None,
+    cors: Cors = None,
+    rate: Rate = None,
+    at_once: AtOnce = 512,
+    at_once_a_key: AtOnceAKey = None,
+    grace: Grace = GRACE,
+    log_format: LogFormat = "json",
+    log_level: LogLevel = "warning",
     threads: Threads = None,
-    verbose: Verbose = False,
     debug: Debug = False,
 ) -> None:
-    """Serve a model to OpenAI clients: /v1/chat/completions (streamed or not), /v1/completions, /v1/models, /health."""
+    """Serve a model to OpenAI clients: chats, completions, tools, JSON, embeddings; see docs/serving.md."""
     from m3.engine.engine import AsyncEngine
     from m3.serve.app import build
     from m3.serve.engine_backend import EngineBackend
+    from m3.serve.security import Limits
 
+    if int4 and weights not in ("fp32", "int4"):
+        raise refuse("serve", "--int4", "no other --weights beside it", weights)
+    keys = all_keys(api_key, os.environ.get("M3_API_KEY"), api_keys_file)
+    limits = Limits(at_once=at_once, at_once_a_key=at_once_a_key or at_once, a_minute=rate)
     set_threads(threads)
+    embedder = None
+    if embeddings is not None:
+        from m3.text.embed import open_embedder
+
+        embedder = open_embedder(embeddings)
     with Bar(f"opening {model}"):
-        engine = AsyncEngine.from_model(model, weights=weights, draft=draft)
+        engine = AsyncEngine.from_model(model, weights="int4" if int4 else weights, draft=draft)
     called = name or Path(model).name
-    backend = EngineBackend(engine, called, weights_from=weights_from)
-    run(build(backend, api_key=api_key), host, port, called, verbose=verbose)
+    backend = EngineBackend(engine, called, weights_from=weights_from, embedder=embedder)
+    app = build(backend, api_keys=keys, limits=limits, cors=cors or (), page=page)
+    run(app, host, port, called, grace=grace, log_format=log_format, log_level=log_level)
 
 
 @one_line_errors
@@ -76,8 +110,15 @@ def serve_patient(
     guard: Annotated[bool, typer.Option("--guard", help="Replace answers that leak or invent (with --model).")] = False,
     host: Host = "127.0.0.1",
     port: Port = 8001,
-    api_key: ApiKey = None,
-    verbose: Verbose = False,
+    api_key: ApiKeys = None,
+    api_keys_file: KeysFile = None,
+    cors: Cors = None,
+    rate: Rate = None,
+    at_once: AtOnce = 512,
+    at_once_a_key: AtOnceAKey = None,
+    grace: Grace = GRACE,
+    log_format: LogFormat = "json",
+    log_level: LogLevel = "warning",
     debug: Debug = False,
 ) -> None:
     """Serve the patients of cases as models "patient/<case id>": the client's messages are the physician's."""
@@ -86,43 +127,60 @@ def serve_patient(
     from m3.rollout.open import open_chat
     from m3.serve.app import build
     from m3.serve.patient_backend import MAX_BODY, PatientBackend
+    from m3.serve.security import Limits
 
     if guard and model is None:
         raise refuse("patient", "--guard", "a --model whose answers it guards", "none")
+    keys = all_keys(api_key, os.environ.get("M3_API_KEY"), api_keys_file)
+    limits = Limits(body_bytes=MAX_BODY, at_once=at_once, at_once_a_key=at_once_a_key or at_once, a_minute=rate)
     found = own_cases(split) if cases is None else [c for c in read_cases(cases) if split in (None, c.split)]
     client = None if model is None else open_chat(model)
     backend = PatientBackend(found, client=client, config=LLMPatientConfig(guard=guard))
-    what = f"{len(found)} patients"
-    run(build(backend, api_key=api_key, max_body=MAX_BODY), host, port, what, verbose=verbose)
+    app = build(backend, api_keys=keys, limits=limits, cors=cors or ())
+    run(app, host, port, f"{len(found)} patients", grace=grace, log_format=log_format, log_level=log_level)
 
 
-def run(app: Starlette, host: str, port: int, what: str, *, verbose: bool) -> None:
-    """Serve until a signal; requests under way are finished, for GRACE seconds, and the model is shut down.
+def all_keys(given: list[str] | None, environment: str | None, file: Path | None) -> list[str]:
+    """Keys of the command line, or else of M3_API_KEY (a comma between two), and of a file.
+
+    Raises:
+        ValueError: keys were asked for, and there are none: then nothing would be locked.
+    """
+    from m3.serve.security import read_keys
+
+    keys = list(given) if given else [key.strip() for key in (environment or "").split(",") if key.strip()]
+    if file is not None:
+        keys += read_keys(file)
+    if not keys and (given or environment or file is not None):
+        raise refuse("serve", "api keys", "one or more where they are asked for", "none")
+    return keys
+
+
+def run(
+    app: FastAPI,
+    host: str,
+    port: int,
+    what: str,
+    *,
+    grace: float = GRACE,
+    log_format: Literal["json", "text"] = "json",
+    log_level: str = "warning",
+) -> None:
+    """Serve until a signal (listening.py).
 
     Raises:
         OSError: nothing can listen there.
     """
-    import uvicorn
+    from m3.serve import listening, logs
 
-    class Server(uvicorn.Server):
-        async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-            await super().startup(sockets)
-            if self.started:
-                console.print(DISCLAIMER, highlight=False, soft_wrap=True)
-                console.print(f"{what}: {url}", highlight=False, markup=False, soft_wrap=True)
-                console.file.flush()
+    def ready(url: str) -> None:
+        console.print(DISCLAIMER, highlight=False, soft_wrap=True)
+        console.print(f"{what}: {url}", highlight=False, markup=False, soft_wrap=True)
+        console.file.flush()
 
-    logging.basicConfig(level=logging.INFO if verbose else logging.WARNING, format="%(asctime)s %(name)s %(message)s")
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    with socket.create_server((host, port), family=family) as listener:
-        shown = f"[{host}]" if family == socket.AF_INET6 else host
-        url = f"http://{shown}:{listener.getsockname()[1]}/v1"
-        config = uvicorn.Config(
-            app, log_config=None, log_level="warning", access_log=False, timeout_graceful_shutdown=GRACE
-        )
-        server = Server(config)
-        # uvicorn raises a signal again after its shutdown, when all is done: then it means nothing more
-        signal.signal(signal.SIGTERM, lambda number, frame: None)
-        server.run(sockets=[listener])
-    if not server.started:
+    logs.set_up(log_format, log_level)
+    ended = listening.serve(app, host, port, grace=grace, ready=ready)
+    if ended == signal.SIGINT:
+        raise typer.Exit(130)
+    if ended is None:
         raise typer.Exit(1)

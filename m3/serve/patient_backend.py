@@ -7,7 +7,8 @@ so the two are exchanged here. The client's system messages are not for the pati
 Nothing is kept between requests: each brings the whole conversation. An empty one is answered with the opening line.
 Where the conversation begins with the physician ("Hello, what brings you here?"), the first answer is the opening line,
 and after it what the message asked for. The same conversation and seed (default 0) get the same answer; a patient has
-no other parameters: temperature, top_p, max_tokens, stop and the like have no effect.
+no other parameters: temperature, top_p, max_tokens, stop and the like have no effect. What would change the form of the
+answer (several of them, tools, log-probabilities, JSON) is refused.
 """
 
 from __future__ import annotations
@@ -21,8 +22,9 @@ from m3.environment.llm_patient import LLMPatient, LLMPatientConfig
 from m3.environment.patient import ScriptedPatient
 from m3.environment.trajectory import Message
 from m3.rollout.chat import ChatClient, ChatError, Failure
-from m3.serve.app import Delta
-from m3.serve.schema import ChatRequest, RequestError
+from m3.serve.backend import Delta
+from m3.serve.chat_schema import ChatRequest
+from m3.serve.schema import RequestError
 from m3kernels.checks import refuse
 
 PREFIX = "patient/"
@@ -73,9 +75,10 @@ class PatientBackend:
         """As ChatBackend.stream; one delta.
 
         Raises:
-            RequestError: 400: the last message is not the physician's, or there are too many; 503, 504: the model
-                that plays the patient does not answer.
+            RequestError: 400: the last message is not the physician's, there are too many, or something is asked for
+                that a patient does not do; 503, 504: the model that plays the patient does not answer.
         """
+        _check_form(request)
         case = self._cases[request.model]
         patient = self._patient(case, request.seed or 0)
         try:
@@ -91,6 +94,20 @@ class PatientBackend:
         if self._client is None:
             return ScriptedPatient(case, seed=seed)
         return LLMPatient(case, self._client, seed=seed, config=self._config)
+
+
+def _check_form(request: ChatRequest) -> None:
+    asked = {
+        "n": request.n > 1,
+        "tools": bool(request.tools),
+        "logprobs": request.logprobs,
+        "prompt_logprobs": request.prompt_logprobs is not None,
+        "response_format": request.response_format is not None and request.response_format.type != "text",
+        "structured_outputs": request.structured_outputs is not None,
+    }
+    for name, given in asked.items():
+        if given:
+            raise RequestError(400, f"{name}: want the default: a patient answers in words, once", param=name)
 
 
 async def answer(patient: Patient, chat: Sequence[Mapping[str, str]]) -> str:

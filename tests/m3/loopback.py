@@ -21,8 +21,9 @@ from starlette.routing import Route
 from starlette.types import ASGIApp
 
 from m3.rollout.chat import Usage
-from m3.serve.app import Delta
-from m3.serve.schema import ChatRequest, RequestError
+from m3.serve.backend import Delta
+from m3.serve.chat_schema import ChatRequest
+from m3.serve.schema import RequestError
 
 
 @contextlib.contextmanager
@@ -120,6 +121,8 @@ class EchoBackend:
     async def stream(self, request: ChatRequest) -> AsyncGenerator[Delta]:
         self.requests.append(request)
         text = request.plain()[-1]["content"]
+        if request.response_format is not None and request.response_format.type == "json_schema":
+            raise RequestError(400, "response_format: want text", param="response_format")
         if text == "refuse":
             raise RequestError(400, "messages: want something else", param="messages")
         if text.startswith("fail"):

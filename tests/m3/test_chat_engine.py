@@ -218,7 +218,7 @@ def test_a_script_from_a_file(tmp_path):
 
 def test_servers_by_their_urls():
     backend = EchoBackend()
-    with serving(build(backend, api_key="k")) as one, serving(build(backend, api_key="k")) as two:
+    with serving(build(backend, api_keys=["k"])) as one, serving(build(backend, api_keys=["k"])) as two:
         assert asyncio.run(said(f"{one}#echo", api_key="k")) == ["Hi"] * 3
         assert asyncio.run(said(f"{one},{two}#echo", api_key="k")) == ["Hi"] * 3
 

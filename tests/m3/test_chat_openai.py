@@ -26,7 +26,7 @@ SCHEMA = {"type": "object", "properties": PROPERTIES}
 
 @pytest.fixture(scope="module")
 def url() -> Iterator[str]:
-    with serving(build(BACKEND, api_key=KEY)) as url:
+    with serving(build(BACKEND, api_keys=[KEY])) as url:
         yield url
 
 

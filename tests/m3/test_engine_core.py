@@ -359,7 +359,7 @@ def test_an_error_after_the_last_token_is_none():
     core = speculative()
     request = add(core, Ask([5, 6], SamplingParams(max_tokens=3, ignore_eos=True)), "a")
     core.step()
-    events = core._append(request, [7, 8, -1], None, None, 3)
+    events = core._append(request, [7, 8, -1], None, None, 3, 2)
     assert [event.reason for event in events if isinstance(event, Finished)] == ["length"]
     assert request.tokens[-2:] == [7, 8]
 

@@ -32,7 +32,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def url(folder: Path) -> Iterator[str]:
     backend = EngineBackend(AsyncEngine.from_model(folder), "letters", weights_from=folder.parent)
-    with serving(build(backend, api_key="k")) as url:
+    with serving(build(backend, api_keys=["k"])) as url:
         yield url
 
 
@@ -104,12 +104,15 @@ def test_text_is_a_prompt_too(client, engine):
         ({"prompt": []}, "prompt"),
         ({"prompt": [1, 10**6]}, "prompt"),
         ({"prompt": [5] * 600}, "prompt"),
-        ({"prompt": [[1, 2], [3]]}, "prompt"),
+        ({"prompt": [[1, 2], ["a"]]}, "prompt"),
+        ({"prompt": [[1, 2], []]}, "prompt"),
+        ({"max_tokens": 0}, "max_tokens"),
         ({"extra_body": {"best_of": 2}}, "best_of"),
-        ({"n": 2}, "n"),
-        ({"stream": True}, "stream"),
-        ({"logprobs": 5}, "logprobs"),
-        ({"extra_body": {"repetition_penalty": 1.1}}, "repetition_penalty"),
+        ({"extra_body": {"suffix": "x"}}, "suffix"),
+        ({"n": 17}, "n"),
+        ({"logprobs": 21}, "logprobs"),
+        ({"extra_body": {"repetition_penalty": 0}}, "repetition_penalty"),
+        ({"stream": True, "extra_body": {"prompt_logprobs": 1}}, "prompt_logprobs"),
     ],
 )
 def test_what_cannot_be_done_is_refused_by_name(client, fields, param):

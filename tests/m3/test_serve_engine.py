@@ -24,10 +24,12 @@ from m3.engine.batch_engine import Engine
 from m3.engine.engine import AsyncEngine, EngineBusy
 from m3.engine.open import open_core
 from m3.engine.request import SamplingParams
-from m3.serve.app import Delta, build
+from m3.serve.app import build
+from m3.serve.backend import Delta
+from m3.serve.chat_schema import ChatRequest
 from m3.serve.cli import serve
 from m3.serve.engine_backend import EngineBackend
-from m3.serve.schema import ChatRequest, RequestError
+from m3.serve.schema import RequestError
 
 TALK = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Hello, how are you today?"}]
 SERVE = [sys.executable, "-m", "m3", "serve"]
