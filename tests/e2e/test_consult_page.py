@@ -99,14 +99,14 @@ def test_the_disclaimer_is_always_in_sight(browser, script, origin):
 
 @slow
 def test_what_is_drafted_and_accepted_is_shown_while_it_streams(browser, script, origin):
-    script.pause = 0.04
+    script.pause = 0.15
     counts = [(1, 0, 4), (4, 3, 9), (9, 7, 13)]
     script.chunks = [*(chunk("w ", usage=usage) for usage in counts), chunk(finish="stop", usage=(10, 8, 14))]
     ready(browser)
     browser.record("#tokens, #draft")
     tell(browser, "Hello")
     assert [text for text in browser.recorded() if text[0].isdigit()] == ["1|4, 0", "4|12, 3", "9|20, 7", "10|22, 8"]
-    assert float(browser.text("#speed")) == pytest.approx(9 / 0.08, rel=0.6)  # 9 tokens after the first, in 2 pauses
+    assert 10 < float(browser.text("#speed")) < 90  # 9 tokens after the first, in 2 pauses: 30, where nothing is late
     assert browser.text("#first").endswith(" s")
     assert "10 tokens" in browser.text(".figures")
     assert "22 drafted, 8 accepted" in browser.text(".figures")
