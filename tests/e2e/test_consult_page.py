@@ -18,6 +18,7 @@ from m3.environment.trajectory import Trajectory, chat, read_trajectories
 from m3.serve.cli import DISCLAIMER
 
 slow = pytest.mark.slow
+LONG = "When did it start, and does it go anywhere else, such as an arm, the jaw or the back ?"
 
 
 @pytest.fixture(scope="module")
@@ -63,13 +64,13 @@ def tell(browser: Browser, text: str) -> None:
 
 # -- a question and its answer ----------------------------------------------------------------------------------------
 def test_an_answer_is_asked_for_by_keyboard_and_seen_to_grow(browser, script, origin):
-    script.pause = 0.04
+    script.chunks, script.pause = words(LONG), 0.04
     ready(browser)
     browser.record(".answer .words")
     browser.press("My chest")
     browser.hold(Keys.SHIFT, Keys.ENTER)
     browser.press("hurts.", Keys.ENTER)
-    browser.until(lambda: browser.text(".answer .words") == "When did it start ?")
+    browser.until(lambda: browser.text(".answer .words") == LONG)
     shown = [text for text in browser.recorded() if text]
     assert len(shown) > 3
     assert all(later.startswith(earlier) for earlier, later in itertools.pairwise(shown))
