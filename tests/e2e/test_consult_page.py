@@ -327,6 +327,9 @@ def test_a_server_that_refuses_is_told_and_the_message_is_back(browser, script, 
 def test_a_key_is_asked_for_where_the_server_wants_one_and_kept_nowhere(browser, script, origin):
     ready(browser)
     assert not browser.one("#key-form").is_displayed()
+    browser.tab_to("#model")
+    browser.press("s")
+    browser.tab_to("#message")
     script.key = "sk-1"
     browser.press("Hello", Keys.ENTER)
     browser.until(lambda: browser.one("#key-form").is_displayed())
@@ -336,6 +339,7 @@ def test_a_key_is_asked_for_where_the_server_wants_one_and_kept_nowhere(browser,
     browser.until(lambda: not browser.one("#key-form").is_displayed())
     tell(browser, "")
     assert script.keys[-1] == "Bearer sk-1"
+    assert script.requests[-1]["model"] == "second", "what was chosen stays"
     assert browser.text(".said .words") == "Hello"
     kept = "return [localStorage.length, sessionStorage.length, document.cookie, document.getElementById('key').value]"
     assert browser.run(kept) == [0, 0, "", ""]

@@ -393,7 +393,9 @@ async function connect() {
   try {
     script ??= await (await call("consult/stages.json")).json();
     const { data } = await (await call("v1/models")).json();
+    const chosen = at("model").value;
     at("model").replaceChildren(...data.map(({ id }) => element("option", "", id)));
+    if (data.some(({ id }) => id === chosen)) at("model").value = chosen;
     at("key-form").hidden = true;
     complain("");
     message.focus();
