@@ -178,6 +178,8 @@ def test_wheel_holds_the_packages_and_the_module(cpu_wheel):
     assert {name.partition("/")[0] for name in names if ".dist-info" not in name} == {"m3", "m3kernels"}
     assert [name for name in names if re.fullmatch(r"m3kernels/_cpu_ext\..*\.so", name)]
     assert not [name for name in names if "_cuda_ext." in name and name.endswith(".so")]
+    pages = {str(path.relative_to(ROOT)) for path in (ROOT / "m3/serve/page").iterdir()}
+    assert pages <= set(names)
     assert {"m3kernels/py.typed", "m3kernels/_cpu_ext.pyi", "m3/cli.py"} <= set(names)
     assert [name for name in names if name.endswith("licenses/LICENSE")]
 

@@ -75,8 +75,8 @@ class SamplingParams:
             raise refuse(op, "temperature", "0, or 1e-6 <= temperature < 100", self.temperature)
         if not _integer(self.top_k) or not 0 <= self.top_k < 2**31:
             raise refuse(op, "top_k", "an int, 0 for none", self.top_k)
-        if not _number(self.top_p) or not 0 < self.top_p <= 1:
-            raise refuse(op, "top_p", "0 < top_p <= 1", self.top_p)
+        if not _number(self.top_p) or not 1e-6 <= self.top_p <= 1:  # smaller ones are 0 in fp32
+            raise refuse(op, "top_p", "1e-6 <= top_p <= 1", self.top_p)
         if not _number(self.min_p) or not 0 <= self.min_p <= 1:
             raise refuse(op, "min_p", "0 <= min_p <= 1", self.min_p)
         if self.seed is not None and (not _integer(self.seed) or not -(2**63) <= self.seed < 2**63):

@@ -22,12 +22,13 @@ class TokenText:
 
     text: as it reads alone; raw: its bytes, which may be part of a character. logprob: nats, under softmax(logits);
     None: not asked for, or the first of a prompt. rank: from 1, where it is known. top: the likeliest at its place,
-    best first, None where they were not asked for.
+    best first, None where they were not asked for. hidden: a control token, which is not in the answer's text.
     """
 
     id: int
     text: str
     raw: bytes
+    hidden: bool = False
     logprob: float | None = None
     rank: int | None = None
     top: Sequence[TokenText] | None = None

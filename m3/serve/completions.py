@@ -93,7 +93,7 @@ class _Choice:
         offsets = []
         for token in tokens:
             offsets.append(self._offset)
-            self._offset += len(token.text)
+            self._offset += 0 if token.hidden else len(token.text)
         return {
             "tokens": [token.text for token in tokens],
             "token_logprobs": [token.logprob for token in tokens],
@@ -108,7 +108,7 @@ def _top(token: TokenText) -> dict[str, float | None] | None:
         return None
     found: dict[str, float | None] = {}
     for one in (*(token.top or ()), token):
-        found.setdefault(one.text, one.logprob)
+        found.setdefault(one.text, token.logprob if one.id == token.id else one.logprob)
     return found
 
 

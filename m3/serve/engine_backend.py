@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from m3.engine.engine import AsyncEngine, EngineBusy, EngineClosed, EngineDead, Stats
 from m3.engine.outputs import Output, TopLogprobs
-from m3.engine.request import Reason, SamplingParams, choices
+from m3.engine.request import SamplingParams, choices
 from m3.models.tokenizer import Tokenizer
 from m3.rollout.chat import Usage
 from m3.serve.backend import Delta, PromptText, TokenText
@@ -116,7 +117,7 @@ class EngineBackend:
             streams = [self.engine.generate(prompt, one, skip_special_tokens=self._skip_special) for one in asked]
             async with contextlib.aclosing(merged(streams)) as outputs:
                 async for index, output in outputs:
-                    _check_reason(output.finish_reason)
+                    _check_reason(output)
                     reader = readers[index]
                     read = reader.push(output.text, last=output.finish_reason is not None)
                     reason = output.finish_reason
@@ -166,7 +167,7 @@ class EngineBackend:
             told: set[int] = set()
             async with contextlib.aclosing(merged(streams)) as outputs:
                 async for index, output in outputs:
-                    _check_reason(output.finish_reason)
+                    _check_reason(output)
                     shown = None
                     if tells and index not in told and (not late or output.prompt_logprobs is not None):
                         told.add(index)
@@ -238,7 +239,9 @@ class EngineBackend:
         found = self._spelled.get(token)
         if found is None:
             text: str = self.tokenizer.fast.decode([token], skip_special_tokens=False)
-            found = self._spelled[token] = TokenText(id=token, text=text, raw=self.tokenizer.token_bytes(token))
+            found = self._spelled[token] = TokenText(
+                id=token, text=text, raw=self.tokenizer.token_bytes(token), hidden=self.tokenizer.is_special(token)
+            )
         return found
 
     def _text(
@@ -248,7 +251,7 @@ class EngineBackend:
         if top is not None and rank is None:
             rank = next((place for place, (one, _) in enumerate(top, 1) if one == token), None)
         likely = None if top is None else [self._text(one, value, rank=n) for n, (one, value) in enumerate(top, 1)]
-        return TokenText(id=token, text=spelled.text, raw=spelled.raw, logprob=logprob, rank=rank, top=likely)
+        return dataclasses.replace(spelled, logprob=logprob, rank=rank, top=likely)
 
     def _texts(
         self, tokens: list[int], logprobs: list[float] | None, top: list[TopLogprobs] | None
@@ -372,11 +375,13 @@ def _told(error: Exception, prompt: str = "messages", request: object = None) ->
     return RequestError(503, "the engine takes no request now", code="overloaded", headers={"Retry-After": "1"})
 
 
-def _check_reason(reason: Reason | None) -> None:
-    match reason:
+def _check_reason(output: Output) -> None:
+    match output.finish_reason:
         case "deadline":
             raise RequestError(504, "the time of a request is over", code="timeout")
         case "abort":
             raise RequestError(503, "the server is shutting down", code="aborted")
+        case "error" if (output.error or "").startswith("grammar: "):  # it passed a limit on the way
+            raise RequestError(400, str(output.error)[:500], code="grammar_failed")
         case "error":
             raise RequestError(500, "the engine failed", code="engine_failed")

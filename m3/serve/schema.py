@@ -126,12 +126,12 @@ class Sampling(Strict):
     n: Annotated[int, pydantic.Field(ge=1, le=MAX_CHOICES)] = 1
     """Answers to each prompt; their seeds are seed, seed + 1, ..."""
     temperature: Annotated[float, pydantic.Field(ge=0, le=2)] = 1.0
-    top_p: Annotated[float, pydantic.Field(gt=0, le=1)] = 1.0
+    top_p: Annotated[float, pydantic.Field(ge=1e-6, le=1)] = 1.0
     top_k: Annotated[int, pydantic.Field(ge=0, lt=2**31)] = 0
     min_p: Annotated[float, pydantic.Field(ge=0, le=1)] = 0.0
     frequency_penalty: Penalty = 0.0
     presence_penalty: Penalty = 0.0
-    repetition_penalty: Annotated[float, pydantic.Field(gt=0, le=100)] = 1.0
+    repetition_penalty: Annotated[float, pydantic.Field(ge=0.01, le=100)] = 1.0
     logit_bias: dict[TokenName, Bias] | None = None
     seed: Annotated[int, pydantic.Field(ge=-INT64, lt=INT64)] | None = None
     stop: StopText | Annotated[list[StopText], pydantic.Field(max_length=MAX_STOPS)] | None = None

@@ -73,6 +73,19 @@ class Browser:
     def run(self, script: str, *arguments: object) -> Any:
         return self.driver.execute_script(script, *arguments)
 
+    def record(self, selector: str) -> None:
+        """Begin to keep what elements show, joined by |, each time that anything in the page changes."""
+        self.run(
+            "window.recorded = []; new MutationObserver(() => window.recorded.push("
+            "[...document.querySelectorAll(arguments[0])].map((one) => one.textContent).join('|')"
+            ")).observe(document.body, {subtree: true, childList: true, characterData: true});",
+            selector,
+        )
+
+    def recorded(self) -> list[str]:
+        """What ``record`` kept, each once."""
+        return list(dict.fromkeys(self.run("return window.recorded")))
+
     def window(self, width: int, height: int, *, scale: float = 1, dark: bool = False) -> None:
         """Size of the page in CSS pixels, picture pixels for each, and the scheme that the person prefers."""
         size = {"width": width, "height": height, "deviceScaleFactor": scale, "mobile": False}

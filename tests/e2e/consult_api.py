@@ -1,4 +1,4 @@
-"""A chat API of a script for tests of the consult page: OpenAI's wire format, event by event, at a pace that is seen."""
+"""A chat API of a script for tests of the consult page: OpenAI's wire format, at a pace that is seen."""
 
 from __future__ import annotations
 
@@ -75,7 +75,9 @@ async def _events(script: Script) -> AsyncIterator[str]:
         raise
 
 
-def chunk(text: str = "", finish: str | None = None, *, usage: tuple[int, int, int] | None = None, **delta: str) -> dict:
+def chunk(
+    text: str = "", finish: str | None = None, *, usage: tuple[int, int, int] | None = None, **delta: str
+) -> dict:
     """An event. ``usage``: completion tokens, accepted, rejected."""
     row: dict[str, Any] = {"choices": [{"index": 0, "delta": {"content": text, **delta}, "finish_reason": finish}]}
     if usage is not None:

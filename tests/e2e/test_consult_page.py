@@ -1,13 +1,13 @@
-"""The consult page in a real browser: asked by keyboard, streamed, measured, stopped; nothing stored, nothing but text."""
+"""The consult page in a real browser: asked by keyboard, streamed, measured, stopped; nothing stored, only text."""
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
-from browser import MISSING, Browser, chromium
+from browser import Browser
 from consult_api import Script, ScriptedServer, chunk, words
 from loopback import serving
 from selenium.webdriver.common.keys import Keys
@@ -17,20 +17,8 @@ from m3.environment.stages import INSTRUCTIONS, PHASES
 from m3.environment.trajectory import Trajectory, chat, read_trajectories
 from m3.serve.cli import DISCLAIMER
 
-pytestmark = pytest.mark.skipif(bool(MISSING), reason=MISSING or "there is one")
-
-RECORD = """
-window.seen = [];
-new MutationObserver(() => window.seen.push(
-  [...document.querySelectorAll(arguments[0])].map((one) => one.textContent).join("|")
-)).observe(document.body, {subtree: true, childList: true, characterData: true});
-"""
-
-
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
-    with chromium(tmp_path_factory.mktemp("downloads")) as browser:
-        yield browser
+slow = pytest.mark.slow
+LONG = "When did it start, and does it go anywhere else, such as an arm, the jaw or the back ?"
 
 
 @pytest.fixture(scope="module")
@@ -74,23 +62,18 @@ def tell(browser: Browser, text: str) -> None:
     browser.until(lambda: browser.all("article.answer") and idle(browser))
 
 
-def seen(browser: Browser) -> list[str]:
-    """What the recorded selector showed, repetitions left out."""
-    return list(dict.fromkeys(browser.run("return window.seen")))
-
-
 # -- a question and its answer ----------------------------------------------------------------------------------------
 def test_an_answer_is_asked_for_by_keyboard_and_seen_to_grow(browser, script, origin):
-    script.pause = 0.04
+    script.chunks, script.pause = words(LONG), 0.04
     ready(browser)
-    browser.run(RECORD, ".answer .words")
+    browser.record(".answer .words")
     browser.press("My chest")
     browser.hold(Keys.SHIFT, Keys.ENTER)
     browser.press("hurts.", Keys.ENTER)
-    browser.until(lambda: browser.text(".answer .words") == "When did it start ?")
-    shown = [text for text in seen(browser) if text]
+    browser.until(lambda: browser.text(".answer .words") == LONG)
+    shown = [text for text in browser.recorded() if text]
     assert len(shown) > 3
-    assert all(later.startswith(earlier) for earlier, later in zip(shown, shown[1:], strict=False))
+    assert all(later.startswith(earlier) for earlier, later in itertools.pairwise(shown))
     assert browser.text(".said .words") == "My chest\nhurts."
     browser.until(lambda: idle(browser))
     assert browser.text("[role=status]") == "The answer is complete."
@@ -103,6 +86,7 @@ def test_an_answer_is_asked_for_by_keyboard_and_seen_to_grow(browser, script, or
     assert (request["model"], request["stream"]) == ("first", True)
 
 
+@slow
 def test_the_disclaimer_is_always_in_sight(browser, script, origin):
     ready(browser)
     script.chunks = words("word " * 900)
@@ -114,21 +98,23 @@ def test_the_disclaimer_is_always_in_sight(browser, script, origin):
         assert 0 <= box["top"] < box["bottom"] <= height
 
 
+@slow
 def test_what_is_drafted_and_accepted_is_shown_while_it_streams(browser, script, origin):
-    script.pause = 0.04
+    script.pause = 0.15
     counts = [(1, 0, 4), (4, 3, 9), (9, 7, 13)]
     script.chunks = [*(chunk("w ", usage=usage) for usage in counts), chunk(finish="stop", usage=(10, 8, 14))]
     ready(browser)
-    browser.run(RECORD, "#tokens, #draft")
+    browser.record("#tokens, #draft")
     tell(browser, "Hello")
-    assert [text for text in seen(browser) if text[0].isdigit()] == ["1|4, 0", "4|12, 3", "9|20, 7", "10|22, 8"]
-    assert float(browser.text("#speed")) == pytest.approx(9 / 0.08, rel=0.6)  # 9 tokens after the first, in 2 pauses
+    assert [text for text in browser.recorded() if text[0].isdigit()] == ["1|4, 0", "4|12, 3", "9|20, 7", "10|22, 8"]
+    assert 10 < float(browser.text("#speed")) < 90  # 9 tokens after the first, in 2 pauses: 30, where nothing is late
     assert browser.text("#first").endswith(" s")
     assert "10 tokens" in browser.text(".figures")
     assert "22 drafted, 8 accepted" in browser.text(".figures")
     assert browser.run("return document.getElementById('share').style.getPropertyValue('--share')") == str(8 / 22)
 
 
+@slow
 def test_a_server_without_a_draft_is_shown_as_that(browser, script, origin):
     script.chunks = [chunk("Hello."), chunk(finish="stop", usage=(2, 0, 0))]
     ready(browser)
@@ -138,6 +124,7 @@ def test_a_server_without_a_draft_is_shown_as_that(browser, script, origin):
     assert not browser.one("#share").is_displayed()
 
 
+@slow
 def test_a_server_that_tells_no_usage_leaves_its_measures_open(browser, script, origin):
     ready(browser)
     tell(browser, "Hello")
@@ -145,6 +132,7 @@ def test_a_server_that_tells_no_usage_leaves_its_measures_open(browser, script, 
     assert browser.text("#first").endswith(" s")
 
 
+@slow
 def test_reasoning_is_kept_apart_and_not_sent_back(browser, script, origin):
     script.chunks = [chunk(reasoning_content="A heart "), chunk(reasoning_content="attack?"), *words("Since when ?")]
     ready(browser)
@@ -176,6 +164,7 @@ def test_html_in_an_answer_is_shown_as_text(browser, script, origin):
     assert browser.run("return window.hacked ?? null") is None
 
 
+@slow
 def test_the_policy_keeps_text_from_becoming_html(browser, origin):
     """Even a mistake in the page's own script could not do it."""
     refused = browser.run(
@@ -185,6 +174,7 @@ def test_the_policy_keeps_text_from_becoming_html(browser, origin):
     assert "TrustedHTML" in "".join(browser.errors())
 
 
+@slow
 def test_paragraphs_lists_and_bold_are_drawn(browser, script, origin):
     text = "# Plan\nFirst line\nsecond line\n\n1. one\n2. **two**\n\n- a\n- b\n\nEnd"
     script.chunks = [*(chunk(letter) for letter in text), chunk(finish="stop")]
@@ -198,6 +188,7 @@ def test_paragraphs_lists_and_bold_are_drawn(browser, script, origin):
 
 
 # -- stages -----------------------------------------------------------------------------------------------------------
+@slow
 def test_the_person_moves_the_stage_and_the_transcript_is_a_trajectory(browser, script, origin):
     stage = "#stages [aria-current=step]"
     ready(browser)
@@ -248,6 +239,7 @@ def test_the_person_moves_the_stage_and_the_transcript_is_a_trajectory(browser, 
     assert DISCLAIMER in trajectory.meta["disclaimer"]
 
 
+@slow
 def test_a_new_consultation_knows_nothing_of_the_last(browser, script, origin):
     ready(browser)
     tell(browser, "My chest hurts.")
@@ -263,6 +255,7 @@ def test_a_new_consultation_knows_nothing_of_the_last(browser, script, origin):
     assert first["seed"] != second["seed"]
 
 
+@slow
 def test_the_transcript_is_copied(browser, script, origin):
     allowed = {"origin": origin, "permissions": ["clipboardReadWrite", "clipboardSanitizedWrite"]}
     browser.driver.execute_cdp_cmd("Browser.grantPermissions", allowed)
@@ -275,6 +268,7 @@ def test_the_transcript_is_copied(browser, script, origin):
 
 
 # -- stopping, errors, keys -------------------------------------------------------------------------------------------
+@slow
 @pytest.mark.parametrize("how", ["escape", "button"])
 def test_stopping_keeps_what_was_said_and_tells_the_server(browser, script, origin, how):
     script.chunks, script.hangs = [chunk("When did")], True
@@ -295,6 +289,7 @@ def test_stopping_keeps_what_was_said_and_tells_the_server(browser, script, orig
     assert [row["content"] for row in script.requests[-1]["messages"][1:]] == ["Hello", "When did", "Go on."]
 
 
+@slow
 def test_stopping_before_a_word_gives_the_message_back(browser, script, origin):
     script.chunks, script.hangs = [], True
     ready(browser)
@@ -307,6 +302,7 @@ def test_stopping_before_a_word_gives_the_message_back(browser, script, origin):
     assert browser.one("#intro").is_displayed()
 
 
+@slow
 def test_an_error_under_way_is_told_and_what_was_said_stays(browser, script, origin):
     script.chunks = [chunk("When did"), {"error": {"message": "the time of a request is over"}}]
     ready(browser)
@@ -316,6 +312,7 @@ def test_an_error_under_way_is_told_and_what_was_said_stays(browser, script, ori
     assert browser.text(".figures").startswith("broken off")
 
 
+@slow
 def test_a_server_that_refuses_is_told_and_the_message_is_back(browser, script, origin):
     ready(browser)
     script.status = 503
@@ -326,9 +323,13 @@ def test_a_server_that_refuses_is_told_and_the_message_is_back(browser, script, 
     assert all("503" in error for error in browser.errors())
 
 
+@slow
 def test_a_key_is_asked_for_where_the_server_wants_one_and_kept_nowhere(browser, script, origin):
     ready(browser)
     assert not browser.one("#key-form").is_displayed()
+    browser.tab_to("#model")
+    browser.press("s")
+    browser.tab_to("#message")
     script.key = "sk-1"
     browser.press("Hello", Keys.ENTER)
     browser.until(lambda: browser.one("#key-form").is_displayed())
@@ -338,6 +339,7 @@ def test_a_key_is_asked_for_where_the_server_wants_one_and_kept_nowhere(browser,
     browser.until(lambda: not browser.one("#key-form").is_displayed())
     tell(browser, "")
     assert script.keys[-1] == "Bearer sk-1"
+    assert script.requests[-1]["model"] == "second", "what was chosen stays"
     assert browser.text(".said .words") == "Hello"
     kept = "return [localStorage.length, sessionStorage.length, document.cookie, document.getElementById('key').value]"
     assert browser.run(kept) == [0, 0, "", ""]
@@ -346,6 +348,7 @@ def test_a_key_is_asked_for_where_the_server_wants_one_and_kept_nowhere(browser,
 
 
 # -- windows and people -----------------------------------------------------------------------------------------------
+@slow
 def test_a_narrow_window_needs_no_horizontal_scroll(browser, script, origin):
     script.chunks = [chunk("x" * 400 + "\n\n1. " + "y" * 300), chunk(finish="stop", usage=(123, 45, 678))]
     browser.window(320, 568)
@@ -360,6 +363,7 @@ def test_a_narrow_window_needs_no_horizontal_scroll(browser, script, origin):
         assert 0 <= box["left"] < box["right"] <= 320, name
 
 
+@slow
 def test_every_control_has_a_name_and_is_reached_by_tab(browser, script, origin):
     ready(browser)
     tell(browser, "Hello")
@@ -371,6 +375,7 @@ def test_every_control_has_a_name_and_is_reached_by_tab(browser, script, origin)
         assert browser.run("return getComputedStyle(document.activeElement).outlineStyle") == "solid", name
 
 
+@slow
 def test_the_first_link_skips_to_the_message(browser, origin):
     ready(browser)
     browser.tab_to(".skip")

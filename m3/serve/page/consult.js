@@ -12,7 +12,6 @@ const SPAN = 0.05; // seconds over which a speed is told; less is the network's 
 
 let script = null; // /consult/stages.json: {closing, stages: [{phase, instruction}]}
 let key = "";
-let seed = 0;
 let stage = 0;
 let rows = []; // messages of m3.trajectory/v1: {role, content, m3: {turn, phase, meta}}
 let running = null; // the AbortController of the answer under way
@@ -326,7 +325,7 @@ function body() {
     messages: rows.map(({ role, content }) => ({ role, content })),
     temperature: at("temperature").valueAsNumber,
     max_tokens: at("longest").valueAsNumber,
-    seed,
+    seed: at("seed").valueAsNumber,
     stream: true,
     stream_options: { include_usage: true, continuous_usage_stats: true },
   };
@@ -373,15 +372,15 @@ function transcript() {
   const meta = { source: "m3 consult page", disclaimer: at("disclaimer").textContent.replace(/\s+/g, " ").trim() };
   meta.temperature = at("temperature").valueAsNumber;
   return JSON.stringify({
-    schema: "m3.trajectory/v1", case: "", case_version: 0, policy: at("model").value, seed, rollout: 0,
-    mode: "recorded", ended: "", messages: rows, meta,
+    schema: "m3.trajectory/v1", case: "", case_version: 0, policy: at("model").value, seed: at("seed").valueAsNumber,
+    rollout: 0, mode: "recorded", ended: "", messages: rows, meta,
   });
 }
 
 function begin() {
   rows = [];
   stage = 0;
-  seed = crypto.getRandomValues(new Uint32Array(1))[0];
+  at("seed").value = crypto.getRandomValues(new Uint32Array(1))[0] % 10000;
   log.replaceChildren(at("intro"));
   at("intro").hidden = false;
   message.value = "";
@@ -394,7 +393,9 @@ async function connect() {
   try {
     script ??= await (await call("consult/stages.json")).json();
     const { data } = await (await call("v1/models")).json();
+    const chosen = at("model").value;
     at("model").replaceChildren(...data.map(({ id }) => element("option", "", id)));
+    if (data.some(({ id }) => id === chosen)) at("model").value = chosen;
     at("key-form").hidden = true;
     complain("");
     message.focus();
