@@ -71,7 +71,7 @@ def serve(
     at_once_a_key: AtOnceAKey = None,
     grace: Grace = GRACE,
     log_format: LogFormat = "json",
-    log_level: LogLevel = "warning",
+    log_level: LogLevel = "info",
     threads: Threads = None,
     debug: Debug = False,
 ) -> None:
@@ -118,7 +118,7 @@ def serve_patient(
     at_once_a_key: AtOnceAKey = None,
     grace: Grace = GRACE,
     log_format: LogFormat = "json",
-    log_level: LogLevel = "warning",
+    log_level: LogLevel = "info",
     debug: Debug = False,
 ) -> None:
     """Serve the patients of cases as models "patient/<case id>": the client's messages are the physician's."""

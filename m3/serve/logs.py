@@ -56,8 +56,16 @@ def log(event: str, *, level: int = logging.INFO, **fields: object) -> None:
     LOG.log(level, "%s", event, extra={"fields": {name: value for name, value in fields.items() if value is not None}})
 
 
+class _ToStandardError(logging.Handler):
+    """Writes to what sys.stderr is at that moment."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        sys.stderr.write(f"{self.format(record)}\n")
+        sys.stderr.flush()
+
+
 def set_up(form: Format, level: str) -> None:
     """Log to standard error in this form, from this level on."""
-    to_error = logging.StreamHandler(sys.stderr)
+    to_error = _ToStandardError()
     to_error.setFormatter(JsonLines() if form == "json" else TextLines())
     logging.basicConfig(level=level.upper(), handlers=[to_error], force=True)

@@ -17,7 +17,8 @@ from m3.serve.engine_backend import EngineBackend
 
 TEMPLATE = (
     "<|start|>{% for tool in tools or [] %}{{ tool.function.name }}{% endfor %}"
-    "{% for call in messages[-1].tool_calls or [] %}{{ call.function.name }}({{ call.function.arguments.a }}){% endfor %}"
+    "{% for call in messages[-1].tool_calls or [] %}"
+    "{{ call.function.name }}({{ call.function.arguments.a }}){% endfor %}"
     "{{ messages[-1].content }}<|end|>{% if enable_thinking %}<think>\n{% endif %}"
 )
 

@@ -56,7 +56,7 @@ def engine(folder: Path) -> Engine:
     return Engine(*open_core(folder))
 
 
-# -- parameters that change what is drawn: fields of the API, and what the engine is to be given ------------------------
+# -- what is drawn: fields of the API, and what the engine is to be given ---------------------------------------------
 DRAWN: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "greedy": ({}, {}),
     "temperature": ({"temperature": 1.3, "seed": 5}, {"temperature": 1.3, "seed": 5}),

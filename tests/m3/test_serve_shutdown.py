@@ -87,11 +87,13 @@ def test_what_is_under_way_goes_on_until_the_end(stream):
 
 def test_the_last_words_of_a_stream_are_an_error_and_done():
     app = build(EchoBackend())
-    with serving(app) as url, openai.OpenAI(base_url=url, api_key="x", max_retries=0) as client:
-        with client.chat.completions.with_streaming_response.create(
-            model="echo", messages=said("then hang"), stream=True
-        ) as response:
-            lines = [line for line in _until_hang(response.iter_lines(), app.state.serving.end) if line]
+    asked: Any = {"model": "echo", "messages": said("then hang"), "stream": True}
+    with (
+        serving(app) as url,
+        openai.OpenAI(base_url=url, api_key="x", max_retries=0) as client,
+        client.chat.completions.with_streaming_response.create(**asked) as response,
+    ):
+        lines = [line for line in _until_hang(response.iter_lines(), app.state.serving.end) if line]
     assert json.loads(lines[-2].removeprefix("data: "))["error"]["code"] == "shutting_down"
     assert lines[-1] == "data: [DONE]"
 
@@ -188,6 +190,7 @@ def test_a_signal_ends_the_process_in_order():
     assert rows[-1]["event"] == "ended" and rows[-1]["signal"] == signal.SIGTERM
 
 
+@pytest.mark.slow
 def test_a_process_without_work_ends_at_once():
     with process(grace=60) as (running, url):
         assert ask(f"{url.removesuffix('/v1')}/health").status == 200
