@@ -129,6 +129,7 @@ CONSULTATION = (
     "Since this morning I have had a tight pain in my chest.",
     "It began two hours ago on the stairs. It goes down my left arm and I feel sick.",
 )
+SEED = 3  # one with which so small a model says something readable
 
 
 def draft_for(target: Decoder) -> Draft:
@@ -151,8 +152,8 @@ def test_a_consultation_with_smollm2(browser):
     with serving(build(backend, page=True)) as url:
         browser.open(url.removesuffix("/v1"))
         browser.until(lambda: idle(browser))
-        set_number(browser, "#temperature", "0")
-        set_number(browser, "#longest", "160")
+        set_number(browser, "#longest", "100")
+        set_number(browser, "#seed", str(SEED))
         browser.tab_to("#message")
         for count, text in enumerate(CONSULTATION, start=1):
             browser.press(text, Keys.ENTER)
