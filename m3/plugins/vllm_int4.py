@@ -1,40 +1,24 @@
-"""INT4 linears of vLLM over m3kernels: GPTQ (v1, v2, act-order), AWQ, compressed-tensors, AutoRound.
+"""INT4 checkpoints in vLLM: which are served by m3kernels, and by which method each layer.
 
-A linear of vLLM is one or several linears of the checkpoint (q, k, v; gate and up), and on a rank of tensor parallelism
-a part of them. Every tensor is taken as it is in the file; when all are there, m3kernels reads them in their format and
-this rank's part is cut (m3.plugins.int4_parts). So the formats differ in one function, and scales keep the file's
-dtype. A layer is INT4 where the files have its packed tensors, and dense where they have ``.weight``.
+Formats: GPTQ (v1, v2, act-order), AWQ, compressed-tensors, AutoRound. A layer is INT4 where the files have its packed
+tensors, and dense where they have ``.weight``. vLLM's layers are imported when a model is built: every process of vLLM
+imports this file.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from vllm.model_executor.layers.fused_moe import RoutedExperts
-from vllm.model_executor.layers.linear import LinearBase, LinearMethodBase, UnquantizedLinearMethod
+from torch import nn
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
-from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
-from vllm.model_executor.models.utils import WeightsMapper
 from vllm.platforms import current_platform
 from vllm.transformers_utils.config import get_safetensors_params_metadata
 
-from m3.models.int4_linear import PackedWeight
-from m3.plugins.int4_parts import (
-    Layers,
-    Parts,
-    four_bit_settings,
-    is_four_bit,
-    joined,
-    packed_layers,
-    rank_columns,
-    rank_rows,
-)
+from m3.plugins.int4_parts import Layers, four_bit_settings, is_four_bit, packed_layers
 from m3.plugins.vllm import METHOD
 from m3kernels.checks import refuse
-from m3kernels.int4 import int4_gemm
 
 
 class Int4Config(QuantizationConfig):
@@ -79,21 +63,28 @@ class Int4Config(QuantizationConfig):
         return METHOD if asked or is_four_bit(hf_quant_cfg) else None
 
     @staticmethod
-    def get_checkpoint_weight_mapper() -> WeightsMapper:
+    def get_checkpoint_weight_mapper() -> Any:
         """Nothing is dropped: act-order is served, so ``g_idx`` is read."""
+        from vllm.model_executor.models.utils import WeightsMapper
+
         return WeightsMapper()
 
     def maybe_update_config(self, model_name: str, hf_config: Any = None, revision: str | None = None) -> None:
         """Reads which layers are packed from the headers of the files. Raises ValueError if none is."""
         self.layers = packed_layers(get_safetensors_params_metadata(model_name, revision=revision))
 
-    def apply_vllm_mapper(self, hf_to_vllm_mapper: WeightsMapper) -> None:
+    def apply_vllm_mapper(self, hf_to_vllm_mapper: Any) -> None:
         self.layers = hf_to_vllm_mapper.apply_dict(self.layers)
 
     def get_quant_method(self, layer: nn.Module, prefix: str) -> QuantizeMethodBase | None:
-        if isinstance(layer, RoutedExperts):
-            from m3.plugins.vllm_moe import experts_method
+        from vllm.model_executor.layers.fused_moe import RoutedExperts
+        from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
+        from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 
+        from m3.plugins.vllm_linear import Int4LinearMethod
+        from m3.plugins.vllm_moe import experts_method
+
+        if isinstance(layer, RoutedExperts):
             return experts_method(self, layer, prefix)
         if isinstance(layer, LinearBase):
             names = self.names(prefix)
@@ -110,69 +101,3 @@ class Int4Config(QuantizationConfig):
         """Linears of the checkpoint that vLLM joins into ``prefix``, in its order."""
         parent, _, last = prefix.rpartition(".")
         return [f"{parent}.{name}" if parent else name for name in self.packed_modules_mapping.get(last, [last])]
-
-
-class Int4LinearMethod(LinearMethodBase):
-    """A linear layer whose shards are the linears ``names`` of the checkpoint."""
-
-    def __init__(self, config: Int4Config, names: Sequence[str]) -> None:
-        self.config, self.names = config, list(names)
-
-    def create_weights(
-        self,
-        layer: nn.Module,
-        input_size_per_partition: int,
-        output_partition_sizes: list[int],
-        input_size: int,
-        output_size: int,
-        params_dtype: torch.dtype,
-        **extra_weight_attrs: Any,
-    ) -> None:
-        """Empty parameters with the file's names, whose loader gathers what comes."""
-        self.columns, self.rows = input_size_per_partition, output_partition_sizes
-        if len(self.names) == 1 and len(self.rows) > 1:
-            if sum(self.rows) != output_size:
-                want = "one linear a shard: rows of several in one tensor cannot be told apart by rank"
-                raise refuse("checkpoint", self.names[0], want, f"{len(self.rows)} shards in one")
-            self.rows = [output_size]
-        parts = Parts(torch.empty(0).device)
-        for part, dtype in self.config.layers[self.names[0]].items():
-            layer.register_parameter(part, placeholder(dtype, _gather(parts, part)))
-        self.parts = parts
-
-    def process_weights_after_loading(self, layer: Any) -> None:
-        """From the file's tensors to tiles. Raises ValueError naming the linear that is malformed or cannot be cut."""
-        shards: list[Any] = [None] if len(self.names) == 1 else [*range(len(self.names))]
-        if set(self.parts.tensors) == set("qkv"):
-            shards = list("qkv")
-        if set(self.parts.tensors) != set(shards):
-            want = f"the linears {', '.join(self.names)}, each its own"
-            raise refuse("checkpoint", self.names[0], want, f"shards {sorted(map(str, self.parts.tensors))}")
-        weights = []
-        for shard, name, rows in zip(shards, self.names, self.rows, strict=True):
-            weight = self.parts.take(shard, name, self.config.settings)
-            weight = rank_rows(name, weight, rows, layer.tp_rank, layer.tp_size)
-            weights.append(rank_columns(name, weight, self.columns, layer.tp_rank))
-        for part in self.config.layers[self.names[0]]:
-            delattr(layer, part)
-        layer.int4 = nn.ModuleList(PackedWeight(weight) for weight in joined(weights))
-
-    def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        if len(layer.int4) == 1:
-            return int4_gemm(x, layer.int4[0].int4, bias)
-        y = torch.cat([int4_gemm(x, packed.int4) for packed in layer.int4], dim=-1)
-        return y if bias is None else y + bias
-
-
-def placeholder(dtype: torch.dtype, loader: Any) -> nn.Parameter:
-    """An empty parameter for vLLM's loaders to find."""
-    parameter = nn.Parameter(torch.empty(0, dtype=dtype), requires_grad=False)
-    parameter.weight_loader = loader  # type: ignore[attr-defined]
-    return parameter
-
-
-def _gather(parts: Parts, part: str) -> Any:
-    def load(parameter: nn.Parameter, tensor: Tensor, shard: Any = None) -> None:
-        parts.add(shard, part, tensor)
-
-    return load

@@ -18,7 +18,8 @@ from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import Un
 
 from m3.models.int4_linear import PackedWeight
 from m3.plugins.int4_parts import Parts, joined, rank_columns, rank_rows
-from m3.plugins.vllm_int4 import Int4Config, placeholder
+from m3.plugins.vllm_int4 import Int4Config
+from m3.plugins.vllm_linear import placeholder
 from m3kernels.checks import refuse
 from m3kernels.int4 import Int4Weight, int4_moe
 

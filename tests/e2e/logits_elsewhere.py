@@ -1,7 +1,7 @@
 """What other projects make of quantised checkpoints; test_quantised_elsewhere.py runs it where they are installed.
 
-Arguments: loader (auto-round, gptqmodel, vllm, or vllm-m3: with our plug-in), file of token ids (JSON, one list), file
-to write, folders. Written, for each folder: "logits" (L, V) and "next" (greedy continuation), or "refused", what the
+Arguments: loader (auto-round, gptqmodel, vllm; vllm-m3: with our plug-in; vllm-m3-two-ranks), file of token ids (JSON,
+one list), file to write, folders. Written, for each folder: "logits" (L, V) and "next" (greedy continuation), or "refused", what the
 loader said.
 """
 
@@ -61,7 +61,8 @@ def main(loader: str, ids: str, target: str, *folders: str) -> None:
     if loader == "auto-round":
         import auto_round  # noqa: F401  (registers its quantizer with transformers)
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # one process, in which one model follows another
-    loaders = {"vllm": with_vllm, "vllm-m3": functools.partial(with_vllm, dtype="float32")}
+    ours = functools.partial(with_vllm, dtype="float32")
+    loaders = {"vllm": with_vllm, "vllm-m3": ours, "vllm-m3-two-ranks": functools.partial(ours, tensor_parallel_size=2)}
     load = loaders.get(loader, with_transformers)
     found: dict[str, dict[str, object]] = {}
     for folder in folders:

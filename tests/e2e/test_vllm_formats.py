@@ -28,6 +28,8 @@ CASES = (
     ("qwen2-wide", "awq"),  # with biases
     *(("qwen3_moe-wide", kind) for kind in EXPERTS),
 )
+TWO_RANKS = (("llama-wide", "awq"), ("qwen3_moe-wide", "compressed-tensors"))
+CUT_ACT_ORDER = ("llama-wide", "gptq-act-order")
 PROMPT = list(range(3, 27))
 FAR = 1e-3  # RMS of the difference of logits over RMS: int16 activations in three layers
 REFUSALS = {  # of vLLM alone, on any CPU without AMX
@@ -66,7 +68,7 @@ def read_by(loader: str, checkpoints: dict, place: Path) -> dict[tuple[str, str]
     folders = {case: str(folder) for case, (folder, _, _) in checkpoints.items()}
     script = Path(__file__).with_name("logits_elsewhere.py")
     command = [python, str(script), loader, str(place / "ids.json"), str(place / "found.pt"), *folders.values()]
-    variables = environment(place, plugin=loader == "vllm-m3", threads=1)
+    variables = environment(place, plugin=loader != "vllm", threads=1)
     result = subprocess.run(command, capture_output=True, text=True, env=variables, check=False)
     assert result.returncode == 0, (result.stdout + result.stderr)[-3000:]
     found = torch.load(place / "found.pt")
@@ -90,6 +92,22 @@ def test_logits_and_text_are_those_of_the_dequantised_weights(with_plugin, check
     difference = (found["logits"][0] - wanted).square().mean().sqrt() / wanted.square().mean().sqrt()
     assert difference <= FAR
     assert found["next"] == following
+
+
+@pytest.fixture(scope="module")
+def on_two_ranks(checkpoints, tmp_path_factory):
+    chosen = {case: checkpoints[case] for case in (*TWO_RANKS, CUT_ACT_ORDER)}
+    return read_by("vllm-m3-two-ranks", chosen, tmp_path_factory.mktemp("ranks"))
+
+
+@pytest.mark.parametrize("case", TWO_RANKS, ids="-".join)
+def test_two_ranks_say_the_same(on_two_ranks, checkpoints, case):
+    assert "refused" not in on_two_ranks[case], on_two_ranks[case]["refused"]
+    assert on_two_ranks[case]["next"] == checkpoints[case][2]
+
+
+def test_act_order_is_not_cut(on_two_ranks):
+    assert "refused" in on_two_ranks[CUT_ACT_ORDER]  # vLLM's engine says no more; the reason is in the log
 
 
 @pytest.mark.parametrize("case", REFUSALS, ids="-".join)
