@@ -44,6 +44,7 @@ NONSENSES: tuple[bytes | dict[str, Any], ...] = (
     {"model": NAME, "messages": [{"role": "user", "content": "A"}], "no_such_field": 1},
     {"model": NAME, "messages": [{"role": "user", "content": "A " * 20000}]},
 )
+PAGES_USED = 'm3_cache_pages{state="used"}'
 SETTLE = 30.0  # seconds that pages may take to come back
 END_LIMIT = 60.0  # seconds from SIGTERM to the end of the process
 
@@ -146,10 +147,10 @@ def judge(answer: Stream, ask: Ask, left: bool, crowd: Crowd) -> None:
 
 
 async def metrics(client: httpx2.AsyncClient) -> dict[str, float]:
-    """Samples of /metrics without labels."""
+    """Samples of /metrics by name and labels, those of histograms apart."""
     lines = (await client.get("/metrics")).text.splitlines()
-    pairs = [line.split() for line in lines if line and not line.startswith("#") and "{" not in line]
-    return {name: float(value) for name, value, *_ in pairs}
+    pairs = [line.rsplit(" ", 1) for line in lines if line and not line.startswith("#") and "seconds" not in line]
+    return {name: float(value) for name, value in pairs}
 
 
 async def watch(server: Server, samples: list[tuple[float, int]], until: float) -> None:
@@ -163,7 +164,7 @@ async def pages_back(client: httpx2.AsyncClient) -> float:
     """Pages in use when nothing is asked any more, after SETTLE seconds at most."""
     deadline = time.monotonic() + SETTLE
     while True:
-        used = (await metrics(client))["m3_cache_pages_used"]
+        used = (await metrics(client))[PAGES_USED]
         if used == 0 or time.monotonic() > deadline:
             return used
         await asyncio.sleep(0.2)

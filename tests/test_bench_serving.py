@@ -53,7 +53,7 @@ async def completions(request):
 app = Starlette(routes=[
     Route("/health", lambda request: JSONResponse({})),
     Route("/version", lambda request: JSONResponse({"version": "7"})),
-    Route("/metrics", lambda request: PlainTextResponse("# HELP\\nm3_cache_pages_used 0.0\\nm3_x{a=\\"b\\"} 1\\n")),
+    Route("/metrics", lambda request: PlainTextResponse("# HELP\\nm3_cache_pages{state=\\"used\\"} 0.0\\nm3_x 1\\n")),
     Route("/v1/completions", completions, methods=["POST"]),
     Route("/v1/chat/completions", completions, methods=["POST"]),
 ])
