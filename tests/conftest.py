@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -24,11 +25,16 @@ if not torch.cuda.is_available():
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What waits for nvcc comes last, and in one worker."""
+    """What waits for nvcc comes last."""
     items.sort(key=lambda item: "test_cuda_compiled" in item.nodeid)
-    for item in items:
-        if "test_cuda_compiled" in item.nodeid:
-            item.add_marker(pytest.mark.xdist_group("nvcc"))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """With -n, a file's tests run in one process: what they share is made once."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    return LoadScopeScheduling(config, log)
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
