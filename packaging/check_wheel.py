@@ -1,16 +1,23 @@
-"""Is an installed wheel whole? ``check_wheel.py kernels|commands VARIANT WHEEL``, in an environment with it and torch.
+"""Is an installed wheel whole?
+
+    check_wheel.py kernels|commands|serve VARIANT WHEEL        in an environment with it and torch
 
 kernels: m3kernels alone, which needs torch and nothing else. Looks at what is in the wheel, an INT4 product of the
 native room against its fp64 reference, the number of OpenMP runtimes in the process; loads the CUDA kernels, which
-must not need a driver. commands: ``m3 --help``.
+must not need a driver. commands: ``m3 --help``. serve: the server without a model, its health and its page.
 """
 
 from __future__ import annotations
 
+import contextlib
 import re
 import subprocess
 import sys
+import threading
+import time
+import urllib.request
 import zipfile
+from collections.abc import AsyncIterator
 from pathlib import Path
 
 
@@ -56,10 +63,46 @@ def commands() -> None:
     sys.stdout.write("m3 --help\n")
 
 
+class Nobody:
+    """A backend (m3.serve.backend) of no model."""
+
+    def models(self) -> tuple[str, ...]:
+        return ()
+
+    def failure(self) -> None:
+        return None
+
+    @contextlib.asynccontextmanager
+    async def lifespan(self) -> AsyncIterator[None]:
+        yield
+
+
+def serve() -> None:
+    import uvicorn
+
+    from m3.serve.app import build
+
+    server = uvicorn.Server(uvicorn.Config(build(Nobody(), page=True), port=0, log_level="warning"))
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
+    while not server.started:
+        check(thread.is_alive(), "m3.serve: want a server that starts")
+        time.sleep(0.05)
+    port = server.servers[0].sockets[0].getsockname()[1]
+    for path, wanted in (("/health", "ok"), ("/", "<!doctype html>"), ("/consult/consult.js", "fetch(")):
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}{path}", timeout=20) as answer:
+            check(wanted in answer.read().decode(), f"{path}: want {wanted} in the answer")
+    server.should_exit = True
+    thread.join(20)
+    sys.stdout.write("m3 serve: health, page\n")
+
+
 if __name__ == "__main__":
     part, variant, wheel = sys.argv[1:]
     if part == "kernels":
         contents(wheel, variant)
         kernels(variant)
-    else:
+    elif part == "commands":
         commands()
+    else:
+        serve()

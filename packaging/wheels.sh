@@ -43,6 +43,8 @@ for python in ${PYTHONS:-python3}; do
   (cd "$work" && empty/bin/python check_wheel.py kernels "$variant" "$wheel")
   "$work/empty/bin/pip" install --quiet "${wheel}[m3]"
   (cd "$work" && empty/bin/python check_wheel.py commands "$variant" "$wheel")
+  "$work/empty/bin/pip" install --quiet "${wheel}[serve]"
+  (cd "$work" && empty/bin/python check_wheel.py serve "$variant" "$wheel")
   mv "$wheel" "$out/"
   echo "$out/$(basename "$wheel"): $(stat -c %s "$out/$(basename "$wheel")") bytes"
 done
