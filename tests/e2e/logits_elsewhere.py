@@ -1,8 +1,8 @@
 """What other projects make of quantised checkpoints; test_quantised_elsewhere.py runs it where they are installed.
 
 Arguments: loader (auto-round, gptqmodel, vllm; vllm-m3: with our plug-in; vllm-m3-two-ranks), file of token ids (JSON,
-one list), file to write, folders. Written, for each folder: "logits" (L, V) and "next" (greedy continuation), or "refused", what the
-loader said.
+one list), file to write, folders. Written, for each folder: "logits" (L, V) and "next" (greedy continuation), or
+"refused", what the loader said.
 """
 
 from __future__ import annotations
