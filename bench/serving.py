@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import dataclasses
+import json
 import math
 import os
 import sys
@@ -24,7 +25,7 @@ from typing import Any
 
 import httpx2
 
-from bench import engine, harness, record, serving_report
+from bench import engine, harness, record, serving_report, vllm_server
 from bench.engine_inputs import Case, Models, Prompts
 from bench.record import ServingRow
 from bench.serving_client import Server, Stream, free_port, stream
@@ -32,6 +33,7 @@ from m3.models.tokenizer import Tokenizer
 
 NAME = "model"  # what every server calls it
 DEPTH, COUNT = 96, 64  # tokens of a prompt and of an answer
+CHAIN = 3  # tokens that vLLM drafts, which has no trees
 GATE_CASE = Case(name="gate", batch=4, depth=DEPTH, count=40)
 CLIENTS = (1, 4, 16)
 QUIET_SLICE, QUIET_LIMIT, QUIET_SHARE = 0.05, 2.0, 0.1
@@ -42,7 +44,7 @@ REQUEST_LIMIT = 600.0  # seconds
 class Entrant:
     """An arm as it is asked for. ``twin``: the arm that must write the same."""
 
-    kind: str  # m3, vllm or llama
+    kind: str  # m3, vllm, vllm_m3 (with our plug-in) or llama
     model: str  # of Models
     weights: str
     draft: bool = False
@@ -54,6 +56,11 @@ ENTRANTS = {
     "m3_int4": Entrant(kind="m3", model="int4", weights="int4"),
     "m3_bf16": Entrant(kind="m3", model="checkpoint", weights="bf16"),
     "vllm_bf16": Entrant(kind="vllm", model="checkpoint", weights="bf16"),
+    "vllm_int4": Entrant(
+        kind="vllm", model="int4_dense_head", weights="int4"
+    ),  # its own product, where this CPU has it
+    "vllm_m3_int4": Entrant(kind="vllm_m3", model="int4", weights="int4"),
+    "vllm_m3_int4_draft": Entrant(kind="vllm_m3", model="int4", weights="int4", draft=True),
     "llama_q4_0": Entrant(kind="llama", model="q4_0", weights="int4"),
 }
 
@@ -79,9 +86,10 @@ class Plan:
 def program(plan: Plan, kind: str) -> str:
     if kind == "m3":
         return sys.executable
-    if kind not in plan.programs:
-        raise harness.UnavailableError(f"needs --program {kind}=PATH")
-    return str(Path(plan.programs[kind]).expanduser())
+    named = kind.removesuffix("_m3")
+    if named not in plan.programs:
+        raise harness.UnavailableError(f"needs --program {named}=PATH")
+    return str(Path(plan.programs[named]).expanduser())
 
 
 def command(entrant: Entrant, plan: Plan, model: Path, port: int) -> list[str]:
@@ -92,8 +100,11 @@ def command(entrant: Entrant, plan: Plan, model: Path, port: int) -> list[str]:
             draft = ["--draft", str(plan.draft)] if entrant.draft else []
             options = ["--weights", "bf16", "--name", NAME, "--threads", str(plan.threads), *draft]
             return [run, "-P", "-m", "m3", "serve", str(model), "--port", str(port), *options]
-        case "vllm":
+        case "vllm" | "vllm_m3":
             options = ["--dtype", "bfloat16", "--served-model-name", NAME, "--max-model-len", "1024"]
+            if entrant.draft:
+                chain = {"method": "eagle3", "model": str(plan.draft), "num_speculative_tokens": CHAIN}
+                options += ["--speculative-config", json.dumps(chain)]
             serve = ["-m", "vllm.entrypoints.openai.api_server", "--model", str(model), "--port", str(port)]
             return [run, *serve, *options, "--max-num-seqs", str(most)]
         case _:
@@ -101,13 +112,14 @@ def command(entrant: Entrant, plan: Plan, model: Path, port: int) -> list[str]:
             return [run, "--model", str(model), "--port", str(port), "--alias", NAME, *options]
 
 
-def environment(kind: str, threads: int) -> dict[str, str]:
+def environment(kind: str, threads: int, place: Path) -> dict[str, str]:
+    """``place``: a folder of the server's own."""
+    if kind in ("vllm", "vllm_m3"):
+        return vllm_server.environment(place, plugin=kind == "vllm_m3", threads=threads)
     found = {**os.environ, "OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"}
     found.pop("PYTHONPATH", None)
     if kind == "m3":
         found["PYTHONPATH"] = str(record.ROOT)
-    if kind == "vllm":
-        found |= {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_PLUGINS": ""}
     return found
 
 
@@ -174,7 +186,9 @@ def open_arm(name: str, plan: Plan, models: Models, say: Callable[[str], None]) 
     port = free_port()
     line = command(entrant, plan, models.path(entrant.model), port)
     say(f"  opening {name}")
-    server = Server(line, port, models.folder / f"serving_{name}.log", environment(entrant.kind, plan.threads))
+    place = models.folder / "serving" / name
+    place.mkdir(parents=True, exist_ok=True)
+    server = Server(line, port, place / "log", environment(entrant.kind, plan.threads, place))
     try:
         server.wait_until_ready()
         return ServerArm(name, entrant, server, software(entrant.kind, server.url))
@@ -188,7 +202,7 @@ def software(kind: str, url: str) -> str:
     if kind == "llama":
         return f"llama.cpp {httpx2.get(f'{url}/props', timeout=30).json().get('build_info', '?')}"
     told = httpx2.get(f"{url}/version", timeout=30)
-    return f"{kind} {told.json().get('version', '?') if told.status_code == 200 else '?'}"
+    return f"{kind.removesuffix('_m3')} {told.json().get('version', '?') if told.status_code == 200 else '?'}"
 
 
 # -- gate and clock ---------------------------------------------------------------------------------------------------

@@ -273,7 +273,7 @@ def carry_out(arguments: argparse.Namespace) -> int:
     name = "m3_int4_draft" if arguments.draft else "m3_int4"
     plan = Plan(clients=(arguments.clients,), threads=arguments.threads, draft=arguments.draft)
     line = command(ARMS[name], plan, models.path("int4"), port)
-    server = Server(line, port, models.folder / "serving_load.log", environment("m3", arguments.threads))
+    server = Server(line, port, models.folder / "serving_load.log", environment("m3", arguments.threads, models.folder))
     try:
         server.wait_until_ready()
         prompts = Prompts(Tokenizer(models.path("checkpoint")))
