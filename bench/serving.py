@@ -58,7 +58,7 @@ ENTRANTS = {
     "vllm_bf16": Entrant(kind="vllm", model="checkpoint", weights="bf16"),
     "vllm_int4": Entrant(
         kind="vllm", model="int4_dense_head", weights="int4"
-    ),  # its own product, where this CPU has it
+    ),  # its own product
     "vllm_m3_int4": Entrant(kind="vllm_m3", model="int4", weights="int4"),
     "vllm_m3_int4_draft": Entrant(kind="vllm_m3", model="int4", weights="int4", draft=True),
     "llama_q4_0": Entrant(kind="llama", model="q4_0", weights="int4"),
