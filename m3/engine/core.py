@@ -456,19 +456,25 @@ class EngineCore:
         if reason in (None, "error") and not self.scheduler.room(request):
             reason = "length"
         if reason == "error":
-            reason, error = self._why_stuck(request)
+            reason, error = self._why_stuck(request, bool(kept))
         if reason is not None:
             finished = self._finish(request, reason, error)
             events.append(finished if kept else dataclasses.replace(finished, drafted=drafted))
         return events
 
-    def _why_stuck(self, request: Request) -> tuple[Reason, str | None]:
-        """Why no token may follow: the grammar is complete and the model has no end token, or something is wrong."""
-        matcher = None if request.params.grammar is None else self._processor(request).matcher
-        if matcher is not None and matcher.complete:
-            return "stop", None
-        if matcher is not None and matcher.error is not None:
-            return "error", f"grammar: {matcher.error}"
+    def _why_stuck(self, request: Request, moved: bool) -> tuple[Reason | None, str | None]:
+        """Why no token may follow: the grammar is complete and the model has no end token, or something is wrong.
+
+        moved: tokens came before; then an empty set may be a limit that was passed in the tree: None, to be seen.
+        """
+        processor = None if request.params.grammar is None else self._processor(request)
+        if processor is not None and processor.matcher is not None:
+            if processor.matcher.complete:
+                return "stop", None
+            if processor.matcher.error is not None:
+                return "error", f"grammar: {processor.matcher.error}"
+            if processor.doubtful and moved:
+                return None, None
         return "error", "the model's logits are not numbers"
 
     def _finish(self, request: Request, reason: Reason, error: str | None = None) -> Finished:

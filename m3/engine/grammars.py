@@ -9,20 +9,22 @@ the start is refused; one that passes it later ends its request with the reason 
 
 from __future__ import annotations
 
+import functools
 import json
 import threading
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from m3.models.tokenizer import Tokenizer
 from m3kernels.checks import refuse
 
-MAX_SOURCE = 2**17  # characters; ours: 5000 properties of a schema compile in 1.5 s
-MAX_COMPILED = 64  # grammars that are kept; ours
-LIMITS = {"max_lexer_states": 50_000, "verbose_errors": False}  # ours; the rest as llguidance has them
+MAX_SOURCE = 2**16  # characters; ours: 2000 properties of a schema compile in half a second
+MAX_COMPILED = 32  # grammars that are kept; ours
+LIMITS = {"max_lexer_states": 20_000, "verbose_errors": False}  # ours; the rest as llguidance has them
 WHITESPACE = r"[\x20\x0A\x0D\x09]{1,40}"  # of JSON between tokens: bounded, or a weak model never stops indenting
 END = "<end of a grammar>"
+LEXER = "lexer error"  # how an error begins that may be of the lexer's past
 
 
 class Grammar:
@@ -31,10 +33,13 @@ class Grammar:
     kind: "json_schema", "json_object", "regex" or "ebnf". source: as it was given, a schema as JSON.
     """
 
-    def __init__(self, kind: str, source: str, compiled: Any, ends: Sequence[int], vocab_size: int, end: int) -> None:
+    def __init__(
+        self, kind: str, source: str, compile: Callable[[], Any], ends: Sequence[int], vocab_size: int, end: int
+    ) -> None:
         self.kind, self.source, self.vocab_size = kind, source, vocab_size
         self.ends = sum(1 << token for token in set(ends) if token < vocab_size)
-        self._compiled = compiled  # an LLMatcher that has read nothing
+        self._compile = compile
+        self._compiled = compile()  # an LLMatcher that has read nothing; its copies share one lexer
         self._end = 1 << end  # how llguidance says that a text may end here
         self._text = ((1 << vocab_size) - 1) & ~self._end & ~self.ends
 
@@ -47,17 +52,23 @@ class Grammar:
 
 
 class Matcher:
-    """Where a request stands in its grammar: a function of the tokens that it has read."""
+    """Where a request stands in its grammar: a function of the tokens that it has read.
+
+    Requests with the same grammar share a lexer, which grows, and is good for nothing once it has passed a limit. That
+    may be another request's doing, or a draft's. So a request whose lexer fails reads its tokens anew with a fresh one,
+    which later requests then share; only what fails there is an error.
+    """
 
     def __init__(self, grammar: Grammar) -> None:
         self.grammar = grammar
         self.read: list[int] = []
+        self._ahead = 0  # tokens that were entered
         self._state = grammar._compiled.deep_copy()
         self._mask: int | None = None
 
     @property
     def error(self) -> str | None:
-        """Why the grammar cannot go on: a limit was passed."""
+        """Why the grammar cannot go on from here: a limit was passed."""
         self._look()
         return _said(self._state.get_error()) if self._state.is_error() else None
 
@@ -80,11 +91,13 @@ class Matcher:
     def enter(self, token: int) -> None:
         """Read a token for a look at what follows; leave() takes it back."""
         self._mask = None
+        self._ahead += 1
         self._state.consume_token(token)
 
     def leave(self, path: Sequence[int]) -> None:
         """Take back the last of the tokens that were entered; path: those before it, should it all be read anew."""
         self._mask = None
+        self._ahead -= 1
         if self._state.is_error() or not self._state.rollback(1):
             self._state = self.grammar._compiled.deep_copy()
             self._state.consume_tokens([*self.read, *path])
@@ -92,9 +105,17 @@ class Matcher:
     def _look(self) -> int:
         """llguidance's set of tokens; empty after an error."""
         if self._mask is None:
-            found = b"" if self._state.is_error() else self._state.compute_bitmask()
-            self._mask = 0 if self._state.is_error() else int.from_bytes(found, "little")
+            self._mask = self._computed()
+            if not self._ahead and _said(self._state.get_error()).startswith(LEXER):
+                self._state = self.grammar._compile()
+                self.grammar._compiled = self._state.deep_copy()
+                self._state.consume_tokens(self.read)
+                self._mask = self._computed()
         return self._mask
+
+    def _computed(self) -> int:
+        found = b"" if self._state.is_error() else self._state.compute_bitmask()
+        return 0 if self._state.is_error() else int.from_bytes(found, "little")
 
 
 class Grammars:
@@ -162,11 +183,12 @@ class Grammars:
                     written = form.grammar_from_json_schema(source, defaults={"whitespace_pattern": WHITESPACE})
                 except ValueError as error:
                     raise refuse("grammars", argument, "a JSON schema", f"{error}"[:200]) from error
-        compiled = form(spelling, written, log_level=0, limits=library.LLParserLimits(**LIMITS))
-        if compiled.is_error():
-            raise refuse("grammars", argument, "one that can be compiled", _said(compiled.get_error()))
-        grammar = Grammar(kind, source, compiled, self.eos_token_ids, self.vocab_size, end)
+        limits = library.LLParserLimits(**LIMITS)
+        compile = functools.partial(form, spelling, written, log_level=0, limits=limits)
+        grammar = Grammar(kind, source, compile, self.eos_token_ids, self.vocab_size, end)
         first = grammar.matcher()
+        if first._state.is_error():
+            raise refuse("grammars", argument, "one that can be compiled", first.error)
         if first.error is not None or first.allowed() == (0, False):
             got = "none that the model's tokens spell" if first.error is None else first.error
             raise refuse("grammars", argument, "one that some text matches", got)

@@ -48,6 +48,7 @@ class LogitsProcessor:
         self.request, self.params, self.device = request, params, device
         self.words = -(-vocab_size // BITS)
         self.matcher = None if params.grammar is None else params.grammar.matcher()
+        self.doubtful = False  # whether a limit was passed at some node; its empty set says nothing then
         self._read = len(request.prompt)  # tokens that are counted
         self._penalises = bool(params.frequency_penalty or params.presence_penalty or params.repetition_penalty != 1)
         self._slot: dict[int, int] = {}  # of the tokens that are counted: their place in the next two
@@ -143,6 +144,7 @@ class LogitsProcessor:
         for node, parent in enumerate(parents):
             if parent >= 0:
                 children[parent].append(node)
+        self.doubtful = False
         self._visit(0, [], candidates, children, sets)
         written = b"".join(each.to_bytes(4 * self.words, "little") for each in sets)
         return torch.frombuffer(bytearray(written), dtype=torch.int32).view(-1, self.words).to(self.device)
@@ -153,6 +155,7 @@ class LogitsProcessor:
         assert self.matcher is not None
         text, may_end = self.matcher.allowed()
         sets[node] = self._joined(text, may_end, len(path))
+        self.doubtful = self.doubtful or self.matcher.error is not None
         for child in children[node]:
             token = candidates[child]
             if text >> token & 1:

@@ -109,7 +109,7 @@ def test_quantize_refuses_an_int4_model(folder, tmp_path):
 @pytest.mark.parametrize(
     ("option", "message"),
     [
-        (("--top-p", 2), "top_p: want 0 < top_p <= 1; got 2.0"),
+        (("--top-p", 2), "top_p: want 1e-6 <= top_p <= 1; got 2.0"),
         (("--temperature", 100), "temperature: want 0, or 1e-6 <= temp"),
     ],
 )

@@ -208,7 +208,7 @@ def test_answers_are_the_same_with_a_draft(pages):
     )
     assert drawn(together_in(core, asked)) == drawn(answers)
     assert (core.stats.preemptions > 0) == (pages == 130)
-    assert core.stats.accepted > 50
+    assert core.stats.accepted > 10
 
 
 def test_an_object():
@@ -264,16 +264,39 @@ def test_a_stop_token_inside_the_grammar():
 
 def test_a_limit_that_is_passed_later_ends_the_request():
     """Its neighbour does not notice."""
-    grammar = grammars().regex("((a{1,100}){1,100}){1,100}")
-    hard = SamplingParams(max_tokens=200, temperature=1.0, ignore_eos=True, grammar=grammar)
+    grammar = grammars().json_schema({"type": "object", "properties": {f"p{n}": {} for n in range(1001)}})
+    hard = SamplingParams(max_tokens=200, grammar=grammar)
     easy = SamplingParams(max_tokens=20, temperature=1.0)
     core = plain_core(target("llama"))
     (want,) = one_by_one(core, [Ask([7], easy, 1)])
     bad, good = together_in(core, [Ask([5], hard), Ask([7], easy, 1)])
     assert good.drawn == want.drawn
     assert bad.reason == "error"
-    assert (bad.finished[0].error or "").startswith("grammar: lexer error: too many expressions")
-    assert set(text_of(bad.tokens)) == {"a"}
+    assert (bad.finished[0].error or "").startswith("grammar: Parser Error: Current row has 4")
+    assert set(text_of(bad.tokens[-2:])) <= set("{ \n\t\r")
+
+
+def test_a_lexer_that_is_used_up_is_replaced():
+    """What requests have in common leaves no trace: neither who came before, nor where a draft looked."""
+    grammar = Grammars(letters(), VOCABULARY, (END,)).regex("((a{1,100}){1,100}){1,100}b")
+    params = SamplingParams(max_tokens=120, temperature=1.0, grammar=grammar, logit_bias=((ids("b")[0], -100.0),))
+    asked = [Ask([5 + index], params, index) for index in range(3)]
+    core, compiled = plain_core(target("llama")), []
+    whole = grammar._compile
+    grammar._compile = lambda: compiled.append(1) or whole()  # type: ignore[func-returns-value]
+    answers = one_by_one(core, asked)
+    assert len({(text_of(answer.tokens), answer.finished[0].error) for answer in answers}) == 1
+    assert answers[0].reason == "error"
+    assert len(answers[0].tokens) > 20
+    assert len(compiled) >= 3
+    draft = knowing_core(
+        target("llama"),
+        make_draft(target("llama")),
+        EngineConfig(num_pages=99),
+        fixed(WIDE),
+        lambda request: [5 + int(request.id), *ids("a" * 130)],
+    )
+    assert drawn(together_in(draft, asked)) == drawn(answers)
 
 
 # -- what is refused --------------------------------------------------------------------------------------------------
@@ -305,11 +328,11 @@ REFUSED: dict[str, tuple[Callable[[], object], str]] = {
     "itself": (lambda: grammars().json_schema({"anyOf": [{"$ref": "#"}]}), "schema: want one that some text matches"),
     "elsewhere": (lambda: grammars().json_schema({"$ref": "https://example.org/a"}), "schema: .*example.org"),
     "deep": (lambda: grammars().json_schema(nested(500)), "schema: .*recursion limit"),
-    "very deep": (lambda: grammars().json_schema(nested(6000)), "schema: .*recursion limit"),
-    "long": (lambda: grammars().json_schema(nested(9000)), "schema: want at most 131072 characters; got 189"),
+    "very deep": (lambda: grammars().json_schema(nested(3000)), "schema: .*recursion limit"),
+    "long": (lambda: grammars().json_schema(nested(6000)), "schema: want at most 65536 characters; got 126"),
     "a huge enum": (
         lambda: grammars().json_schema({"enum": [f"value {n}" for n in range(9999)]}),
-        "schema: want at most 131072 characters",
+        "schema: want at most 65536 characters",
     ),
     "alternatives": (
         lambda: grammars().json_schema(
@@ -339,7 +362,7 @@ def test_refused(name):
 
 HARD: dict[str, Callable[[], Grammar]] = {
     "exponential references": lambda: grammars().json_schema(doubled(40)),
-    "an enum": lambda: grammars().json_schema({"enum": [f"value {n}" for n in range(7000)]}),
+    "an enum": lambda: grammars().json_schema({"enum": [f"value {n}" for n in range(4500)]}),
     "names": lambda: grammars().json_schema({"properties": {f"p{n}": {"type": "null"} for n in range(1500)}}),
     "catastrophic backtracking": lambda: grammars().regex("(a+)+b"),
     "an exponential automaton": lambda: grammars().regex("(a|b)*a(a|b){18}"),

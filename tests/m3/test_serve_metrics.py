@@ -10,11 +10,15 @@ from typing import Any
 
 import openai
 import pytest
+from engine_cases import make_draft
 from letters_model import make_letters_model
 from loopback import EchoBackend, ask, serving, until
 from prometheus_client.parser import text_string_to_metric_families
 
+from m3.engine.core import EngineCore
 from m3.engine.engine import AsyncEngine
+from m3.models.loader import load_model
+from m3.models.tokenizer import Tokenizer
 from m3.serve import logs
 from m3.serve.app import build
 from m3.serve.engine_backend import EngineBackend
@@ -91,10 +95,27 @@ def test_the_cache_is_told(url):
     assert of(now, "m3_cached_prompt_tokens_total") == 64
 
 
-def test_a_draft_is_told(url):
+DRAFT = ("m3_draft_tokens_total", "m3_accepted_tokens_total", "m3_speculative_steps_total", "m3_acceptance_length")
+
+
+def test_an_engine_without_a_draft_tells_zeros(url):
     now = told(url)
-    names = ("m3_draft_tokens_total", "m3_accepted_tokens_total", "m3_speculative_steps_total", "m3_acceptance_length")
-    assert [of(now, name) for name in names] == [0, 0, 0, 0]
+    assert [of(now, name) for name in DRAFT] == [0, 0, 0, 0]
+
+
+def test_a_draft_is_told(folder):
+    model = load_model(folder)
+    engine = AsyncEngine(EngineCore(model, draft=make_draft(model)), Tokenizer(folder))
+    asked: Any = {"model": "letters", "messages": TALK, "max_tokens": 40, "temperature": 0}
+    asked["extra_body"] = {"ignore_eos": True}
+    with serving(build(EngineBackend(engine, "letters"))) as url:
+        with openai.OpenAI(base_url=url, api_key="x", max_retries=0) as client:
+            usage = client.chat.completions.create(**asked).usage.completion_tokens_details
+        now = told(url)
+    drafted, accepted, steps, length = (of(now, name) for name in DRAFT)
+    assert drafted > 0 and steps > 0 and 1 <= length == 1 + accepted / steps
+    assert usage.accepted_prediction_tokens == accepted
+    assert usage.accepted_prediction_tokens + usage.rejected_prediction_tokens == drafted
 
 
 def test_each_application_counts_alone():

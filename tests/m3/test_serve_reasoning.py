@@ -84,6 +84,17 @@ def test_reasoning_is_told_apart(engine, client, text, options, count):
     assert chunks[-1].usage.completion_tokens_details.reasoning_tokens == count
 
 
+def test_a_form_leaves_no_room_for_reasoning(engine, client):
+    """The template opens the tag; it is closed before the answer, which is held to its form from the first token on."""
+    engine.say('"yes"')
+    asked = {"model": "toy", "messages": HELLO}
+    plain = client.chat.completions.create(**asked, **THINKS)
+    more = {**THINKS["extra_body"], "structured_outputs": {"choice": ["yes"]}}
+    got = client.chat.completions.create(**asked, extra_body=more)
+    assert got.choices[0].message.content == '"yes"'
+    assert got.usage.prompt_tokens - plain.usage.prompt_tokens == len("\n</think>\n\n")
+
+
 def test_an_answer_without_reasoning_has_no_such_field(engine, client):
     engine.say("A sprain.")
     got = client.chat.completions.create(model="toy", messages=HELLO)

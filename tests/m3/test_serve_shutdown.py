@@ -6,8 +6,7 @@ import asyncio
 import contextlib
 import json
 import signal
-import subprocess
-import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,12 +14,15 @@ from typing import Any
 
 import openai
 import pytest
+import uvicorn
 from letters_model import make_letters_model
 from loopback import EchoBackend, ask, serving, until
 
 from m3.engine.engine import AsyncEngine
 from m3.serve.app import build
+from m3.serve.cli import all_keys
 from m3.serve.engine_backend import EngineBackend
+from m3.serve.listening import Protocol, Server
 
 
 def said(text: str) -> Any:
@@ -141,58 +143,82 @@ def test_a_client_that_leaves_frees_its_pages(folder, path):
 
 
 # -- the process ------------------------------------------------------------------------------------------------------
-PROCESS = """
-import sys, typer
-sys.path[:0] = {path!r}
-from loopback import EchoBackend
-from m3.serve.app import build
-from m3.serve.cli import run
-try:
-    run(build(EchoBackend()), "127.0.0.1", 0, "echo", grace={grace}, log_format="json", log_level="info")
-except typer.Exit as end:
-    sys.exit(end.exit_code)
-"""
-
-
 @contextlib.contextmanager
-def process(grace: float) -> Iterator[tuple[subprocess.Popen[str], str]]:
-    """An echo behind the command's server, and its URL."""
-    here = Path(__file__).parent
-    code = PROCESS.format(path=[str(here), str(here.parent.parent)], grace=grace)
-    running = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    try:
-        assert running.stdout is not None
-        line = next((line for line in running.stdout if "http://" in line), None)
-        assert line is not None, running.communicate()[1]
-        yield running, line.split()[-1]
-    finally:
-        running.kill()
-        running.communicate()
+def listening(grace: float) -> Iterator[tuple[Server, threading.Thread, str]]:
+    """The command's server over an echo, on a thread, and its URL."""
+    app = build(EchoBackend())
+    config = uvicorn.Config(app, port=0, http=Protocol, log_config=None, log_level="error", timeout_graceful_shutdown=2)
+    server = Server(config, app.state.serving, grace, lambda: None)
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    until(lambda: server.started)
+    yield server, thread, f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}/v1"
+    server.should_exit = True
+    thread.join(20)
+    assert not thread.is_alive()
 
 
-def test_a_signal_ends_the_process_in_order():
+def test_a_signal_ends_the_server_in_order():
     """Ready says no, new requests get 503 while a stream hangs; after the grace the stream ends with an error."""
-    with process(grace=1.5) as (running, url), openai.OpenAI(base_url=url, api_key="x", max_retries=0) as client:
+    with (
+        listening(grace=0.6) as (server, thread, url),
+        openai.OpenAI(base_url=url, api_key="x", max_retries=0) as client,
+    ):
         stream = client.chat.completions.create(model="echo", messages=said("then hang"), stream=True)
         assert next(stream).choices[0].delta.content == "then"
         begun = time.monotonic()
-        running.send_signal(signal.SIGTERM)
-        until(lambda: ask(f"{url.removesuffix('/v1')}/health/ready").status == 503)
+        server.handle_exit(signal.SIGTERM, None)
+        assert ask(f"{url.removesuffix('/v1')}/health/ready").status == 503
         assert ask(f"{url}/chat/completions", row("hi")).status == 503
         with pytest.raises(openai.APIError, match="shutting down"):
             list(stream)
-        assert time.monotonic() - begun > 1
-        assert running.wait(20) == 0
-        assert running.stderr is not None
-        rows = [json.loads(line) for line in running.stderr.read().splitlines()]
-    told = [one for one in rows if one["event"] == "request" and one.get("path") == "/v1/chat/completions"]
-    assert [(one["status"], one["outcome"]) for one in told] == [(200, "shutting_down")]
-    assert rows[-1]["event"] == "ended" and rows[-1]["signal"] == signal.SIGTERM
+        assert time.monotonic() - begun > 0.5
+        thread.join(20)
+        assert (thread.is_alive(), server.signal) == (False, signal.SIGTERM)
 
 
-@pytest.mark.slow
-def test_a_process_without_work_ends_at_once():
-    with process(grace=60) as (running, url):
-        assert ask(f"{url.removesuffix('/v1')}/health").status == 200
-        running.send_signal(signal.SIGINT)
-        assert running.wait(20) == 130
+def test_a_server_without_work_ends_at_once():
+    with listening(grace=60) as (server, thread, _):
+        server.handle_exit(signal.SIGINT, None)
+        thread.join(20)
+        assert not thread.is_alive()
+
+
+def test_a_second_signal_is_the_end_of_patience():
+    with (
+        listening(grace=60) as (server, thread, url),
+        openai.OpenAI(base_url=url, api_key="x", max_retries=0) as client,
+    ):
+        stream = client.chat.completions.create(model="echo", messages=said("then hang"), stream=True)
+        next(stream)
+        server.handle_exit(signal.SIGINT, None)
+        server.handle_exit(signal.SIGINT, None)
+        with pytest.raises(openai.APIError, match="shutting down"):
+            list(stream)
+        thread.join(20)
+        assert not thread.is_alive()
+
+
+# -- the command's words ----------------------------------------------------------------------------------------------
+KEYS_GIVEN = {
+    "none": (None, None, None, []),
+    "given": (["a", "b"], "c", None, ["a", "b"]),
+    "of the environment": (None, "a, b,", None, ["a", "b"]),
+    "of a file too": (["a"], None, "b\n# no\n", ["a", "b"]),
+}
+
+
+@pytest.mark.parametrize(("given", "environment", "file", "wanted"), KEYS_GIVEN.values(), ids=KEYS_GIVEN)
+def test_keys_of_the_command(tmp_path, given, environment, file, wanted):
+    path = None if file is None else tmp_path / "keys"
+    if path is not None:
+        path.write_text(file)
+    assert all_keys(given, environment, path) == wanted
+
+
+def test_no_key_where_keys_are_wanted_is_refused(tmp_path):
+    (tmp_path / "keys").write_text("# none yet")
+    with pytest.raises(ValueError, match="api keys"):
+        all_keys(None, None, tmp_path / "keys")
+    with pytest.raises(ValueError, match="api keys"):
+        all_keys(None, " , ", None)
