@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -116,8 +117,8 @@ class LogitsProcessor:
             paths.append([*paths[parent], extra.setdefault(token, known + len(extra)) if slot is None else slot])
         if known + len(extra) == 0:
             return
-        ids = torch.tensor([*self._ids, *extra], device=self.device)
-        base = torch.tensor([*self._counts, *([0.0] * len(extra))], device=self.device)
+        ids = _tensor(self._ids + array("q", extra), torch.int64).to(self.device)
+        base = _tensor(self._counts + array("f", [0.0] * len(extra)), torch.float32).to(self.device)
         counts = base.repeat(len(rows), 1)
         nodes = [node for node, path in enumerate(paths) for _ in path]
         if nodes:
@@ -171,6 +172,10 @@ class LogitsProcessor:
         if text and (self._owes(depth) or self.params.ignore_eos):
             may_end = False
         return text | self.params.grammar.ends if may_end else text
+
+
+def _tensor(values: array[Any], dtype: torch.dtype) -> Tensor:
+    return torch.frombuffer(bytearray(values.tobytes()), dtype=dtype)
 
 
 def _depths(parents: Sequence[int]) -> list[int]:

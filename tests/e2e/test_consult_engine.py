@@ -6,10 +6,12 @@ The picture in docs/images is made anew with ``M3_SCREENSHOT=docs/images/consult
 
 from __future__ import annotations
 
+import io
 import json
 import os
 from pathlib import Path
 
+import PIL.Image
 import pytest
 import torch
 from browser import Browser
@@ -31,7 +33,6 @@ from m3.models.gated_eagle3 import GatedEagle3, GatedEagle3Config
 from m3.models.hub import resolve
 from m3.models.loader import load_model
 from m3.models.tokenizer import Tokenizer
-from m3.quantize.round_to_nearest import RoundConfig, quantize_model
 from m3.serve.app import build
 from m3.serve.engine_backend import EngineBackend
 
@@ -126,10 +127,10 @@ def test_a_key_opens_the_server_and_a_stopped_answer_ends_in_the_engine(browser,
 # -- SmolLM2, and the picture -----------------------------------------------------------------------------------------
 NAME = "SmolLM2-135M-Instruct"
 CONSULTATION = (
-    "Since this morning I have had a tight pain in my chest.",
-    "It began two hours ago on the stairs. It goes down my left arm and I feel sick.",
+    "I have had a sore throat and a fever for two days.",
+    "It hurts when I swallow. I have no cough.",
 )
-SEED = 3  # one with which so small a model says something readable
+SEED = 1
 
 
 def draft_for(target: Decoder) -> Draft:
@@ -141,18 +142,23 @@ def draft_for(target: Decoder) -> Draft:
     return Draft(config=config, tensors=GatedEagle3.warm_start(config, target, torch.arange(8192)).state_dict())
 
 
+def save_small(png: bytes, file: Path) -> None:
+    """A picture of few colours, for the repository."""
+    picture = PIL.Image.open(io.BytesIO(png)).convert("RGB").quantize(128, dither=PIL.Image.Dither.NONE)
+    picture.save(file, optimize=True)
+
+
 def test_a_consultation_with_smollm2(browser):
     folder = resolve(NAME)
-    target = load_model(folder, dtype=torch.float32)
-    draft = draft_for(target)
-    model = quantize_model(target, RoundConfig(group_size=32, head=True))
-    core = EngineCore(model, EngineConfig(num_pages=400, max_context=2048), draft=draft)
+    model = load_model(folder, dtype=torch.float32)
+    core = EngineCore(model, EngineConfig(num_pages=400, max_context=2048), draft=draft_for(model))
     backend = EngineBackend(AsyncEngine(core, Tokenizer(folder)), NAME)
     browser.window(1280, 800, scale=1.5)
     with serving(build(backend, page=True)) as url:
         browser.open(url.removesuffix("/v1"))
         browser.until(lambda: idle(browser))
-        set_number(browser, "#longest", "100")
+        set_number(browser, "#temperature", "0.15")
+        set_number(browser, "#longest", "80")
         set_number(browser, "#seed", str(SEED))
         browser.tab_to("#message")
         for count, text in enumerate(CONSULTATION, start=1):
@@ -163,5 +169,5 @@ def test_a_consultation_with_smollm2(browser):
         assert browser.text("#stages [aria-current=step]") == "Differential diagnosis"
         assert "tokens/s" in browser.all(".figures")[-1].text
         if picture := os.environ.get("M3_SCREENSHOT"):
-            assert browser.driver.save_screenshot(picture)
+            save_small(browser.driver.get_screenshot_as_png(), Path(picture))
         browser.open("about:blank")

@@ -77,6 +77,7 @@ def test_an_answer_is_asked_for_by_keyboard_and_seen_to_grow(browser, script, or
     assert browser.text(".said .words") == "My chest\nhurts."
     browser.until(lambda: idle(browser))
     assert browser.text("[role=status]") == "The answer is complete."
+    assert browser.box(".figures")["bottom"] <= browser.box("#log")["bottom"]
     assert browser.driver.switch_to.active_element == browser.one("#message")
     (request,) = script.requests
     assert request["messages"] == [

@@ -212,7 +212,7 @@ class Answer {
       first !== null && `first after ${first.toFixed(2)} s`,
       drafted > 0 && `${drafted} drafted, ${accepted} accepted`,
     ];
-    this.figures.textContent = told.filter(Boolean).join(" · ");
+    following(() => (this.figures.textContent = told.filter(Boolean).join(" · ")));
   }
 
   row(turn, phase) {
