@@ -29,9 +29,9 @@ from bench import engine, harness, record, serving_report, vllm_server
 from bench.engine_inputs import Case, Models, Prompts
 from bench.record import ServingRow
 from bench.serving_client import Server, Stream, free_port, stream
+from bench.vllm_server import NAME
 from m3.models.tokenizer import Tokenizer
 
-NAME = "model"  # what every server calls it
 DEPTH, COUNT = 96, 64  # tokens of a prompt and of an answer
 CHAIN = 3  # tokens that vLLM drafts, which has no trees
 GATE_CASE = Case(name="gate", batch=4, depth=DEPTH, count=40)
@@ -56,9 +56,7 @@ ENTRANTS = {
     "m3_int4": Entrant(kind="m3", model="int4", weights="int4"),
     "m3_bf16": Entrant(kind="m3", model="checkpoint", weights="bf16"),
     "vllm_bf16": Entrant(kind="vllm", model="checkpoint", weights="bf16"),
-    "vllm_int4": Entrant(
-        kind="vllm", model="int4_dense_head", weights="int4"
-    ),  # its own product
+    "vllm_int4": Entrant(kind="vllm", model="int4_dense_head", weights="int4"),  # its own product
     "vllm_m3_int4": Entrant(kind="vllm_m3", model="int4", weights="int4"),
     "vllm_m3_int4_draft": Entrant(kind="vllm_m3", model="int4", weights="int4", draft=True),
     "llama_q4_0": Entrant(kind="llama", model="q4_0", weights="int4"),
@@ -101,12 +99,11 @@ def command(entrant: Entrant, plan: Plan, model: Path, port: int) -> list[str]:
             options = ["--weights", "bf16", "--name", NAME, "--threads", str(plan.threads), *draft]
             return [run, "-P", "-m", "m3", "serve", str(model), "--port", str(port), *options]
         case "vllm" | "vllm_m3":
-            options = ["--dtype", "bfloat16", "--served-model-name", NAME, "--max-model-len", "1024"]
+            options = ["--dtype", "bfloat16", "--max-model-len", "1024", "--max-num-seqs", str(most)]
             if entrant.draft:
                 chain = {"method": "eagle3", "model": str(plan.draft), "num_speculative_tokens": CHAIN}
                 options += ["--speculative-config", json.dumps(chain)]
-            serve = ["-m", "vllm.entrypoints.openai.api_server", "--model", str(model), "--port", str(port)]
-            return [run, *serve, *options, "--max-num-seqs", str(most)]
+            return vllm_server.command(run, model, port, options)
         case _:
             options = ["--threads", str(plan.threads), "--parallel", str(most), "--ctx-size", str(1024 * most)]
             return [run, "--model", str(model), "--port", str(port), "--alias", NAME, *options]

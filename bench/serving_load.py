@@ -26,8 +26,9 @@ import httpx2
 from bench import harness, record
 from bench.engine_inputs import Case, Models, Prompts
 from bench.serving import ENTRANTS as ARMS
-from bench.serving import NAME, Plan, command, environment
+from bench.serving import Plan, command, environment
 from bench.serving_client import Server, Stream, free_port, stream
+from bench.vllm_server import NAME
 from m3.models.tokenizer import Tokenizer
 
 KINDS = 48  # different requests

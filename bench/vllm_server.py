@@ -10,18 +10,16 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-import signal
-import socket
-import subprocess
-import time
 import tomllib
-import urllib.error
-import urllib.request
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import httpx2
+
+from bench.serving_client import Server, free_port
+
 ROOT = Path(__file__).resolve().parent.parent
-READY_SECONDS, STOP_SECONDS = 400, 60
+NAME = "model"  # what the server calls it
 
 
 def environment(place: Path, *, plugin: bool, threads: int) -> dict[str, str]:
@@ -45,66 +43,30 @@ def environment(place: Path, *, plugin: bool, threads: int) -> dict[str, str]:
     return {**kept, "PYTHONPATH": f"{place}{os.pathsep}{ROOT}"}
 
 
-def free_port() -> int:
-    with contextlib.closing(socket.socket()) as found:
-        found.bind(("127.0.0.1", 0))
-        return int(found.getsockname()[1])
-
-
-class Server:
-    """A running server: ``url`` ends in /v1, ``log`` is what it has said."""
-
-    def __init__(self, process: subprocess.Popen[bytes], port: int, log: Path) -> None:
-        self.process, self.root, self.log = process, f"http://127.0.0.1:{port}", log
-        self.url = f"{self.root}/v1"
-
-    def get(self, path: str) -> str:
-        with urllib.request.urlopen(self.root + path, timeout=30) as answer:
-            return answer.read().decode()
-
-    def counter(self, name: str) -> float:
-        """Sum of a Prometheus counter over its labels."""
-        found = re.findall(rf"^{re.escape(name)}(?:\{{.*\}})? (\S+)$", self.get("/metrics"), re.MULTILINE)
-        if not found:
-            raise LookupError(f"/metrics: want {name}; got none")
-        return sum(map(float, found))
-
-    def wait(self) -> None:
-        end = time.monotonic() + READY_SECONDS
-        while time.monotonic() < end:
-            if self.process.poll() is not None:
-                raise RuntimeError(f"vLLM's server ended with {self.process.returncode}:\n{self.tail()}")
-            with contextlib.suppress(urllib.error.URLError, ConnectionError, TimeoutError):
-                self.get("/health")
-                return
-            time.sleep(0.5)
-        raise TimeoutError(f"vLLM's server is not ready after {READY_SECONDS} s:\n{self.tail()}")
-
-    def tail(self) -> str:
-        return self.log.read_text(errors="replace")[-6000:]
+def command(python: str, model: Path, port: int, options: Sequence[str]) -> list[str]:
+    serve = [python, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model), "--port", str(port)]
+    return [*serve, "--host", "127.0.0.1", "--served-model-name", NAME, *options]
 
 
 @contextlib.contextmanager
 def serve(
     python: str, model: Path, place: Path, *, plugin: bool, threads: int, options: Sequence[str] = ()
 ) -> Iterator[Server]:
-    """A server over ``model`` that is ready; ended by SIGTERM. Raises RuntimeError with its log if it ends before."""
+    """A server over ``model`` that is ready; ended by SIGTERM. Raises harness.UnavailableError if it ends before."""
     place.mkdir(parents=True, exist_ok=True)
-    port, log = free_port(), place / "server.log"
-    command = [python, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model), "--port", str(port)]
-    command += ["--host", "127.0.0.1", "--served-model-name", "model", *options]
-    variables: Mapping[str, str] = environment(place, plugin=plugin, threads=threads)
-    with log.open("wb") as file:
-        process = subprocess.Popen(command, stdout=file, stderr=file, env=dict(variables), cwd=place)
-        server = Server(process, port, log)
-        try:
-            server.wait()
-            yield server
-        finally:
-            if process.poll() is None:
-                process.send_signal(signal.SIGTERM)
-                try:
-                    process.wait(STOP_SECONDS)
-                except subprocess.TimeoutExpired:
-                    process.kill()
-                    process.wait()
+    port, variables = free_port(), environment(place, plugin=plugin, threads=threads)
+    server = Server(command(python, model, port, options), port, place / "server.log", variables)
+    try:
+        server.wait_until_ready()
+        yield server
+    finally:
+        server.close()
+
+
+def counter(server: Server, name: str) -> float:
+    """Sum of a Prometheus counter over its labels."""
+    told = httpx2.get(f"{server.url}/metrics", timeout=30).text
+    found = re.findall(rf"^{re.escape(name)}(?:\{{.*\}})? (\S+)$", told, re.MULTILINE)
+    if not found:
+        raise LookupError(f"/metrics: want {name}; got none")
+    return sum(map(float, found))

@@ -19,7 +19,8 @@ import openai
 import pytest
 import torch
 
-from bench.vllm_server import Server, environment, serve
+from bench.serving_client import Server
+from bench.vllm_server import counter, environment, serve
 from m3.draft.hidden import Probe
 from m3.draft.layouts import load_draft, save_draft
 from m3.engine.batch_engine import Engine
@@ -115,7 +116,7 @@ def ours(folder: Path, draft: Path | None = None) -> Ours:
 
 
 def completed(server: Server) -> list[str]:
-    client = openai.OpenAI(base_url=server.url, api_key="none")
+    client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none")
     done = client.completions.create(
         model="model", prompt=list(PROMPTS), temperature=0, max_tokens=NEW_TOKENS, extra_body={"ignore_eos": True}
     )
@@ -150,8 +151,8 @@ def test_the_gated_draft_changes_no_text_and_is_accepted_as_in_our_engine(python
     wanted = ours(int4, draft)
     with serve(python, int4, tmp_path, plugin=True, threads=1, options=options) as server:
         assert completed(server) == wanted.texts
-        drafted = server.counter("vllm:spec_decode_num_draft_tokens_total")
-        accepted = server.counter("vllm:spec_decode_num_accepted_tokens_total")
+        drafted = counter(server, "vllm:spec_decode_num_draft_tokens_total")
+        accepted = counter(server, "vllm:spec_decode_num_accepted_tokens_total")
     assert wanted.accepted > 0.3 * wanted.drafted
     # The two stop drafting at the end of a request differently, by a round or two.
     assert abs(accepted - wanted.accepted) <= DRAFTS * len(PROMPTS)
