@@ -287,7 +287,10 @@ class EngineBackend:
         """
         if self._weights_from is None:
             raise RequestError(403, "this server takes no weights: start it with --weights-from", code="forbidden")
-        folder = Path(request.model_path).resolve()
+        try:
+            folder = Path(request.model_path).resolve()
+        except ValueError as error:  # a NUL
+            raise RequestError(400, "model_path: want a path", param="model_path") from error
         if not folder.is_relative_to(self._weights_from):
             raise RequestError(403, "model_path: want a folder where weights may come from", param="model_path")
         said = request.weight_version or ""

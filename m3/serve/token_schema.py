@@ -92,5 +92,5 @@ class WeightsRequest(Strict):
     """The body of POST /update_weights_from_disk; load_format is taken and not used. SGLang's."""
 
     model_path: str
-    weight_version: str | None = None
+    weight_version: Annotated[str, pydantic.Field(max_length=64)] | None = None
     load_format: str | None = None
