@@ -121,7 +121,8 @@ def test_fused_experts_are_the_same_layer(moe):
     fused |= {name: torch.stack(parts) for name, parts in stacks.items()}
     hidden = torch.randn(1, 5, 64)
     want = Block.from_tensors(config, tensors).forward(hidden)
-    assert torch.equal(Block.from_tensors(config, fused).forward(hidden), want)
+    got = Block.from_tensors(config, fused).forward(hidden)  # torch's products may differ with where a weight lies
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
 
 
 def test_replaced_weights_get_gradients(llama):
