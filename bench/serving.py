@@ -297,6 +297,7 @@ def run_case(
     harness.interleave(arms, seconds=0.0, min_rounds=plan.rounds, visit=visit)
     for arm in arms:
         del arm.visits[0]  # the round that does not count
+    for arm in arms:
         if wrong_lengths(arm) or differs(arm, arms):
             say(f"  {arm.name}: wrote another number of tokens, or others than {arm.entrant.twin}: no time")
             gates[arm.name] = harness.Gate(error=math.nan, tolerance=arm.tolerance)
