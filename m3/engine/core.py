@@ -56,6 +56,7 @@ class Stats:
     drawn: int = 0
     drafted: int = 0  # nodes verified, roots not counted
     accepted: int = 0
+    trees: int = 0  # drafted and verified, one a request and step
     speculative_steps: int = 0
     preemptions: int = 0
 
@@ -171,7 +172,7 @@ class EngineCore:
             pages_cached=self.pool.cached,
             drafted=self.stats.drafted,
             accepted=self.stats.accepted,
-            speculative_steps=self.stats.speculative_steps,
+            trees=self.stats.trees,
             preemptions=self.stats.preemptions,
             generated=self.stats.drawn,
         )
@@ -374,6 +375,7 @@ class EngineCore:
             path = paths[b, :count].long()
             if hidden is not None and self.drafter is not None and draw.tree >= 0:
                 self.drafter.note(request, hidden[draw.row + path])
+            self.stats.trees += draw.tree >= 0
             self.stats.drafted += draw.nodes - 1
             self.stats.accepted += count - 1
             new = drawn[b][:count]

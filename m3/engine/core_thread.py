@@ -37,14 +37,14 @@ class Core(Protocol):
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Counts:
     """What a core tells of itself. Pages of the cache: all, owned by running requests, kept for others to find. Since
-    its start: nodes drafted and accepted, speculative steps, requests preempted, tokens generated."""
+    its start: nodes drafted and accepted, trees of them, requests preempted, tokens generated."""
 
     pages_total: int = 0
     pages_used: int = 0
     pages_cached: int = 0
     drafted: int = 0
     accepted: int = 0
-    speculative_steps: int = 0
+    trees: int = 0
     preemptions: int = 0
     generated: int = 0
 

@@ -74,7 +74,7 @@ class Stats:
     pages_cached: int
     drafted: int
     accepted: int
-    speculative_steps: int
+    trees: int
     preemptions: int
     generated: int
 

@@ -77,7 +77,9 @@ class _EngineCollector(prometheus_client.registry.Collector):
         yield ended
         yield from _counters(stats)
         yield GaugeMetricFamily(
-            "m3_acceptance_length", "Tokens of a speculative step, on average; 0 before the first", value=_length(stats)
+            "m3_acceptance_length",
+            "Tokens that a verified tree brings a request, on average; 0 before the first",
+            value=_length(stats),
         )
         yield GaugeMetricFamily("m3_engine_up", "Whether the engine runs", value=float(stats.state == "running"))
 
@@ -92,7 +94,7 @@ def _counters(stats: Stats) -> Iterator[Metric]:
         "m3_engine_generated_tokens": ("Tokens drawn by the engine", stats.generated),
         "m3_draft_tokens": ("Nodes of drafts that were verified", stats.drafted),
         "m3_accepted_tokens": ("Of these, accepted", stats.accepted),
-        "m3_speculative_steps": ("Verified trees", stats.speculative_steps),
+        "m3_draft_trees": ("Trees of drafts that were verified, one a request and step", stats.trees),
         "m3_preemptions": ("Requests that lost their pages for a while", stats.preemptions),
     }
     for name, (text, value) in told.items():
@@ -100,4 +102,4 @@ def _counters(stats: Stats) -> Iterator[Metric]:
 
 
 def _length(stats: Stats) -> float:
-    return 1 + stats.accepted / stats.speculative_steps if stats.speculative_steps else 0.0
+    return 1 + stats.accepted / stats.trees if stats.trees else 0.0

@@ -452,4 +452,4 @@ def test_usage_and_stats():
     assert stats.accepted >= pairs[-1][0]
     assert (stats.pages_total, stats.pages_used, stats.preemptions) == (99, 0, 0)
     assert stats.pages_cached >= 1
-    assert 0 < stats.speculative_steps < 16
+    assert 0 < stats.trees < 16

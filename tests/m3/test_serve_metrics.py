@@ -95,7 +95,7 @@ def test_the_cache_is_told(url):
     assert of(now, "m3_cached_prompt_tokens_total") == 64
 
 
-DRAFT = ("m3_draft_tokens_total", "m3_accepted_tokens_total", "m3_speculative_steps_total", "m3_acceptance_length")
+DRAFT = ("m3_draft_tokens_total", "m3_accepted_tokens_total", "m3_draft_trees_total", "m3_acceptance_length")
 
 
 def test_an_engine_without_a_draft_tells_zeros(url):
@@ -107,13 +107,16 @@ def test_a_draft_is_told(folder):
     model = load_model(folder)
     engine = AsyncEngine(EngineCore(model, draft=make_draft(model)), Tokenizer(folder))
     asked: Any = {"model": "letters", "messages": TALK, "max_tokens": 40, "temperature": 0}
-    asked["extra_body"] = {"ignore_eos": True}
+    asked |= {"n": 4, "extra_body": {"ignore_eos": True}}
     with serving(build(EngineBackend(engine, "letters"))) as url:
         with openai.OpenAI(base_url=url, api_key="x", max_retries=0) as client:
             usage = client.chat.completions.create(**asked).usage.completion_tokens_details
         now = told(url)
-    drafted, accepted, steps, length = (of(now, name) for name in DRAFT)
-    assert drafted > 0 and steps > 0 and 1 <= length == 1 + accepted / steps
+    drafted, accepted, trees, length = (of(now, name) for name in DRAFT)
+    assert drafted > 0 and trees > 0 and length == 1 + accepted / trees
+    assert 1 <= length <= 1 + max(shape.steps for shape in engine.core.speculation.shapes), (
+        "of a request, not of a batch"
+    )
     assert usage.accepted_prediction_tokens == accepted
     assert usage.accepted_prediction_tokens + usage.rejected_prediction_tokens == drafted
 
