@@ -13,6 +13,7 @@ import json
 import math
 import os
 import platform
+import re
 import subprocess
 import sys
 from collections.abc import Iterable
@@ -380,4 +381,5 @@ def now() -> str:
 
 
 def command() -> str:
-    return " ".join(["python -m bench", *sys.argv[1:]])
+    """The command line; of a path of this machine only its last part."""
+    return " ".join(["python -m bench", *(re.sub(r"(^|=)/.*/", r"\1", argument) for argument in sys.argv[1:])])

@@ -7,6 +7,7 @@ import functools
 import json
 import math
 import os
+import sys
 
 import pytest
 import torch
@@ -495,3 +496,9 @@ def test_lower_bounds_are_memory_then_arithmetic():
 def test_rows_are_frozen():
     with pytest.raises(dataclasses.FrozenInstanceError):
         make_row().median_s = 0.0
+
+
+def test_a_row_names_no_path_of_the_machine(monkeypatch):
+    arguments = ["serving", "--draft", "/home/me/draft", "--program", "llama=/opt/bin/llama-server", "--clients", "1,4"]
+    monkeypatch.setattr(sys, "argv", ["bench", *arguments])
+    assert record.command() == "python -m bench serving --draft draft --program llama=llama-server --clients 1,4"
