@@ -187,6 +187,8 @@ def doctor(debug: Debug = False) -> None:
 
     console.print(report(), markup=False, highlight=False, soft_wrap=True)
     table = Table(title="\nm3", title_justify="left", show_header=False, box=None)
+    table.add_column()
+    table.add_column(overflow="fold")  # a path is told whole
     table.add_row("cores", str(os.cpu_count()))
     table.add_row("cache", f"{cache_dir()}{' (M3_CACHE)' if os.environ.get('M3_CACHE') else ''}")
     for name, entry in BUILT_IN.items():

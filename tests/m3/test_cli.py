@@ -55,6 +55,7 @@ def test_a_seed_repeats(folder):
 
 
 def test_doctor_names_what_there_is(monkeypatch, tmp_path):
+    tmp_path = tmp_path / ("a-long-name" * 9)
     monkeypatch.setenv("M3_CACHE", str(tmp_path))
     text = run("doctor")
     for word in ("m3kernels", torch.__version__, "int4_gemm", "SmolLM2-135M-Instruct", "not fetched"):
