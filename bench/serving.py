@@ -98,13 +98,17 @@ def command(entrant: Entrant, plan: Plan, model: Path, port: int) -> list[str]:
     run, most = program(plan, entrant.kind), max(plan.clients)
     match entrant.kind:
         case "m3":
-            draft = ["--draft", str(plan.draft)] if entrant.draft else []
+            draft = ["--draft", str(Path(str(plan.draft)).resolve())] if entrant.draft else []
             options = ["--weights", "bf16", "--name", NAME, "--threads", str(plan.threads), *draft]
             return [run, "-P", "-m", "m3", "serve", str(model), "--port", str(port), *options]
         case "vllm" | "vllm_m3":
             options = ["--dtype", "bfloat16", "--max-model-len", "1024", "--max-num-seqs", str(most)]
             if entrant.draft:
-                chain = {"method": "eagle3", "model": str(plan.draft), "num_speculative_tokens": CHAIN}
+                chain = {
+                    "method": "eagle3",
+                    "model": str(Path(str(plan.draft)).resolve()),
+                    "num_speculative_tokens": CHAIN,
+                }
                 options += ["--speculative-config", json.dumps(chain)]
             return vllm_server.command(run, model, port, options)
         case _:
@@ -191,6 +195,8 @@ def open_arm(name: str, plan: Plan, models: Models, say: Callable[[str], None]) 
     server = Server(line, port, place / "log", environment(entrant.kind, plan.threads, place))
     try:
         server.wait_until_ready()
+        if entrant.kind == "vllm_m3" and "quantization=m3_int4" not in server.log.read_text(errors="replace"):
+            raise harness.UnavailableError("vLLM did not take the plug-in")
         return ServerArm(name, entrant, server, software(entrant.kind, server.url))
     except BaseException:
         server.close()

@@ -119,6 +119,7 @@ class Server:
                 stdout=sink,
                 stderr=sink,
                 env=dict(environment),
+                cwd=log.parent,  # not where a checkout's metadata would be found before others
                 start_new_session=True,
             )
 

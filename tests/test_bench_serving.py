@@ -133,9 +133,9 @@ def test_an_arm_that_is_not_served_says_what_it_needs() -> None:
         serving.program(Plan(), "llama")
     with pytest.raises(ValueError, match="serving: arms: want some of"):
         Plan(arms=("nobody",))
-    with_draft = serving.command(ENTRANTS["m3_int4_draft"], Plan(draft="here"), Path("model"), 1)
+    with_draft = serving.command(ENTRANTS["m3_int4_draft"], Plan(draft="/here"), Path("model"), 1)
     plain = serving.command(ENTRANTS["m3_int4"], Plan(draft="here"), Path("model"), 1)
-    assert with_draft == [*plain, "--draft", "here"]
+    assert with_draft == [*plain, "--draft", "/here"]
 
 
 def row_of(server: Server, name: str, texts: list[str], seconds: float, tokens: int = 4) -> ServerArm:
