@@ -136,7 +136,7 @@ def test_text_is_that_of_our_engine(plain, int4):
 
 
 def test_a_chat_streams_to_its_end(plain, int4):
-    client = openai.OpenAI(base_url=plain.url, api_key="none")
+    client = openai.OpenAI(base_url=f"{plain.url}/v1", api_key="none")
     messages = [{"role": "user", "content": "What is a fever?"}]
     stream = client.chat.completions.create(model="model", messages=messages, temperature=0, max_tokens=24, stream=True)
     pieces = [chunk.choices[0].delta.content or "" for chunk in stream if chunk.choices]
