@@ -1,8 +1,9 @@
 """Checkpoint folders for the tests of the quantisation job, and runs of it that are killed.
 
 As a program: ``quantize_files.py MODEL WHOLE KILLED METHOD KILLS SEED`` quantises to WHOLE; then to KILLED in a child
-process, kills it KILLS times at random moments, lets it finish, and says how many shards were done at each kill. With
-KILLS "finishing" it is killed when all shards are done: as it is about to change its first file, its second, ...; said
+process, kills it KILLS times or more, at random moments of its processor time, lets it finish, and says how many shards
+were done at each kill; where it finished before, its bytes are compared and it begins again. With KILLS "finishing" it
+is killed when all shards are done: as it is about to change its first file, its second, ...; said
 is what was changed next at each kill.
 """
 
@@ -12,9 +13,9 @@ import contextlib
 import hashlib
 import os
 import random
+import shutil
 import signal
 import sys
-import time
 from pathlib import Path
 
 import torch
@@ -64,32 +65,38 @@ def digests(folder: Path) -> dict[str, str]:
 
 def run_in_child(
     model: Path, out: Path, method: str, kill_after: float | None = None, kill_at: int | None = None
-) -> bool:
-    """Quantise in a process of its own; True if it was killed."""
+) -> tuple[bool, float]:
+    """Quantise in a process of its own: whether it was killed, and its processor time in seconds.
+
+    It is killed after ``kill_after`` seconds of processor time: other work on the machine changes nothing.
+    """
     child = os.fork()
     if child == 0:
         if kill_at is not None:
             kill_before_change(part_of(out), kill_at)
+        if kill_after is not None:
+            signal.setitimer(signal.ITIMER_PROF, kill_after)  # SIGPROF, which nobody handles, ends a process at once
         quantised(model, out, config_of(method))
         os._exit(0)
-    if kill_after is not None:
-        time.sleep(kill_after)
-        os.kill(child, signal.SIGKILL)
-    _, status = os.waitpid(child, 0)
+    _, status, used = os.wait4(child, 0)
     if os.WIFEXITED(status) and os.WEXITSTATUS(status):
         raise SystemExit("a run failed")
-    return os.WIFSIGNALED(status)
+    return os.WIFSIGNALED(status), used.ru_utime + used.ru_stime
 
 
 def killed_runs(model: Path, whole: Path, out: Path, method: str, kills: int, seed: int) -> list[int]:
     """Shards that were done at each kill; most runs live long enough for one or two."""
-    started = time.monotonic()
-    run_in_child(model, whole, method)
-    whole_seconds = time.monotonic() - started
+    _, seconds = run_in_child(model, whole, method)
     drawn, done = random.Random(seed), []
-    while len(done) < kills and run_in_child(model, out, method, drawn.uniform(0, whole_seconds / 2.5)):
-        journal = part_of(out) / JOURNAL
-        done.append(max(0, journal.read_bytes().count(b"\n") - 1) if journal.is_file() else 0)
+    while len(done) < kills or max(done) == 0:
+        killed, _ = run_in_child(model, out, method, drawn.uniform(0.01, 1) * seconds / 2.5)
+        if killed:
+            journal = part_of(out) / JOURNAL
+            done.append(max(0, journal.read_bytes().count(b"\n") - 1) if journal.is_file() else 0)
+        elif digests(out) != digests(whole):
+            raise SystemExit(f"a run killed {len(done)} times wrote {digests(out)}, want {digests(whole)}")
+        else:
+            shutil.rmtree(out)
     if not out.exists():
         run_in_child(model, out, method)
     return done
@@ -121,7 +128,7 @@ def killed_finishing(model: Path, whole: Path, out: Path, method: str) -> list[s
     with contextlib.suppress(InterruptedError):
         quantised(model, out, config_of(method), shard_done=stop_after_the_last)
     number = 1
-    while run_in_child(model, out, method, kill_at=number):
+    while run_in_child(model, out, method, kill_at=number)[0]:
         if out.exists():
             raise SystemExit(f"the folder had its name at kill {number}")
         if (part_of(out) / CONFIG).exists() and digests(part_of(out)) != digests(whole):
