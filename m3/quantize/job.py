@@ -257,7 +257,7 @@ class _Job:
         layer = max(0, len(self.records) - 1)  # the one to come
         useful = {self.states(layer, stream).name for stream in ("full", "int4")}
         for path in self.part.iterdir():
-            unfinished = path.suffix == ".tmp" or path.name.startswith(".tmp")  # ours; safetensors' own, while it writes
+            unfinished = path.suffix == ".tmp" or path.name.startswith(".tmp")  # the second are safetensors' own
             if path.name == CONFIG or unfinished or (path.suffix == ".bin" and path.name not in useful):
                 path.unlink()
 
