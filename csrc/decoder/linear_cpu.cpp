@@ -1,17 +1,18 @@
-// The CPU driver of linear: cuts y into tasks (a run of columns, a run of rows) and lets threads draw them.
+// The CPU driver of linear: cuts y into tasks (a run of columns, a run of rows) for threads.
 //
 // Few rows: a task is a run of columns whose weights are some tens of kilobytes. Many rows: a panel of columns and a
-// run of rows. Tasks are drawn dynamically, so a core that is shared with somebody else does not hold up the rest. How
-// y is cut changes no bit of it.
+// run of rows. How y is cut, and who computes what (common/tasks.h), changes no bit of it.
 #include "decoder/linear_cpu_driver.h"
 
+#include <omp.h>
+
 #include <algorithm>
-#include <atomic>
 #include <cstdlib>
 #include <memory>
 #include <new>
 
 #include "common/isa.h"
+#include "common/tasks.h"
 
 namespace m3::decoder {
 namespace {
@@ -119,15 +120,16 @@ void multiply(const Kernels& isa, const Dense& w, const float* x, int64_t x_stri
     for (int64_t task = 0; task < tasks; task++) run(task, scratch);
     return;
   }
-  std::atomic<int64_t> next_tile{0}, next_task{0}, next_slot{0};
+  Tasks packing(packed ? tiles : 0, threads), products(tasks, threads);
 #pragma omp parallel num_threads(threads)
   {
-    float* mine = scratch + next_slot.fetch_add(1) * own;
+    const int thread = omp_get_thread_num();
+    float* mine = scratch + thread * own;
     if (packed) {
-      for (int64_t tile; (tile = next_tile.fetch_add(1)) < tiles;) pack(tile);
+      packing.draw(thread, pack);
 #pragma omp barrier
     }
-    for (int64_t task; (task = next_task.fetch_add(1)) < tasks;) run(task, mine);
+    products.draw(thread, [&](int64_t task) { run(task, mine); });
   }
 }
 

@@ -1,13 +1,13 @@
-// The CPU driver: packs activations, cuts the product into tasks (expert, n-tile, run of rows) and lets threads draw
-// them.
+// The CPU driver: packs activations, cuts the product into tasks (expert, n-tile, run of rows) and shares them out among
+// threads (common/tasks.h).
 //
-// One parallel region a product, on torch's OpenMP pool, with the thread count passed in. Tasks are drawn dynamically,
-// so a core that is shared with somebody else does not hold up the rest. No result depends on the threads or on the
-// other rows.
+// One parallel region a product, on torch's OpenMP pool, with the thread count passed in. No result depends on the
+// threads or on the other rows.
 #include "int4/gemm_cpu_driver.h"
 
+#include <omp.h>
+
 #include <algorithm>
-#include <atomic>
 #include <cmath>
 #include <cstdlib>
 #include <cstring>
@@ -19,6 +19,7 @@
 #include "common/check.h"
 #include "common/half.h"
 #include "common/isa.h"
+#include "common/tasks.h"
 
 namespace m3::int4 {
 namespace {
@@ -216,7 +217,7 @@ void run(const Weights& w, const Rows& rows, const std::vector<Block>& blocks, M
   int64_t widest = 0;
   for (const Task& task : tasks) widest = std::max(widest, task.rows);
   const int64_t c_floats = widest * kTileN, panel_floats = kPanelBytes / 4;
-  const int64_t own = std::max(columns + 16 + plane, c_floats + panel_floats);
+  const int64_t own = (std::max(columns + 16 + plane, c_floats + panel_floats) + 31) / 32 * 32;
   thread_local Scratch work_memory;
   float* work = work_memory.get<float>(own * threads);
   if (threads == 1) {
@@ -226,16 +227,16 @@ void run(const Weights& w, const Rows& rows, const std::vector<Block>& blocks, M
     const bool pack_together = count > 4;
     if (!pack_together)
       for (int64_t i = 0; i < count; i++) pack(i, work);
-    std::atomic<int64_t> next_row{0}, next_task{0}, next_slot{0};
+    Tasks packing(count, threads), products(num_tasks, threads);
 #pragma omp parallel num_threads(threads)
     {
-      float* mine = work + own * next_slot.fetch_add(1);
+      const int thread = omp_get_thread_num();
+      float* mine = work + own * thread;
       if (pack_together) {
-        for (int64_t i; (i = next_row.fetch_add(4)) < count;)
-          for (int64_t j = i; j < std::min(i + 4, count); j++) pack(j, mine);
+        packing.draw(thread, [&](int64_t i) { pack(i, mine); });
 #pragma omp barrier
       }
-      for (int64_t i; (i = next_task.fetch_add(1)) < num_tasks;) multiply(i, mine + panel_floats, mine);
+      products.draw(thread, [&](int64_t i) { multiply(i, mine + panel_floats, mine); });
     }
   }
   for (int64_t i = 0; i < count; i++)

@@ -25,7 +25,7 @@ namespace {
 constexpr int64_t kMostRows = 128;        // of a task: their sums stay in L2
 constexpr int64_t kDirectRows = 24;       // up to here keys are read where they lie, beyond they are copied to L1 first
 constexpr int64_t kHalfRows = 3;          // the same for keys of 16 or 8 bits, which each row has to widen
-constexpr int64_t kThreadWork = 1 << 19;  // multiplications that are worth waking another thread
+constexpr int64_t kThreadWork = 1 << 16;  // multiplications that are worth waking another thread
 constexpr int64_t kSplit = kChunk * kSplitChunks;
 
 const Kernels& kernels() {

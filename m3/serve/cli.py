@@ -63,6 +63,14 @@ def serve(
         Literal["lexical", "minilm"] | None, typer.Option("--embeddings", help="What answers /v1/embeddings.")
     ] = None,
     page: Annotated[bool, typer.Option("--page/--no-page", help="The page for a consultation at /.")] = True,
+    context: Annotated[
+        int, typer.Option("--context", min=0, help="Tokens of a prompt and its answer at most; 0: the model's own.")
+    ] = 0,
+    running: Annotated[int, typer.Option("--running", min=1, help="Sequences computed together at most.")] = 64,
+    cache_mb: Annotated[int, typer.Option("--cache-mb", min=1, help="Memory for keys and values.")] = 512,
+    cache_dtype: Annotated[
+        Literal["fp32", "bf16", "fp16", "int8"], typer.Option("--cache-dtype", help="What they are held in.")
+    ] = "fp32",
     api_key: ApiKeys = None,
     api_keys_file: KeysFile = None,
     cors: Cors = None,
@@ -76,6 +84,7 @@ def serve(
     debug: Debug = False,
 ) -> None:
     """Serve a model to OpenAI clients: chats, completions, tools, JSON, embeddings; see docs/serving.md."""
+    from m3.engine.config import EngineConfig
     from m3.engine.engine import AsyncEngine
     from m3.serve.app import build
     from m3.serve.engine_backend import EngineBackend
@@ -86,13 +95,20 @@ def serve(
     keys = all_keys(api_key, os.environ.get("M3_API_KEY"), api_keys_file)
     limits = Limits(at_once=at_once, at_once_a_key=at_once_a_key or at_once, a_minute=rate)
     set_threads(threads)
+    config = EngineConfig(
+        max_context=context,
+        max_running=running,
+        max_step_tokens=max(running, EngineConfig.max_step_tokens),
+        memory_mb=cache_mb,
+        kv_dtype=cache_dtype,
+    )
     embedder = None
     if embeddings is not None:
         from m3.text.embed import open_embedder
 
         embedder = open_embedder(embeddings)
     with Bar(f"opening {model}"):
-        engine = AsyncEngine.from_model(model, weights="int4" if int4 else weights, draft=draft)
+        engine = AsyncEngine.from_model(model, config, weights="int4" if int4 else weights, draft=draft)
     called = name or Path(model).name
     backend = EngineBackend(engine, called, weights_from=weights_from, embedder=embedder)
     app = build(backend, api_keys=keys, limits=limits, cors=cors or (), page=page)

@@ -277,6 +277,19 @@ def test_the_command_serves_and_ends_with_its_streams(folder):
         assert process.wait(20) == 0
 
 
+def test_the_command_sizes_the_engine(folder):
+    sizes = ("--context", "64", "--running", "3", "--cache-mb", "1", "--cache-dtype", "int8")
+    model = open_core(folder)[0].model.config
+    page = 2 * model.num_layers * 16 * model.num_kv_heads * (model.head_dim + 4)
+    with command(str(folder), "--port", "0", "--name", "letters", *sizes) as (_, url):
+        with openai.OpenAI(base_url=url, api_key="none", max_retries=0) as client:
+            with pytest.raises(openai.BadRequestError, match="64"):
+                client.chat.completions.create(model="letters", messages=[{"role": "user", "content": "x" * 65}])
+            assert client.chat.completions.create(model="letters", messages=TALK[1:], max_tokens=2).choices
+        metrics = ask(f"{url.removesuffix('/v1')}/metrics").text
+    assert f'm3_cache_pages{{state="total"}} {min(10**6 // page, 5 * 3):.1f}' in metrics
+
+
 def test_a_command_that_cannot_serve_says_so_in_one_line(folder):
     app = typer.Typer()
     app.command()(serve)
