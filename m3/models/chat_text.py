@@ -26,8 +26,8 @@ class Placeholders:
         self._number = {text: number for number, text in enumerate(self._texts)}
         self._secret = "".join(secrets.choice("0123456789") for _ in range(DIGITS))
         self._special = re.compile("|".join(map(re.escape, self._texts)) or r"(?!)")
-        self._mark = re.compile(self._secret + rf"([0-9]{{{PLACES}}})")
-        self.used = False
+        self._hidden = re.compile(self._secret + rf"([0-9]{{{PLACES}}})")
+        self.mark = "".join(secrets.choice("0123456789") for _ in range(DIGITS))  # stands for a whole message
 
     def hide(self, value: Any, key: str | None = None) -> Any:
         """The same value, special tokens' texts replaced in all its strings but a message's role."""
@@ -40,12 +40,11 @@ class Placeholders:
         return value
 
     def _replace(self, match: re.Match[str]) -> str:
-        self.used = True
         return f"{self._secret}{self._number[match[0]]:0{PLACES}d}"
 
     def show(self, text: str) -> str:
         """The text as it was written."""
-        return self._mark.sub(lambda match: self._texts[int(match[1])], text)
+        return self._hidden.sub(lambda match: self._texts[int(match[1])], text)
 
     def has(self, text: str) -> bool:
         """Whether there is a placeholder in it."""

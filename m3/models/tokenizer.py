@@ -100,12 +100,33 @@ class Tokenizer:
         self, messages: Sequence[dict[str, Any]], *, add_generation_prompt: bool = True, **variables: Any
     ) -> tuple[str, list[int]]:
         """(text, token ids), as of ``render`` and ``chat``."""
-        hidden = Placeholders(text for token, text in self._added.items() if token in self._special_ids)
+        hidden = self._placeholders()
         rendered = self.render(
             hidden.hide(list(messages)), add_generation_prompt=add_generation_prompt, **hidden.hide(variables)
         )
-        if not hidden.used:
-            return rendered, self.encode(rendered, special_tokens=False)
+        return hidden.show(rendered), self._rendered_ids(rendered, hidden)
+
+    def chat_after(self, messages: Sequence[dict[str, Any]], place: int) -> list[int]:
+        """Token ids of what ``chat`` has after the content of message ``place``, which another tokenization stands for.
+
+        Raises:
+            ValueError: a template that does not render that content once, as it is.
+        """
+        hidden = self._placeholders()
+        rows = hidden.hide(list(messages))
+        rows[place] = {**rows[place], "content": hidden.mark}
+        before, found, after = self.render(rows).rpartition(hidden.mark)
+        if not found or hidden.mark in before:
+            raise refuse("tokenizer", "chat_template", f"one that renders message {place} once, as it is", "another")
+        return self._rendered_ids(after, hidden)
+
+    def _placeholders(self) -> Placeholders:
+        return Placeholders(text for token, text in self._added.items() if token in self._special_ids)
+
+    def _rendered_ids(self, rendered: str, hidden: Placeholders) -> list[int]:
+        """Token ids of what the template wrote, or of its end; what people wrote between has no control tokens."""
+        if not hidden.has(rendered):
+            return self.encode(rendered, special_tokens=False)
         ids: list[int] = []
         whole = self.fast.encode(rendered, add_special_tokens=False)
         start = 0  # of what is not encoded yet
@@ -119,7 +140,7 @@ class Tokenizer:
                 start = begin
             last = end
         ids += self.encode(rendered[start:], special_tokens=False)
-        return hidden.show(rendered), ids
+        return ids
 
     def render(
         self, messages: Sequence[dict[str, Any]], *, add_generation_prompt: bool = True, **variables: Any

@@ -33,7 +33,6 @@ from m3.rollout.engine import TIMEOUT
 from m3.train.streams import Sample
 from m3kernels.checks import refuse
 
-MARK = "\ue000said\ue001"  # stands for a message where the template is asked what follows it: of the private use area
 NOTHING = "..."  # what others hear of a message without a word
 
 
@@ -173,11 +172,7 @@ def prompt_ids(tokenizer: Tokenizer, messages: Sequence[Message]) -> tuple[list[
     if last is None:
         return [], tokenizer.chat(rows)
     place, said = last
-    rows[place] = {**rows[place], "content": MARK}
-    before, found, after = tokenizer.render(rows).rpartition(MARK)
-    if not found or MARK in before:
-        raise refuse("prompt_ids", "chat_template", "one that renders each message of the assistant once", "another")
-    given = tokenizer.encode(after, special_tokens=False)
+    given = tokenizer.chat_after(rows, place)
     return stream, given[1:] if said.finish == "stop" and given[:1] == [said.token_ids[-1]] else given
 
 
