@@ -4,6 +4,10 @@
 #include <unistd.h>
 #endif
 
+#if defined(_OPENMP)
+#include <omp.h>
+#endif
+
 #include "common/border.h"
 #include "common/isa.h"
 
@@ -40,6 +44,13 @@ void advise_huge_pages(uintptr_t address, uint64_t bytes) {
 #endif
 }
 
+// OpenMP 5's, which GNU's runtime has since gcc 9, whatever version it names.
+void release_threads() {
+#if defined(_OPENMP) && (_OPENMP >= 201811 || (defined(__GNUC__) && !defined(__clang__)))
+  omp_pause_resource_all(omp_pause_soft);
+#endif
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_cpu_ext, m) {
@@ -52,5 +63,6 @@ PYBIND11_MODULE(_cpu_ext, m) {
   m.def("isas", &m3::isas, "Instruction sets that this build and this CPU can run, best first.");
   m.def("get_isa", &m3::get_isa, "The instruction set in use: M3_ISA, else the best.");
   m.def("set_isa", &m3::set_isa, "Use another instruction set from now on, in the whole process.");
+  m.def("release_threads", &release_threads, "Ends the idle OpenMP threads of the calling thread.");
   m.def("advise_huge_pages", &advise_huge_pages, "Asks Linux for huge pages in the whole pages of (address, bytes).");
 }

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from m3.engine.request import Event, Finished, Reason, Request
 from m3.engine.scheduler import QueueFull
+from m3kernels.threads import release_threads
 
 Update = Mapping[str, Tensor] | Callable[[], None]
 
@@ -88,7 +89,8 @@ class CoreThread:
 
     Orders are carried out one after another, between two steps, in the order in which they were given. Notices gather
     until they are taken; ``ring`` is called on the thread when there are new ones, once a step at most.
-    Without work the thread sleeps. It is a daemon: a program that forgets stop() can still end.
+    Without work the thread sleeps, and its idle OpenMP threads are ended. It is a daemon: a program that forgets stop()
+    can still end.
 
     ``steps`` counts the steps of the core.
     """
@@ -110,6 +112,7 @@ class CoreThread:
 
     # -- for the owner ------------------------------------------------------------------------------------------------
     def start(self) -> None:
+        release_threads()  # the owner's, who may have loaded the model
         self._thread.start()
 
     def add(self, request: Request) -> None:
@@ -164,6 +167,8 @@ class CoreThread:
 
     def _serve(self) -> None:
         while True:
+            if not self._can_step():
+                release_threads()
             with self._wake:
                 while not (self._orders or self._stopping or self._can_step()):
                     self._wake.wait()

@@ -16,6 +16,7 @@ from m3.models.loader import load_model
 from m3.models.tokenizer import Tokenizer
 from m3.quantize.round_to_nearest import RoundConfig, quantize_model
 from m3kernels.checks import refuse
+from m3kernels.threads import release_threads
 
 WEIGHTS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 INT4 = RoundConfig(group_size=32, head=True)
@@ -56,4 +57,6 @@ def open_core(
     """A core ready to serve, and the target's tokenizer."""
     model, tokenizer = open_target(name, weights=weights)
     found = None if draft is None else open_draft(draft, model)
-    return EngineCore(model, config, draft=found, speculation=speculation), tokenizer
+    core = EngineCore(model, config, draft=found, speculation=speculation)
+    release_threads()  # the core may run on another thread
+    return core, tokenizer

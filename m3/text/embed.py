@@ -131,6 +131,8 @@ class MiniLM:
     def __call__(self, texts: Sequence[str]) -> np.ndarray:
         import torch
 
+        from m3kernels.threads import release_threads
+
         _no_single_text("MiniLM", texts)
         encoded = [encoding.ids for encoding in self._tokenizer.encode_batch(list(texts))]
         order = sorted(range(len(texts)), key=lambda i: len(encoded[i]))
@@ -143,6 +145,7 @@ class MiniLM:
                 out[rows] = self._embed([encoded[i] for i in rows])
         finally:
             torch.set_num_threads(before)
+            release_threads()
         return out
 
     def _embed(self, ids: Sequence[Sequence[int]]) -> np.ndarray:

@@ -41,6 +41,7 @@ from m3.train.policy_model import PolicyModel
 from m3.train.stage import NonFiniteError, OtherRankError, Source, StepBatch
 from m3.train.streams import Sample, microbatches, pack
 from m3kernels.checks import refuse
+from m3kernels.threads import release_threads
 
 CHECKPOINTS, MODEL = "checkpoints", "model"
 Progress = Callable[[int, int, Mapping[str, float]], None]  # (steps done, steps in all, metrics of the last)
@@ -485,18 +486,28 @@ class Run:
 
 
 class _Worker:
-    """Runs functions on the one thread of tensors; a cancelled caller waits until its function has ended."""
+    """Runs functions on the one thread of tensors; a cancelled caller waits until its function has ended.
+
+    Between two functions the processor is an engine's, if there is one: idle OpenMP threads are ended.
+    """
 
     def __init__(self, thread: concurrent.futures.ThreadPoolExecutor) -> None:
         self.thread = thread
 
     async def __call__(self, function: Callable[[], T]) -> T:
-        future = asyncio.get_running_loop().run_in_executor(self.thread, function)
+        future = asyncio.get_running_loop().run_in_executor(self.thread, self._run, function)
         try:
             return await asyncio.shield(future)
         except asyncio.CancelledError:
             await asyncio.wait({future})
             raise
+
+    @staticmethod
+    def _run(function: Callable[[], T]) -> T:
+        try:
+            return function()
+        finally:
+            release_threads()
 
 
 class Signals:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import time
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -42,6 +44,38 @@ def facts(completion: Completion) -> tuple[object, ...]:
 def prompts(tokenizer: Tokenizer) -> list[list[int]]:
     """Letters above the tiny vocabulary become others."""
     return [[token % 99 for token in tokenizer.encode(text)] for text in PROMPTS]
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="threads of a process are counted in /proc")
+def test_idle_threads_are_ended(tokenizer):
+    """More of them than cores, and GNU's OpenMP lets all fall asleep between two products."""
+
+    def tasks(most: int = 0) -> int:
+        found = len(list(Path("/proc/self/task").iterdir()))
+        for _ in range(100):
+            if found <= most:
+                break
+            time.sleep(0.02)
+            found = len(list(Path("/proc/self/task").iterdir()))
+        return found
+
+    async def main() -> None:
+        used = core(False)
+        torch.set_num_threads(2)
+        torch.ones(1 << 20).exp()  # as a loader would
+        before = tasks(1 << 20)  # as they are now
+        async with AsyncEngine(used, tokenizer) as engine:
+            assert tasks(before) <= before  # ours went, the engine's came
+            await collect(engine, prompts(tokenizer)[0], PARAMS[0])
+            await engine.call(lambda _: torch.ones(1 << 20).exp())
+            assert tasks(before) <= before  # its worker went
+        assert tasks(before - 1) == before - 1
+
+    threads = torch.get_num_threads()
+    try:
+        asyncio.run(main())
+    finally:
+        torch.set_num_threads(threads)
 
 
 @pytest.mark.parametrize("draft", [False, True])
