@@ -1,5 +1,5 @@
-// The CPU driver: packs activations, cuts the product into tasks (expert, n-tile, run of rows) and shares them out among
-// threads (common/tasks.h).
+// The CPU driver: packs activations, cuts the product into tasks (expert, n-tile, run of rows) and shares them out
+// among threads (common/tasks.h).
 //
 // One parallel region a product, on torch's OpenMP pool, with the thread count passed in. No result depends on the
 // threads or on the other rows.
