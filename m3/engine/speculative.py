@@ -54,9 +54,12 @@ class Drafter:
         self._known.pop(id, None)
 
     def note(self, request: Request, hidden: Tensor) -> None:
-        """(rows, aux width) hidden states of the tokens that the target has just computed, in order."""
+        """(rows, aux width) hidden states of the tokens that the target has just computed, in order.
+
+        A copy waits: a few rows of a step would keep all of it.
+        """
         known = self._known[request.id]
-        known.pending.append(hidden)
+        known.pending.append(hidden.clone())
         known.count += len(hidden)
 
     def catch_up(self, requests: Sequence[Request], least: int = MOST_PENDING) -> None:
@@ -79,7 +82,7 @@ class Drafter:
             rows.add(request, tokens, known.done)
             waiting = torch.cat(known.pending)
             hidden.append(waiting[:count])
-            known.pending = [] if draw else [waiting[count:]]
+            known.pending = [] if draw else [waiting[count:].clone()]
             known.done, known.count = known.done + count, known.count - count
             if draw:
                 rows.picked.append(len(rows.tokens) - 1)

@@ -5,6 +5,7 @@ m3.cli and m3.environment.cli register the two functions; what they need is impo
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
 from pathlib import Path
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
     from fastapi import FastAPI
 
 DISCLAIMER = "Research software: not a medical device, not for the care of patients."
+M_MMAP_THRESHOLD = -3  # of malloc.h
+LARGE = 1 << 20  # bytes; ours
 GRACE = 30.0  # seconds for which requests under way may go on after the signal to end; ours
 
 Host = Annotated[str, typer.Option("--host", help="Address to listen at.")]
@@ -95,6 +98,7 @@ def serve(
     keys = all_keys(api_key, os.environ.get("M3_API_KEY"), api_keys_file)
     limits = Limits(at_once=at_once, at_once_a_key=at_once_a_key or at_once, a_minute=rate)
     set_threads(threads)
+    give_memory_back()
     config = EngineConfig(
         max_context=context,
         max_running=running,
@@ -154,6 +158,17 @@ def serve_patient(
     backend = PatientBackend(found, client=client, config=LLMPatientConfig(guard=guard))
     app = build(backend, api_keys=keys, limits=limits, cors=cors or ())
     run(app, host, port, f"{len(found)} patients", grace=grace, log_format=log_format, log_level=log_level)
+
+
+def give_memory_back() -> None:
+    """Let large buffers go back to the system when they are freed, for a process that lives long.
+
+    glibc otherwise learns to keep them: logits of a full batch are tens of megabytes a step, and what they leave behind
+    grows with every size that comes.
+    """
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):
+        libc.mallopt(M_MMAP_THRESHOLD, LARGE)
 
 
 def all_keys(given: list[str] | None, environment: str | None, file: Path | None) -> list[str]:
