@@ -96,19 +96,16 @@ def program(plan: Plan, kind: str) -> str:
 def command(entrant: Entrant, plan: Plan, model: Path, port: int) -> list[str]:
     """How its server is started. Room for all clients; the rest is each server's own choice."""
     run, most = program(plan, entrant.kind), max(plan.clients)
+    drafter = str(Path(plan.draft).resolve()) if entrant.draft and plan.draft else ""  # servers start elsewhere
     match entrant.kind:
         case "m3":
-            draft = ["--draft", str(Path(str(plan.draft)).resolve())] if entrant.draft else []
+            draft = ["--draft", drafter] if drafter else []
             options = ["--weights", "bf16", "--name", NAME, "--threads", str(plan.threads), *draft]
             return [run, "-P", "-m", "m3", "serve", str(model), "--port", str(port), *options]
         case "vllm" | "vllm_m3":
             options = ["--dtype", "bfloat16", "--max-model-len", "1024", "--max-num-seqs", str(most)]
-            if entrant.draft:
-                chain = {
-                    "method": "eagle3",
-                    "model": str(Path(str(plan.draft)).resolve()),
-                    "num_speculative_tokens": CHAIN,
-                }
+            if drafter:
+                chain = {"method": "eagle3", "model": drafter, "num_speculative_tokens": CHAIN}
                 options += ["--speculative-config", json.dumps(chain)]
             return vllm_server.command(run, model, port, options)
         case _:

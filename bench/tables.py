@@ -97,8 +97,9 @@ def save(figure: Figure, stem: Path) -> list[Path]:
     stem.parent.mkdir(parents=True, exist_ok=True)
     kinds = {"png": {"Software": None}, "svg": {"Date": None}}
     paths = []
-    for kind, metadata in kinds.items():
-        paths.append(stem.with_name(f"{stem.name}.{kind}"))
-        figure.savefig(paths[-1], dpi=120, bbox_inches="tight", metadata=metadata)
+    with pyplot.rc_context({"svg.hashsalt": stem.name}):  # else ids are drawn anew each time
+        for kind, metadata in kinds.items():
+            paths.append(stem.with_name(f"{stem.name}.{kind}"))
+            figure.savefig(paths[-1], dpi=120, bbox_inches="tight", metadata=metadata)
     pyplot.close(figure)
     return paths

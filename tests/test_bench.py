@@ -502,3 +502,13 @@ def test_a_row_names_no_path_of_the_machine(monkeypatch):
     arguments = ["serving", "--draft", "/home/me/draft", "--program", "llama=/opt/bin/llama-server", "--clients", "1,4"]
     monkeypatch.setattr(sys, "argv", ["bench", *arguments])
     assert record.command() == "python -m bench serving --draft draft --program llama=llama-server --clients 1,4"
+
+
+def test_a_figure_drawn_again_has_the_same_bytes(tmp_path):
+    pyplot = pytest.importorskip("matplotlib.pyplot")
+    drawn = []
+    for folder in ("first", "second"):
+        figure, axes = pyplot.subplots()
+        axes.plot([1, 2], [3, 4], marker="o")
+        drawn.append([path.read_bytes() for path in tables.save(figure, tmp_path / folder / "plot")])
+    assert drawn[0] == drawn[1]

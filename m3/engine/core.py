@@ -285,7 +285,7 @@ class EngineCore:
             request.computed = stop
         if hidden is not None and self.drafter is not None:
             for request, first, count in spans:
-                self.drafter.note(request, hidden[first : first + count])
+                self.drafter.note(request, hidden[first : first + count].clone())
         events += self._draw(draws, logits, tree, hidden)
         if self.drafter is not None:
             alive = [request for request in self.scheduler.running if request.id in self.drafter._known]

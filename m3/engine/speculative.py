@@ -56,10 +56,10 @@ class Drafter:
     def note(self, request: Request, hidden: Tensor) -> None:
         """(rows, aux width) hidden states of the tokens that the target has just computed, in order.
 
-        A copy waits: a few rows of a step would keep all of it.
+        They may wait long: no view of a step's, all of which it would keep.
         """
         known = self._known[request.id]
-        known.pending.append(hidden.clone())
+        known.pending.append(hidden)
         known.count += len(hidden)
 
     def catch_up(self, requests: Sequence[Request], least: int = MOST_PENDING) -> None:
